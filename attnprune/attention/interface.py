@@ -1,0 +1,317 @@
+"""Gated attention as a Hugging Face attention implementation: registration, `attach`, `detach` and their guards.
+
+transformers looks up the attention function and the mask function by one name in two registries; with only the first
+registered a model silently becomes bidirectional, so both are registered here. Some families accept the name and never
+call the function, so support is an allow-list plus a run-time probe, not "it did not raise".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk, gated_attention
+from attnprune.attention.reference import gated_attention_reference
+from attnprune.errors import SelfCheckError, UnsupportedModelError
+from attnprune.gates import mix_seed
+
+NAME = "attnprune"
+GATE_ATTRIBUTE = "attnprune_gate"
+
+# Checked against eager with padding, packing, caches and save/load in tests/test_families.py.
+SUPPORTED_FAMILIES = frozenset(
+    [
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
+
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+HALF_PROBE_TOLERANCE = 5e-2  # relative to the largest logit: eager rounds its scores to 16 bits, we do not
+
+_discovered: ContextVar[list[tuple[nn.Module, int]] | None] = ContextVar("attnprune_discovered", default=None)
+
+
+class Gate(nn.Module):
+    """The gates of one attention layer: a bias per head and what the last forward counted.
+
+    Attributes:
+        bias: [H] fp32, added to each score to give the gate logit. It stays fp32 when the model is cast to 16 bits.
+        layer: index of the layer.
+        forced_open: every gate open (the dense model; also the open-gate control).
+        temperature: penalty temperature T_p.
+        noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
+        on_chunk: statistics hook, see `GateSettings`.
+        last: `GatedOutput` counts of the last forward: penalty [H] with gradient, open_edges [H], visible_edges.
+    """
+
+    def __init__(self, heads: int, bias: float = 0.0, layer: int = 0):
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((heads,), float(bias), dtype=torch.float32))
+        self.layer = layer
+        self.forced_open = False
+        self.temperature = 1.0
+        self.noise_seed: int | None = None
+        self.on_chunk: OnChunk | None = None
+        self.last: GatedOutput | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Gate:
+        """Follow the model to another device, but never to a 16-bit dtype: the gates sit on thresholds."""
+
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_pattern: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gated attention. Shapes as in `gated_attention`; the pattern [B, H, Q, K] is computed only on request."""
+        bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
+        use_noise = self.noise_seed is not None and self.training and not self.forced_open
+        settings = GateSettings(
+            temperature=self.temperature,
+            noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
+            on_chunk=self.on_chunk,
+        )
+        options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        result = gated_attention(
+            query, key, value, bias, visible, counted=_counted(visible), settings=settings, **options
+        )
+        self.last = result._replace(output=result.output.new_empty(0))
+        pattern = None
+        if return_pattern:
+            wide = (query.to(bias.dtype), key.to(bias.dtype), value.to(bias.dtype))
+            pattern = gated_attention_reference(*wide, bias, visible, **options)[1].to(query.dtype)
+        return result.output, pattern
+
+
+def _counted(visible: Tensor) -> Tensor:
+    """The pairs that count: both tokens real. A right-padded query still sees real keys, but never itself."""
+    if visible.shape[-2] != visible.shape[-1]:
+        return visible
+    return visible & visible.diagonal(dim1=-2, dim2=-1)[..., None]
+
+
+def _visible(mask: Tensor | None) -> Tensor:
+    """The bool mask of visible pairs from what transformers passes: our bool mask, or a caller's own 4D mask."""
+    if mask is None:
+        raise UnsupportedModelError("attnprune attention got no mask: the model does not build it through transformers")
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    if not bool((visible | (mask <= -1e4)).all()):
+        raise UnsupportedModelError("attnprune attention got an additive bias as mask (ALiBi?), not a visibility mask")
+    return visible
+
+
+def attnprune_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: query [B, H, Q, D], key/value [B, H_kv, K, D] -> (output [B, Q, H, D], pattern)."""
+    for refused in ("cache", "position_bias"):
+        if kwargs.get(refused) is not None:
+            raise UnsupportedModelError(f"attnprune attention does not support {refused!r} (paged or biased attention)")
+    if dropout:
+        raise UnsupportedModelError("attnprune attention has no dropout: set the model's attention dropout to 0")
+    gate = getattr(module, GATE_ATTRIBUTE, None)
+    found = _discovered.get()
+    if found is not None:
+        found.append((module, query.shape[1]))
+        gate = Gate(query.shape[1]).to(query.device)
+        gate.forced_open = True
+    elif gate is None:
+        raise UnsupportedModelError(
+            "attn_implementation='attnprune' without gates", hint="call attnprune.attach(model) or attnprune.load(path)"
+        )
+    output, pattern = gate(
+        query,
+        key,
+        value,
+        _visible(attention_mask),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        return_pattern=bool(kwargs.get("output_attentions")),
+    )
+    return output.transpose(1, 2).contiguous(), pattern
+
+
+def attnprune_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' bool mask, always built: the shortcut `None` would leave causality to the attention function."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+AttentionInterface.register(NAME, attnprune_attention)
+AttentionMaskInterface.register(NAME, attnprune_mask)
+
+
+def gates_of(model: nn.Module) -> list[Gate]:
+    """The gates of an attached model in layer order (empty if it has none)."""
+    return sorted((m for m in model.modules() if isinstance(m, Gate)), key=lambda gate: gate.layer)
+
+
+def _guard(module: Any, args: Any) -> None:
+    if module.config._attn_implementation != NAME:
+        raise RuntimeError(
+            f"the attention implementation was switched to {module.config._attn_implementation!r}, which would run "
+            "this model dense without a word; call attnprune.detach(model) if that is what you want"
+        )
+
+
+def check_family(config: Any) -> None:
+    """Refuse a model by its config: unknown family, encoder-decoder, bidirectional, already gated."""
+    family = config.model_type
+    if family.startswith("attnprune_"):
+        raise UnsupportedModelError(f"{family}: already sparsified")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{family}: only causal decoders are supported")
+    if family not in SUPPORTED_FAMILIES:
+        known = ", ".join(sorted(SUPPORTED_FAMILIES))
+        raise UnsupportedModelError(f"{family}: this model family is not supported", hint=f"supported: {known}")
+
+
+def _probe_inputs(config: Any, device: torch.device) -> dict[str, Tensor]:
+    """Two rows of tokens, the second left-padded, so the probe sees the mask function as well."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(12, getattr(config, "max_position_embeddings", 12))
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, : length // 3] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
+    """Run eager and open-gated attention on the same tokens; return the attention modules called, in order."""
+    config = model.config
+    inputs = _probe_inputs(config, next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            eager = model(**inputs, use_cache=False).logits
+            model.set_attn_implementation(NAME)
+            token = _discovered.set(found := [])
+            try:
+                ours = model(**inputs, use_cache=False).logits
+            finally:
+                _discovered.reset(token)
+    finally:
+        model.train(was_training)
+    layers = config.num_hidden_layers
+    if len(found) != layers or len({id(module) for module, _ in found}) != layers:
+        raise SelfCheckError(f"{config.model_type}: gated attention ran {len(found)} times for {layers} layers")
+    real = inputs["attention_mask"].bool()
+    difference = (ours - eager)[real].abs().max().item()
+    allowed = PROBE_TOLERANCE.get(model.dtype) or HALF_PROBE_TOLERANCE * eager[real].abs().max().item()
+    if not difference <= allowed:
+        raise SelfCheckError(
+            f"{config.model_type}: open gates differ from eager attention by {difference:.2g} (allowed {allowed:.2g})"
+        )
+    return found
+
+
+def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
+    """Put a `Gate` on every attention layer of `model` and route its attention through attnprune.
+
+    Args:
+        model: a causal LM of a supported family; changed in place.
+        bias: initial gate bias for all heads, or a tensor [layers, heads].
+
+    Returns:
+        The gates in layer order.
+
+    Raises:
+        UnsupportedModelError: the family is not on the allow-list.
+        SelfCheckError: open gates do not reproduce eager attention; the model is left as it was.
+    """
+    if gates_of(model):
+        raise UnsupportedModelError("this model already has gates", hint="call attnprune.detach(model) first")
+    check_family(model.config)
+    previous = model.config._attn_implementation or "sdpa"
+    try:
+        found = _discover(model)
+    except BaseException:
+        model.set_attn_implementation(previous)
+        raise
+    for layer, (module, heads) in enumerate(found):
+        gate = Gate(heads, layer=layer).to(next(model.parameters()).device)
+        with torch.no_grad():
+            gate.bias.copy_(torch.as_tensor(bias[layer] if isinstance(bias, Tensor) else bias))
+        gate.train(module.training)
+        gate.__dict__["_guard_handle"] = module.register_forward_pre_hook(_guard)
+        module.add_module(GATE_ATTRIBUTE, gate)
+    model.__dict__["_attnprune_previous"] = previous
+    return gates_of(model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: remove gates and guards and restore the previous attention implementation."""
+    for module in list(model.modules()):
+        gate = getattr(module, GATE_ATTRIBUTE, None)
+        if isinstance(gate, Gate):
+            gate.__dict__["_guard_handle"].remove()
+            delattr(module, GATE_ATTRIBUTE)
+    model.set_attn_implementation(model.__dict__.pop("_attnprune_previous", "sdpa"))
+
+
+@contextmanager
+def gates_forced_open(model: nn.Module) -> Iterator[None]:
+    """Run the model dense (every gate open) inside the block."""
+    gates = gates_of(model)
+    before = [gate.forced_open for gate in gates]
+    for gate in gates:
+        gate.forced_open = True
+    try:
+        yield
+    finally:
+        for gate, state in zip(gates, before, strict=True):
+            gate.forced_open = state

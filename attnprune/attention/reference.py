@@ -1,0 +1,63 @@
+"""The definition of gated attention, written for reading: dense, fp64, gradients by autograd.
+
+It is the only truth the other implementations are tested against. It holds [batch, heads, queries, keys] tensors, so
+it is for short sequences and for returning the pattern, never for training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnprune import gates
+
+
+def gated_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    visible: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated attention by its definition.
+
+    Args:
+        query: [B, H, Q, D]; key, value: [B, H_kv, K, D] with H a multiple of H_kv (grouped queries).
+        bias: gate bias [H]; `+inf` forces a head open.
+        visible: bool, broadcastable to [B, 1, Q, K]: the pairs that softmax sees.
+        softcap: `softcap * tanh(s / softcap)` is applied to the scores, as Gemma 2 does.
+        sinks: attention sinks [H]: a logit that takes part in the denominator and is never gated.
+        noise: [B, H, Q, K] or None.
+
+    Returns:
+        output [B, H, Q, D], pattern `P * A` [B, H, Q, K], and the edge penalty summed over visible pairs, [H].
+        A row with no open edge (or nothing visible) outputs 0.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = scaling * query @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    logits = scores + bias[:, None, None]
+    visible = visible.expand(query.shape[0], 1, *scores.shape[-2:])
+
+    masked = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks[None, :, None, None].expand(*masked.shape[:-1], 1)
+        probabilities = torch.softmax(torch.cat([masked, column], -1), -1)[..., :-1]
+    else:
+        probabilities = torch.softmax(masked, -1)
+    probabilities = probabilities.masked_fill(~visible, 0.0)  # also turns the NaN of an empty row into 0
+
+    soft = torch.sigmoid(logits if noise is None else logits + noise)
+    hard = gates.gate_open(logits, noise).to(scores.dtype)
+    gate = hard + soft - soft.detach()
+    pattern = probabilities * gate
+    penalty = (gates.edge_penalty(logits, temperature) * visible).sum((0, 2, 3))
+    return pattern @ value, pattern, penalty

@@ -1,0 +1,82 @@
+"""The command line: registers the commands and turns every exception into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import attnprune
+from attnprune.cli import apply as apply_command
+from attnprune.cli import evaluate as evaluate_command
+from attnprune.cli import inspect as inspect_command
+from attnprune.cli import sparsify as sparsify_command
+from attnprune.cli.output import debugging, out
+from attnprune.errors import AttnPruneError
+
+app = typer.Typer(
+    name="attnprune",
+    help="Post-train a language model until its attention keeps under 1 % of its edges at the original loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("sparsify")(sparsify_command.sparsify)
+app.command("inspect")(inspect_command.inspect)
+app.command("apply")(apply_command.apply)
+app.command("eval")(evaluate_command.evaluate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"attnprune {attnprune.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `attnprune` script."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """Run the command line; return the exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except AttnPruneError as error:
+        return _fail(error, error.message, error.hint, error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keep the interpreter's last flush quiet
+        return 141
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(error, "interrupted", None, 130)
+    except MemoryError as error:
+        return _fail(error, "out of memory", "use a smaller --batch-size or --micro-batch-size", 1)
+    except Exception as error:
+        explain = getattr(error, "format_message", None)
+        if explain is not None:  # a usage error of Typer's command-line parser, whose class is private
+            return _fail(error, f"usage: {explain()}", "attnprune --help", 2)
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(error, "out of GPU memory", "use a smaller --batch-size or --micro-batch-size", 1)
+        return _fail(error, f"internal error: {type(error).__name__}: {error}", "ATTNPRUNE_DEBUG=1 shows where", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(error: BaseException, message: str, hint: str | None, code: int) -> int:
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+    out.error(message, hint, code)
+    return code

@@ -1,0 +1,61 @@
+"""attnprune apply [BASE] SIDECAR"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnprune.cli.options import AllowMismatch, Json, Quiet
+from attnprune.cli.output import out
+from attnprune.errors import InputError
+
+
+def apply(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="[BASE] SIDECAR", help="The base model (may be left out) and the sidecar.")
+    ],
+    merge: Annotated[Path | None, typer.Option("--merge", help="Write a merged model folder here.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="With --merge: float32, bfloat16 or float16.")] = None,
+    allow_base_mismatch: AllowMismatch = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Load SIDECAR onto its base, check the stored probe, and with --merge write an ordinary model folder."""
+    out.configure(json=as_json, quiet=quiet)
+    if len(paths) > 2:
+        raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
+    base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
+    from attnprune.sidecar import open_sidecar
+
+    sidecar = open_sidecar(path)
+    if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
+        raise InputError(f"{merge}: exists and is not empty")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
+    from attnprune import runtime
+    from attnprune.measure import measure
+
+    model, tokenizer = runtime.load(path, base, allow_base_mismatch=allow_base_mismatch)
+    if not allow_base_mismatch:
+        runtime.verify_probe(model, sidecar.manifest)
+    probe = runtime.probe_blocks(sidecar.manifest.probe.input_ids)
+    facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
+    lines = [f"{sidecar.path}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
+    if merge is not None and not dry_run:
+        if dtype is not None:
+            model = model.to(runtime.torch_dtype(dtype))
+        runtime.write_merged(model, tokenizer, sidecar, merge)
+        merged = runtime.load(merge).model
+        report = measure(merged, probe)
+        facts |= {"merged": str(merge), "probe_loss": report.loss, "probe_open_edges": report.open_edges}
+        before = sidecar.manifest.probe
+        lines += [
+            f"merged: {merge}",
+            f"  probe loss {before.loss:.6f} -> {report.loss:.6f}, "
+            f"open edges {before.open_edges} -> {report.open_edges}",
+            f"  load it with: AutoModelForCausalLM.from_pretrained({str(merge)!r}, trust_remote_code=True)",
+        ]
+    out.result(facts, *lines)

@@ -1,0 +1,50 @@
+"""attnprune eval MODEL_OR_SIDECAR"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet
+from attnprune.cli.output import out
+
+
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="MODEL_OR_SIDECAR", help="Sidecar folder, or a base model.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Text to measure on (repeatable). Default: the run's held-out split."),
+    ] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per block; 0: as in training.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens per text.", min=2)] = 16_384,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass.", min=1)] = 8,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
+    ] = "text",
+    base: Base = None,
+    device: Device = "cpu",
+    allow_base_mismatch: AllowMismatch = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure loss, base loss, open-gate control, KL, density and edges per query on text."""
+    out.configure(json=as_json, quiet=quiet)
+    from pathlib import Path
+
+    from attnprune.errors import InputError
+    from attnprune.sidecar import open_sidecar
+
+    folder = Path(path)
+    is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
+    sidecar = open_sidecar(path) if is_sidecar else None
+    if sidecar is None and not data:
+        raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
+    from attnprune.evaluation import evaluate_model
+    from attnprune.report import terminal
+
+    reports = evaluate_model(
+        path, sidecar, data or [], base=base, device=device, seq_len=seq_len, tokens=tokens, batch_size=batch_size,
+        text_field=text_field, allow_base_mismatch=allow_base_mismatch,
+    )  # fmt: skip
+    out.result({"reports": [terminal.report_data(r) for r in reports]}, terminal.report_table(reports))

@@ -1,0 +1,47 @@
+"""attnprune inspect PATH"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attnprune.cli.options import AllowMismatch, Base, Json, Quiet
+from attnprune.cli.output import out
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Sidecar folder.")],
+    text: Annotated[str | None, typer.Option("--text", help="Show which edges stay open on this text.")] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="With --text: only this layer.")] = None,
+    head: Annotated[int | None, typer.Option("--head", help="With --text: only this head.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="With --text: edges shown per head.", min=1)] = 8,
+    base: Base = None,
+    allow_base_mismatch: AllowMismatch = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a sidecar learned: outcome, density of every head, distances; with --text the edges of a text."""
+    out.configure(json=as_json, quiet=quiet)
+    from attnprune.sidecar import open_sidecar
+
+    sidecar = open_sidecar(path)
+    if text is None:
+        from attnprune.report import terminal
+
+        out.result(terminal.summary_data(sidecar), *terminal.summary(sidecar))
+        return
+    from attnprune.errors import InputError
+    from attnprune.report import edges
+
+    heads = sidecar.manifest.gate.heads
+    if layer is not None and not 0 <= layer < len(heads):
+        raise InputError(f"--layer: {layer} is not within 0 and {len(heads) - 1}")
+    if head is not None and not 0 <= head < max(heads):
+        raise InputError(f"--head: {head} is not within 0 and {max(heads) - 1}")
+    from attnprune.runtime import load
+
+    model, tokenizer = load(path, base, allow_base_mismatch=allow_base_mismatch)
+    found = edges.open_edges(model, tokenizer, text)
+    chosen = [e for e in found.edges if layer in (None, e.layer) and head in (None, e.head)]
+    out.result(edges.as_data(found, chosen), *edges.render(found, chosen, limit))

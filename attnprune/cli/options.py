@@ -1,0 +1,18 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model: Hub id, folder or .gguf file. Default: the one the sidecar names."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Accept a base of equal structure with other weights.")
+]

@@ -1,0 +1,77 @@
+"""The one place that prints: data on stdout, everything else on stderr; human, JSON or quiet."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+MAX_LINE = 300
+
+
+def printable(text: object) -> str:
+    """Text on one line with control characters escaped, so that no name or message can drive the terminal."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    line = line.encode("utf-8", "backslashreplace").decode()  # lone surrogates of undecodable paths
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"
+
+
+class Output:
+    """How this invocation talks. Set once from `--json` and `--quiet`."""
+
+    def __init__(self) -> None:
+        self.json = False
+        self.quiet = False
+        self.stdout = Console(highlight=False, soft_wrap=True)
+        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+    def configure(self, *, json: bool, quiet: bool) -> None:
+        """Choose the mode."""
+        self.json, self.quiet = json, quiet
+
+    @property
+    def live(self) -> bool:
+        """Whether a moving display is welcome: a person at a terminal."""
+        return self.stderr.is_terminal and not self.quiet and not self.json
+
+    def result(self, data: dict[str, Any], *renderables: Any) -> None:
+        """The command's answer: one JSON object, or the renderables for a person."""
+        if self.json:
+            self.stdout.file.write(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+            return
+        if not self.quiet:
+            for renderable in renderables:
+                self.stdout.print(renderable)
+
+    def note(self, text: str) -> None:
+        """A line for the person watching."""
+        if not self.quiet:
+            self.stderr.print(escape(printable(text)), style="dim")
+
+    def show(self, renderable: Any) -> None:
+        """A table or panel for the person watching (stderr)."""
+        if not self.quiet:
+            self.stderr.print(renderable)
+
+    def error(self, message: str, hint: str | None, code: int) -> None:
+        """One line on stderr; with --json also one object on stdout."""
+        line = f"attnprune: {printable(message)}" + (f" ({printable(hint)})" if hint else "")
+        sys.stderr.write(line + "\n")
+        if self.json:
+            payload = {"error": {"message": printable(message), "hint": hint, "exit_code": code}}
+            sys.stdout.write(json.dumps(payload) + "\n")
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted (ATTNPRUNE_DEBUG=1)."""
+    return os.environ.get("ATTNPRUNE_DEBUG") == "1"
+
+
+out = Output()

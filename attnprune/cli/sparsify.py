@@ -1,0 +1,132 @@
+"""attnprune sparsify MODEL"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnprune.cli.options import Json, Quiet
+from attnprune.cli.output import out
+from attnprune.errors import ConstraintNotMetError, InputError
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+def sparsify(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder, .gguf file, or 'demo'.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, _option("--data", help="Hub data set [:config[:split]], .txt, .jsonl, .parquet, or 'self'.")
+    ] = None,
+    output: Annotated[str | None, _option("--out", "-o", help="Output folder. Default: ./MODEL-attnprune.")] = None,
+    scope: Annotated[
+        str | None, _option("--scope", help="What trains: gates, lora, attn or full. Default: by model size.")
+    ] = None,
+    steps: Annotated[int | None, _option("--steps", help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, _option("--batch-size", help="Blocks per step.")] = None,
+    micro_batch_size: Annotated[int | None, _option("--micro-batch-size", help="Blocks per forward pass.")] = None,
+    seq_len: Annotated[
+        int | None, _option("--seq-len", help="Tokens per block. Default: the context, at most 512.")
+    ] = None,
+    eval_tokens: Annotated[int | None, _option("--eval-tokens", help="Held-out tokens.")] = None,
+    text_field: Annotated[
+        str | None, _option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
+    ] = None,
+    constraint: Annotated[str | None, _option("--constraint", help="kl, loss, or density.")] = None,
+    tolerance: Annotated[float | None, _option("--tolerance", help="Nats per token above the base (kl, loss).")] = None,
+    target_density: Annotated[
+        float | None, _option("--target-density", help="Largest density; implies --constraint density.")
+    ] = None,
+    estimator: Annotated[str | None, _option("--estimator", help="threshold or gumbel.")] = None,
+    temperature: Annotated[float | None, _option("--temperature", help="Penalty temperature.")] = None,
+    learning_rate: Annotated[float | None, _option("--lr", help="Learning rate of the weights.")] = None,
+    gate_learning_rate: Annotated[float | None, _option("--gate-lr", help="Learning rate of the gate biases.")] = None,
+    lora_rank: Annotated[int | None, _option("--lora-rank", help="Rank of the adapters.")] = None,
+    optimizer: Annotated[str | None, _option("--optimizer", help="adamw or adamw8bit (bitsandbytes).")] = None,
+    precision: Annotated[str | None, _option("--precision", help="fp32, bf16 (autocast) or auto.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, _option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = None,
+    eval_every: Annotated[int | None, _option("--eval-every", help="Steps between evaluations.")] = None,
+    save_every: Annotated[int | None, _option("--save-every", help="Steps between checkpoints.")] = None,
+    seed: Annotated[int | None, _option("--seed", help="All random choices.")] = None,
+    device: Annotated[str | None, _option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, _option("--dtype", help="float32, bfloat16, float16 or auto.")] = None,
+    revision: Annotated[str | None, _option("--revision", help="Hub branch, tag or commit of MODEL.")] = None,
+    config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,
+    resume: Annotated[Path | None, _option("--resume", help="Continue the unfinished run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Post-train MODEL until its attention is sparse at its own loss, and write a sidecar."""
+    out.configure(json=as_json, quiet=quiet)
+    if target_density is not None and constraint is None:
+        constraint = "density"
+    flags = {
+        "model": {"name": model, "revision": revision, "device": device, "dtype": dtype},
+        "data": {"source": data, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
+        "gate": {"estimator": estimator, "temperature": temperature},
+        "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},
+        "train": {
+            "scope": scope, "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
+            "learning_rate": learning_rate, "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank,
+            "optimizer": optimizer, "precision": precision, "gradient_checkpointing": gradient_checkpointing,
+            "eval_every": eval_every, "save_every": save_every, "seed": seed,
+        },
+        "output": {"folder": output},
+    }  # fmt: skip
+    given = {s: {k: v for k, v in values.items() if v is not None} for s, values in flags.items()}
+    given = {section: values for section, values in given.items() if values}
+    return _run(given, config, resume, dry_run)
+
+
+def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, dry_run: bool) -> int:
+    from attnprune.config import build_config, merge, read_toml
+
+    if resume is not None:
+        if config_file is not None:
+            raise InputError("--resume: takes its settings from the run; leave out --config")
+        from attnprune.runs import read_resumed
+
+        config = read_resumed(resume, given)
+    else:
+        values = merge(read_toml(config_file) if config_file else {}, given)
+        name = values.get("model", {}).get("name")
+        if not name:
+            raise InputError("sparsify: no model given", hint="for example: attnprune sparsify demo")
+        from attnprune.runs import check_output, defaults_for, output_folder
+
+        config = build_config(merge(defaults_for(name), values))
+        check_output(output_folder(config))  # before the seconds that torch takes to load
+
+    from attnprune.recipe import sparsify as run_recipe
+    from attnprune.report import progress, terminal
+
+    def show_plan(plan: Any) -> bool:
+        if out.json and dry_run:
+            out.result(terminal.plan_data(plan))
+        else:
+            out.show(terminal.plan_table(plan))
+        return not dry_run
+
+    display = progress.display(out.stderr, live=out.live, quiet=out.quiet, steps=config.train.steps)
+    with display:
+        sidecar = run_recipe(
+            config, resume=resume is not None, callbacks=[display.callback], on_plan=show_plan, on_note=out.note
+        )
+    if sidecar is None:
+        return 0
+    out.result(terminal.summary_data(sidecar), *terminal.summary(sidecar), terminal.next_commands(sidecar))
+    result = sidecar.manifest.result
+    if not result.feasible:
+        raise ConstraintNotMetError(
+            f"{sidecar.path}: finished and saved, but {result.constraint} <= {result.limit:g} does not hold",
+            hint="more --steps, or a larger --tolerance",
+        )
+    return 0

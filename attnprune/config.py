@@ -1,0 +1,156 @@
+"""RunConfig: everything that determines a run, as typed sections that go to and from TOML."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from attnprune.errors import InputError
+
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, assignments are checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelConfig(Section):
+    """Which model, and how it is loaded."""
+
+    name: str = Field(default="", description="Hub id, folder, .gguf file, or 'demo'")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: bfloat16 on CUDA")
+
+
+class DataConfig(Section):
+    """Which text, and how it is cut into blocks."""
+
+    source: str = Field(
+        default="auto", description="Hub data set [:config[:split]], .txt/.jsonl/.parquet, 'self', 'task' or auto"
+    )
+    text_field: str = Field(default="text", description="column of .jsonl, .parquet and Hub data sets")
+    seq_len: Annotated[int, Field(ge=0)] = Field(default=0, description="tokens per block; 0: the model's context, at most 512")
+    train_tokens: Count = Field(default=50_000_000, description="upper limit of training tokens that are read")
+    eval_tokens: Count = Field(default=16_384, description="held-out tokens of the evaluation split")
+
+
+class GateConfig(Section):
+    """The gates."""
+
+    estimator: Literal["threshold", "gumbel"] = Field(default="threshold", description="gumbel adds logistic noise in training")
+    temperature: Positive = Field(default=4.0, description="penalty temperature T_p")
+    bias_init: float = Field(default=4.0, description="initial gate bias", allow_inf_nan=False)
+
+
+class ConstraintConfig(Section):
+    """The constraint and its multiplier."""
+
+    kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
+    tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
+    target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
+    update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
+    rate: Positive = Field(default=0.01, description="multiplier step size")
+    gain: NonNegative = Field(default=0.0, description="proportional gain (pi)")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="moving average of the violation")
+    initial: Positive = Field(default=1.0, description="initial multiplier")
+    minimum: Positive = Field(default=1e-3, description="smallest multiplier")
+    maximum: Positive = Field(default=1e4, description="largest multiplier")
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
+    steps: Count = Field(default=3000, description="optimiser steps")
+    batch_size: Count = Field(default=16, description="blocks per step")
+    micro_batch_size: Annotated[int, Field(ge=0)] = Field(default=0, description="blocks per forward; 0: all at once")
+    learning_rate: Positive = Field(default=3e-4, description="weights")
+    gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="linear warm-up")
+    decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.8, description="share of steps with falling rates")
+    final_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="last share: loss only, gates at rest")
+    weight_decay: NonNegative = Field(default=0.0, description="on the weights, never on the gates")
+    max_grad_norm: Positive = Field(default=1.0, description="gradient clipping")
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="rank of the adapters (scope lora)")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16: autocast; auto: bf16 on CUDA")
+    gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
+    eval_every: Count = Field(default=100, description="steps between evaluations")
+    save_every: Count = Field(default=200, description="steps between checkpoints")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="all random choices")
+
+
+class OutputConfig(Section):
+    """Where the result goes."""
+
+    folder: str = Field(default="", description="output folder; default ./MODEL-attnprune")
+
+
+class RunConfig(Section):
+    """A whole run. `resolved` fields hold no 'auto' any more; that is what run.toml records."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    gate: GateConfig = GateConfig()
+    constraint: ConstraintConfig = ConstraintConfig()
+    train: TrainConfig = TrainConfig()
+    output: OutputConfig = OutputConfig()
+
+    def to_toml(self) -> str:
+        """The configuration as TOML (keys that are None are left out)."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def build_config(values: dict[str, Any]) -> RunConfig:
+    """A RunConfig from nested dictionaries.
+
+    Raises:
+        InputError: unknown key (with the nearest known one) or a value out of range; one line.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0])) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The raw nested values of a run.toml.
+
+    Raises:
+        InputError: the file is missing, not UTF-8 or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `override` on top (new dictionary)."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+    fields: Any = RunConfig.model_fields
+    for part in problem["loc"][:-1]:
+        fields = fields[part].annotation.model_fields
+    near = difflib.get_close_matches(str(problem["loc"][-1]), list(fields), n=1)
+    return f"{place}: unknown option" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,93 @@
+"""The constraint and its multiplier: plain numbers in, plain numbers out, no model and no torch.
+
+The training loss is the Lagrangian of "minimise `objective` subject to `violation <= 0`". The multiplier follows the
+observed violation either multiplicatively (GECO, Rezende & Viola, arXiv 1810.00597) or as a PI controller
+(nuPI, Sohrabi et al., arXiv 2406.04558).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class Multiplier:
+    """The Lagrange multiplier and the state of its controller.
+
+    Attributes:
+        value: the multiplier, kept within [minimum, maximum].
+        update: "geco" multiplies by `exp(rate * e)`; "pi" adds `rate * violation` plus `gain` times the change of `e`,
+            where `e` is the smoothed violation.
+        rate: step size per update (geco: nats of log-multiplier per unit of violation; pi: integral gain).
+        gain: proportional gain (pi only).
+        smoothing: decay of the exponential moving average, in [0, 1); 0 means no smoothing.
+        clip: one observation counts at most this much, so that a single bad batch cannot own the average.
+        average: the smoothed violation (None before the first update).
+    """
+
+    value: float = 1.0
+    update: Literal["geco", "pi"] = "geco"
+    rate: float = 0.05
+    gain: float = 0.0
+    smoothing: float = 0.9
+    minimum: float = 1e-4
+    maximum: float = 1e4
+    clip: float = 1.0
+    average: float | None = None
+
+    def step(self, violation: float) -> float:
+        """Update with one observed violation (positive: constraint broken) and return the new multiplier.
+
+        Raises:
+            FloatingPointError: the violation is not finite; the state is unchanged.
+        """
+        if not math.isfinite(violation):
+            raise FloatingPointError(f"violation is {violation}")
+        violation = max(-self.clip, min(self.clip, violation))
+        previous = self.average
+        # Unlike Adam's there is no start-up bias to correct: the average starts at the first observation.
+        self.average = violation if previous is None else self.smoothing * previous + (1 - self.smoothing) * violation
+        if self.update == "geco":
+            new = self.value * math.exp(self.rate * self.average)
+        else:
+            change = 0.0 if previous is None else self.average - previous
+            new = self.value + self.rate * violation + self.gain * change
+        self.value = max(self.minimum, min(self.maximum, new))
+        return self.value
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready state; `Multiplier(**state)` restores it."""
+        return asdict(self)
+
+
+def lagrangian(objective: Any, violation: Any, multiplier: float) -> Any:
+    """`(objective + multiplier * violation) / (1 + multiplier)`: its gradient keeps one scale for any multiplier."""
+    return (objective + multiplier * violation) / (1 + multiplier)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What must hold on held-out text.
+
+    Attributes:
+        kind: "loss": loss - base loss <= limit; "kl": KL(base || sparse) <= limit (both nats per token);
+            "density": density <= limit, with the loss as objective (density-first mode).
+        limit: tolerance in nats, or the target density.
+    """
+
+    kind: Literal["loss", "kl", "density"]
+    limit: float
+
+    def value(self, *, loss_gap: float, kl: float, density: float) -> float:
+        """The constrained quantity."""
+        return {"loss": loss_gap, "kl": kl, "density": density}[self.kind]
+
+    def violation(self, value: Any) -> Any:
+        """Relative violation `value / limit - 1`: unit-free, so one multiplier rate suits any limit."""
+        return value / self.limit - 1
+
+    def feasible(self, value: float) -> bool:
+        """Whether a measured value satisfies the constraint."""
+        return value <= self.limit

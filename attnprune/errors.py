@@ -1,0 +1,55 @@
+"""The exceptions of attnprune and the exit code that each one means.
+
+Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong and nothing was changed ·
+3 finished, but the constraint was not met · 4 verification failed · 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class AttnPruneError(Exception):
+    """Base class: valid input, but the work failed (exit code 1).
+
+    `message` is one line, "what: why"; `hint` is the next command or option to try.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(AttnPruneError):
+    """An option, file or model is wrong; nothing was changed (exit code 2)."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(InputError):
+    """The model's family, shape or attention cannot be gated (exit code 2)."""
+
+
+class SelfCheckError(AttnPruneError):
+    """A supported model whose gated attention does not reproduce its eager attention (exit code 1)."""
+
+
+class ConstraintNotMetError(AttnPruneError):
+    """The run finished and was saved, but no checkpoint satisfies the constraint (exit code 3)."""
+
+    exit_code = 3
+
+
+class VerificationError(AttnPruneError):
+    """A sidecar's stored probe is not reproduced (exit code 4)."""
+
+    exit_code = 4
+
+
+class InterruptedRunError(AttnPruneError):
+    """A run was stopped by a signal after its state was saved (exit code 128 + signal)."""
+
+    def __init__(self, message: str, signal_number: int, hint: str | None = None):
+        super().__init__(message, hint)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,62 @@
+"""The gate's mathematics on plain tensors: logit -> open or closed, its slope, its penalty, its noise.
+
+For a gate logit z (score plus head bias) and noise eps the gate is `A = 1[z + eps > 0]`; backwards it has the
+straight-through slope `sigma'(z + eps)` (arXiv 2411.06890). The penalty counts expected edges as `sigma(z / T_p)`.
+The functions work elementwise on any shape and never see a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def gate_open(logits: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Which gates are open (bool, shape of `logits`): `z + eps > 0`; without noise this is the run-time rule."""
+    return logits > 0 if noise is None else logits + noise > 0
+
+
+def straight_through_slope(logits: Tensor, noise: Tensor | None = None) -> Tensor:
+    """dA/dz used in the backward pass: `sigma'(z + eps)`."""
+    open_probability = torch.sigmoid(logits if noise is None else logits + noise)
+    return open_probability * (1 - open_probability)
+
+
+def edge_penalty(logits: Tensor, temperature: float) -> Tensor:
+    """Smooth count of one edge, `sigma(z / T_p)`. A temperature above 1 lets the penalty reach wide-open gates."""
+    return torch.sigmoid(logits / temperature)
+
+
+def edge_penalty_slope(logits: Tensor, temperature: float) -> Tensor:
+    """d(edge_penalty)/dz."""
+    penalty = edge_penalty(logits, temperature)
+    return penalty * (1 - penalty) / temperature
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer (two xor-shift-multiply rounds) on int64 tensors that hold values below 2**32."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def mix_seed(*parts: int) -> int:
+    """One 32-bit seed from several integers (run seed, step, micro-step, layer, rank)."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        state = _hash32((state * 0x9E3779B1 + part) & _MASK32)
+    return int(state)
+
+
+def logistic_noise(seed: int, heads: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard logistic noise that depends only on (seed, head, query, key), so every tiling draws the same values.
+
+    `heads` [N], `queries` [C] and `keys` [K] are int64 indices (`heads` counts batch x head). Returns [N, C, K].
+    """
+    head_state = _hash32((heads + (seed & _MASK32)) & _MASK32)
+    row_state = _hash32((head_state[:, None] + queries * 0x9E3779B1) & _MASK32)
+    bits = _hash32((row_state[:, :, None] + keys * 0x85EBCA77) & _MASK32) >> 9
+    uniform = (bits.to(dtype) + 0.5) * 2.0**-23  # 23-bit mid-points, exact in fp32 and never 0 or 1
+    return torch.logit(uniform)

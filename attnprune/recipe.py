@@ -1,0 +1,440 @@
+"""The whole flow on one page: RunConfig in, Sidecar out.
+
+resolve -> load base -> data -> attach gates -> choose what trains -> plan -> train -> export -> measure the artefact.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from attnprune import checkpoints, data, format, runtime
+from attnprune.attention.interface import GATE_ATTRIBUTE, attach, gates_forced_open, gates_of
+from attnprune.config import RunConfig
+from attnprune.data import Blocks
+from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
+from attnprune.measure import GateStatistics, Reference, Report, gate_statistics, measure, token_losses
+from attnprune.runs import CHECKPOINTS, LOCK_FILE, METRICS_FILE, RUN_FILE, check_output, locked, output_folder
+from attnprune.sidecar import Sidecar, file_entries, publish, save_files
+from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal, constraint_of, trainable_state
+
+DEFAULT_SEQ_LEN = 512
+SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
+PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do, measured on one real forward and backward pass.
+
+    Attributes:
+        trainable, total: numbers of parameters (gate biases count as trainable).
+        tokens_per_step, steps, train_tokens, eval_tokens: sizes in tokens.
+        seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, times 1000.
+        memory_bytes: peak memory of that pass plus optimiser state.
+        notes: choices made for the user, one line each.
+    """
+
+    config: RunConfig
+    trainable: int
+    total: int
+    tokens_per_step: int
+    train_tokens: int
+    eval_tokens: int
+    seconds_per_1000_steps: float
+    memory_bytes: int
+    notes: list[str]
+
+
+def resolve(config: RunConfig, base: runtime.BaseModel | None = None) -> tuple[RunConfig, list[str]]:
+    """Replace every 'auto' by a value; with `base` also those that depend on the model. Returns (config, notes)."""
+    config, notes = config.model_copy(deep=True), []
+    model, train, text = config.model, config.train, config.data
+    if model.device == "auto":
+        model.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {model.device}: no CUDA device here", hint="use --device cpu")
+    if train.precision == "auto":
+        train.precision = "bf16" if model.device.startswith("cuda") else "fp32"
+    if text.source == "auto":
+        text.source = data.DEFAULT_HUB_DATASET
+        notes.append(f"data: {text.source}, because general web text is closest to what open models were trained on")
+    config.output.folder = str(output_folder(config))
+    if base is None:
+        return config, notes
+    size = sum(p.numel() for p in base.model.parameters())
+    if train.scope == "auto":
+        train.scope = "full" if size < SMALL_MODEL else "lora"
+        notes.append(f"scope: {train.scope}, for a model of {size / 1e6:,.1f} M parameters")
+    context = getattr(base.model.config, "max_position_embeddings", DEFAULT_SEQ_LEN) or DEFAULT_SEQ_LEN
+    if text.seq_len == 0:
+        text.seq_len = min(DEFAULT_SEQ_LEN, context)
+        notes.append(f"block length: {text.seq_len} tokens")
+    if not 2 <= text.seq_len <= context:
+        raise InputError(f"data.seq_len: {text.seq_len} is not within 2 and the model's context of {context}")
+    return config, notes
+
+
+def load_dtype(config: RunConfig) -> torch.dtype:
+    """bfloat16 only for a frozen base on CUDA: weights that train stay fp32, or small updates round away."""
+    if config.model.dtype != "auto":
+        return runtime.torch_dtype(config.model.dtype)
+    frozen = config.train.scope in ("gates", "lora", "auto")
+    return torch.bfloat16 if config.model.device.startswith("cuda") and frozen else torch.float32
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules that carry gates, in layer order."""
+    found = [m for m in model.modules() if hasattr(m, GATE_ATTRIBUTE)]
+    return sorted(found, key=lambda module: getattr(module, GATE_ATTRIBUTE).layer)
+
+
+def projection_names(model: nn.Module) -> list[str]:
+    """Names of the linear projections inside the attention modules (q, k, v, o; or the fused qkv and o)."""
+    gated = {id(module) for module in attention_modules(model)}
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if id(module) in gated
+        for child, layer in module.named_children()
+        if isinstance(layer, (nn.Linear, Conv1D))
+    ]
+
+
+def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
+    """Freeze all but the scope's parameters and the gates; return (model to train, dense base as a function).
+
+    With scope gates or lora the base is the same model with adapters off and gates open; otherwise a frozen copy.
+    """
+    scope = config.train.scope
+    copied = copy.deepcopy(model).requires_grad_(False).eval() if scope in ("attn", "full") else None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(scope == "full" or GATE_ATTRIBUTE in name)
+    if scope == "attn":
+        for module in attention_modules(model):
+            module.requires_grad_(True)
+    if scope == "lora":
+        model = _add_lora(model, config)
+    for module in model.modules():  # dropout would be noise on the constraint
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+    def reference(ids: Tensor) -> Tensor:
+        target = copied if copied is not None else model
+        adapters_off = model.disable_adapter() if scope == "lora" else nullcontext()
+        with torch.no_grad(), adapters_off, gates_forced_open(target):
+            return target(input_ids=ids, use_cache=False).logits
+
+    return model, reference
+
+
+def _add_lora(model: Any, config: RunConfig) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise AttnPruneError("scope lora needs peft", hint="pip install 'attnprune[lora]'") from None
+    names = projection_names(model)
+    modules = dict(model.named_modules())
+    rank = config.train.lora_rank
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", target_modules=names,
+        fan_in_fan_out=isinstance(modules[names[0]], Conv1D), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    wrapped = get_peft_model(model, lora)
+    for gate in gates_of(wrapped):
+        gate.bias.requires_grad_(True)
+    return wrapped
+
+
+def sparsify(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    on_plan: Callable[[Plan], bool] | None = None,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Sidecar | None:
+    """Post-train a model until its attention is sparse at the base's loss, and write the sidecar.
+
+    Args:
+        config: the run; 'auto' values are resolved here and written back to run.toml.
+        resume: continue the run in `config.output.folder` from its last intact checkpoint.
+        callbacks: transformers callbacks, e.g. a progress display.
+        on_plan: called with the plan before the first step; return False to stop there (dry run).
+        on_note: receives one-line notes.
+
+    Returns:
+        The sidecar, or None when `on_plan` stopped the run. Its result says whether the constraint is met.
+
+    Raises:
+        AttnPruneError: see its subclasses; the last sealed checkpoint stays in place.
+    """
+    config, notes = resolve(config)
+    folder = Path(config.output.folder)
+    if not resume:
+        check_output(folder)
+    existed = folder.exists()
+    base = runtime.load_base(
+        config.model.name, revision=config.model.revision, device=config.model.device, dtype=load_dtype(config)
+    )
+    config, more = resolve(config, base)
+    set_seed(config.train.seed)
+    base_entry = runtime.identity(base)
+    train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
+    attach(base.model, bias=config.gate.bias_init)
+    for gate in gates_of(base.model):
+        gate.temperature = config.gate.temperature
+    model, reference = make_trainable(base.model, config)
+    run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
+    plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
+    if on_plan is not None and not on_plan(plan):
+        return None
+    try:
+        with locked(folder):
+            checkpoint = _start(folder, config, run_facts, resume, on_note)
+            trainer = _train(model, config, train_blocks, held_out, reference, folder, checkpoint, callbacks or [])
+            return _finish(trainer, base_entry, config, held_out, folder)
+    except AttnPruneError as error:
+        _describe_state(error, folder)
+        raise
+    except OSError as error:
+        failure = AttnPruneError(f"{folder}: {error.strerror or error}")
+        _describe_state(failure, folder)
+        raise failure from error
+    finally:
+        if not existed and folder.exists() and not any(f.name != LOCK_FILE for f in folder.iterdir()):
+            shutil.rmtree(folder)
+
+
+def _describe_state(error: AttnPruneError, folder: Path) -> None:
+    """Say which checkpoint the run can continue from."""
+    if error.hint is None and (folder / CHECKPOINTS).is_dir():
+        good, _ = checkpoints.last_good(folder / CHECKPOINTS)
+        if good is not None:
+            error.hint = f"last good checkpoint: {good.name}; continue with: attnprune sparsify --resume {folder}"
+
+
+def _start(
+    folder: Path, config: RunConfig, facts: dict[str, str], resume: bool, on_note: Callable[[str], None]
+) -> Path | None:
+    """Write run.toml of a new run, or find the checkpoint a resumed run continues from."""
+    facts_file = folder / CHECKPOINTS / "data.json"
+    if not resume:
+        (folder / CHECKPOINTS).mkdir(parents=True)
+        checkpoints.write_atomic(folder / RUN_FILE, config.to_toml())
+        checkpoints.write_atomic(facts_file, format.json.dumps(facts, sort_keys=True))
+        return None
+    stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
+    for name, value in facts.items():
+        if stored.get(name) != value:
+            what = {"train": "training data", "held_out": "held-out data", "base": "base model"}[name]
+            raise InputError(f"{folder}: the {what} differs from the run's")
+    good, skipped = checkpoints.last_good(folder / CHECKPOINTS)
+    for damaged in skipped:
+        on_note(f"skipping {damaged.name} (incomplete)")
+    if good is None and skipped:
+        raise AttnPruneError(f"{folder}: no intact checkpoint", hint="start again with another --out")
+    for damaged in skipped:
+        shutil.rmtree(damaged)
+    on_note(f"continuing from {good.name}" if good else "no checkpoint yet: starting at step 0")
+    return good
+
+
+def _train(
+    model: Any,
+    config: RunConfig,
+    train_blocks: Blocks,
+    held_out: Blocks,
+    reference: Reference,
+    folder: Path,
+    checkpoint: Path | None,
+    callbacks: list[TrainerCallback],
+) -> SparsifyTrainer:
+    """Train to the end, or save and raise InterruptedRunError on a signal."""
+    inner = config.model_copy(deep=True)
+    inner.output.folder = str(folder / CHECKPOINTS)
+    stopper = StopOnSignal()
+    trainer = SparsifyTrainer(
+        model, inner, train_blocks, held_out, reference, [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
+    )
+    if checkpoint is not None:
+        trainer.restore_best(checkpoint)
+    set_seed(config.train.seed)
+    with stopper, runtime.quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < config.train.steps:
+            assert stopper.received is not None  # nothing else ends training early
+            raise InterruptedRunError(
+                f"interrupted: saved checkpoint-{trainer.state.global_step}",
+                stopper.received,
+                hint=f"continue with: attnprune sparsify --resume {folder}",
+            )
+        if trainer.dual.best is None or trainer.dual.best["step"] < config.train.steps:
+            trainer.evaluate()
+    return trainer
+
+
+def _finish(
+    trainer: SparsifyTrainer,
+    base_entry: dict[str, Any],
+    config: RunConfig,
+    held_out: Blocks,
+    folder: Path,
+) -> Sidecar:
+    """Put the best state onto a fresh base exactly as `load` will, measure that, and publish it."""
+    trainer.load_best()
+    biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(trainer.model)]
+    weights, adapter_config, entry = changed_weights(trainer.model, config)
+    fresh = runtime.load_base(
+        config.model.name, revision=base_entry["revision"], device=config.model.device, dtype=load_dtype(config)
+    )
+    sparse = copy.deepcopy(fresh.model)
+    runtime.install(sparse, biases, weights, entry)
+    statistics = gate_statistics(sparse, held_out)
+    staging = folder / f".staging-{os.getpid()}"
+    save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
+    report = measure(sparse, held_out, reference=runtime.dense(fresh.model), control=True)
+    probe = held_out.input_ids[0, :64].tolist()
+    probe_report = measure(sparse, runtime.probe_blocks(probe))
+    manifest = {
+        "format": format.FORMAT,
+        "format_version": format.FORMAT_VERSION,
+        "requires": ["gate:threshold"] + ([f"weights:{entry.kind}"] if entry.kind != "none" else []),
+        "created_by": f"attnprune {metadata.version('attnprune')}",
+        "base": {key: value for key, value in base_entry.items() if value is not None},
+        "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
+        "weights": entry.model_dump(exclude_none=True),
+        "files": file_entries(staging),
+        "result": result_entry(report, config, held_out.fingerprint, trainer.state.global_step),
+        "probe": {
+            "input_ids": probe,
+            "loss": probe_report.loss,
+            "open_edges": probe_report.open_edges,
+            "tolerance": PROBE_TOLERANCE,
+        },
+    }
+    sidecar = publish(staging, folder, format.Manifest.model_validate(manifest))
+    if sidecar.manifest.result.feasible:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return sidecar
+
+
+def gate_arrays(biases: list[np.ndarray], statistics: GateStatistics) -> dict[str, np.ndarray]:
+    """The tensors of gates.safetensors."""
+    arrays = {"stats.offset_edges": statistics.offset_edges.numpy()}
+    for layer, bias in enumerate(biases):
+        density = statistics.density[layer].float().numpy()
+        arrays[f"layers.{layer}.gate.bias"] = bias
+        arrays[f"layers.{layer}.gate.closed"] = (density == 0).astype(np.uint8)
+        arrays[f"layers.{layer}.stats.density"] = density
+        arrays[f"layers.{layer}.stats.open_by_offset"] = statistics.open_by_offset[layer].float().numpy()
+        arrays[f"layers.{layer}.stats.sink"] = statistics.sink[layer].float().numpy()
+    return arrays
+
+
+def changed_weights(
+    model: Any, config: RunConfig
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, format.WeightsEntry]:
+    """(tensors, adapter configuration or None, manifest entry) of what training changed besides the gates."""
+    scope = config.train.scope
+    if scope == "gates":
+        return {}, None, format.WeightsEntry(kind="none")
+    if scope == "lora":
+        from peft import get_peft_model_state_dict
+
+        lora = model.peft_config["default"]
+        tensors = {
+            name: t.detach().cpu().contiguous()
+            for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+            if ".lora_" in name
+        }
+        adapter = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None,
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "target_modules": sorted(lora.target_modules),
+            "fan_in_fan_out": lora.fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+        }
+        entry = format.WeightsEntry(kind="lora", rank=lora.r, alpha=float(lora.lora_alpha), tensors=len(tensors))
+        return tensors, adapter, entry
+    state = {n: t for n, t in trainable_state(model).items() if GATE_ATTRIBUTE not in n}
+    return state, None, format.WeightsEntry(kind="delta", tensors=len(state))
+
+
+def result_entry(report: Report, config: RunConfig, data_sha256: str, steps: int) -> dict[str, Any]:
+    """The manifest's `result` of a measured artefact."""
+    constraint = constraint_of(config)
+    assert report.kl is not None
+    assert report.density is not None
+    value = constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
+    left_out = ("heads", "agreement")
+    return {key: v for key, v in asdict(report).items() if key not in left_out} | {
+        "data_sha256": data_sha256,
+        "steps": steps,
+        "seed": config.train.seed,
+        "constraint": constraint.kind,
+        "limit": constraint.limit,
+        "feasible": constraint.feasible(value),
+    }
+
+
+def make_plan(
+    model: Any, reference: Reference, config: RunConfig, train: Blocks, held_out: Blocks, notes: list[str]
+) -> Plan:
+    """Time one real micro-batch (forward, base, backward) and add up what the run will need; leaves no trace."""
+    settings = config.train
+    micro = settings.micro_batch_size or settings.batch_size
+    device = next(model.parameters()).device
+    batch = train.take(torch.arange(min(micro, len(train))))
+    ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    seconds = 0.0
+    for _ in range(2):  # the first pass pays for warm-up
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1]
+            penalty = torch.stack([gate.last.penalty.sum() for gate in gates_of(model) if gate.last is not None]).sum()
+            token_losses(reference(ids), labels)
+        (losses.mean() + 0.0 * penalty).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Plan(
+        config=config,
+        trainable=trainable,
+        total=sum(p.numel() for p in model.parameters()),
+        tokens_per_step=settings.batch_size * train.seq_len,
+        train_tokens=train.input_ids.numel(),
+        eval_tokens=held_out.input_ids.numel(),
+        seconds_per_1000_steps=1000 * seconds * math.ceil(settings.batch_size / micro),
+        memory_bytes=peak + 8 * trainable,
+        notes=notes,
+    )

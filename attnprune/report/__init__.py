@@ -1,0 +1,1 @@
+"""Turning results into what a person reads: rich tables and grids for the terminal, dictionaries for JSON."""

@@ -1,0 +1,101 @@
+"""Which edges stay open on one text, per layer and head, as token pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from attnprune.attention.interface import gates_of
+from attnprune.errors import InputError
+
+MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One open edge: `query` reads from `key` (token positions) with attention weight P_ij."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class TextEdges:
+    """The open edges of a text. `visible` counts all pairs of all heads."""
+
+    tokens: list[str]
+    edges: list[Edge]
+    visible: int
+
+
+@torch.no_grad()
+def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
+    """Run `text` through a sparse model and list its open edges.
+
+    Raises:
+        InputError: no tokens, or more than MAX_TOKENS.
+    """
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise InputError("--text: is empty")
+    if ids.shape[1] > MAX_TOKENS:
+        raise InputError(f"--text: {ids.shape[1]} tokens are more than {MAX_TOKENS}")
+    found: list[tuple[int, Tensor]] = []
+    gates = gates_of(model)
+    for gate in gates:
+        gate.on_chunk = lambda rows, cols, is_open, layer=gate.layer: found.append(
+            (layer, is_open[0].nonzero() + torch.tensor([0, rows.start, cols.start]))
+        )
+    try:
+        attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    finally:
+        for gate in gates:
+            gate.on_chunk = None
+    edges = [
+        Edge(layer, head, query, key, float(attentions[layer][0, head, query, key]))
+        for layer, rows in found
+        for head, query, key in rows.tolist()
+    ]
+    visible = sum(int(gate.last.visible_edges) * len(gate.bias) for gate in gates if gate.last is not None)
+    tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    return TextEdges(tokens, sorted(edges, key=lambda e: (e.layer, e.head, e.query, e.key)), visible)
+
+
+def as_data(found: TextEdges, chosen: list[Edge]) -> dict[str, Any]:
+    """For JSON."""
+    return {"tokens": found.tokens, "visible_edges": found.visible, "edges": [asdict(edge) for edge in chosen]}
+
+
+def render(found: TextEdges, chosen: list[Edge], limit: int) -> list[Any]:
+    """A table: one row per head, its strongest edges as `query ← key`."""
+    by_head: dict[tuple[int, int], list[Edge]] = defaultdict(list)
+    for edge in chosen:
+        by_head[edge.layer, edge.head].append(edge)
+    table = Table(title="open edges, query ← key (weight)", box=None, title_justify="left")
+    for name, justify in (("head", "right"), ("edges", "right"), ("strongest", "left")):
+        table.add_column(name, justify=justify, header_style="dim")  # pyright: ignore[reportArgumentType]
+    for (layer, head), edges in by_head.items():
+        strongest = sorted(edges, key=lambda edge: -edge.weight)[:limit]
+        more = f"  [dim]+{len(edges) - limit}[/]" if len(edges) > limit else ""
+        cells = "  ".join(
+            f"{_token(found, e.query)} ← {_token(found, e.key)} [dim]({e.weight:.2f})[/]" for e in strongest
+        )
+        table.add_row(f"{layer}.{head}", str(len(edges)), cells + more)
+    share = len(found.edges) / found.visible
+    head = f"{len(found.tokens)} tokens, {len(found.edges):,} of {found.visible:,} edges open ({100 * share:.3g} %)"
+    return [head, "", table] if chosen else [head, "none in this selection"]
+
+
+def _token(found: TextEdges, position: int) -> str:
+    text = found.tokens[position]
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"[cyan]{escape(shown.replace(' ', '·'))}[/][dim]{position}[/]"

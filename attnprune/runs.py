@@ -1,0 +1,111 @@
+"""The run folder: its files, its lock, and the checks before anything heavy is imported. No torch.
+
+OUT/run.toml  metrics.jsonl  checkpoints/checkpoint-N/  and, when the run has finished, the sidecar's files
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attnprune import format
+from attnprune.config import RunConfig, build_config, merge, read_toml
+from attnprune.errors import InputError
+
+RUN_FILE = "run.toml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".attnprune.lock"
+DEMO = "demo"
+
+# The bundled model: small, exact, ten tokens of context; the constraint is the loss itself.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "data": {"source": "task", "seq_len": 10},
+    "constraint": {"kind": "loss", "tolerance": 0.015},
+    "train": {"batch_size": 128, "scope": "full", "eval_every": 50},
+}
+
+
+def defaults_for(model: str) -> dict[str, Any]:
+    """Settings that suit this model better than the general defaults."""
+    return DEMO_DEFAULTS if model == DEMO else {}
+
+
+def output_folder(config: RunConfig) -> Path:
+    """Where the run writes: `--out`, or ./MODEL-attnprune."""
+    if config.output.folder:
+        return Path(config.output.folder)
+    name = Path(config.model.name)
+    return Path(f"{name.stem if name.suffix == '.gguf' else name.name}-attnprune")
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that is a file, not writable, or not empty.
+
+    Raises:
+        InputError
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, not a folder")
+    if (folder / CHECKPOINTS).is_dir() and not (folder / format.MANIFEST_FILE).exists():
+        raise InputError(
+            f"{folder}: holds an unfinished run",
+            hint=f"continue it with: attnprune sparsify --resume {folder}, or choose another --out",
+        )
+    if folder.exists() and any(file.name != LOCK_FILE for file in folder.iterdir()):
+        raise InputError(f"{folder}: exists and is not empty", hint="choose another folder with --out")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{folder}: not writable")
+
+
+def load_run_file(file: Path) -> RunConfig:
+    """The resolved configuration a run wrote.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    return build_config(read_toml(file))
+
+
+def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
+    """The configuration of the unfinished run in `folder`; settings given again must agree with it.
+
+    Raises:
+        InputError: no run there, it has finished, or a setting differs.
+    """
+    if (folder / format.MANIFEST_FILE).exists():
+        raise InputError(f"{folder}: this run has finished", hint=f"attnprune inspect {folder}")
+    if not (folder / RUN_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: nothing to resume")
+    stored = merge(read_toml(folder / RUN_FILE), {"output": {"folder": str(folder)}})
+    config = build_config(stored)
+    for section, values in build_config(merge(stored, given)).model_dump().items():
+        for key, value in values.items():
+            before = getattr(getattr(config, section), key)
+            if value != before:
+                raise InputError(f"{section}.{key}: {value!r} differs from the run's {before!r}")
+    return config
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that two runs cannot write to it. The kernel frees the lock of a killed process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise InputError(f"{folder}: in use by process {lock.read().strip() or '?'}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK_FILE).unlink(missing_ok=True)

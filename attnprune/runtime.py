@@ -1,0 +1,407 @@
+"""Loading: a base model by any of its names, a sidecar onto its base, and writing the merged folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from attnprune import checkpoints, format
+from attnprune.attention.interface import attach, check_family, gates_of
+from attnprune.data import Blocks
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, VerificationError
+from attnprune.measure import Reference, measure
+from attnprune.runs import DEMO
+from attnprune.sidecar import Sidecar, base_tensors, check_base, open_sidecar
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class LoadedModel(NamedTuple):
+    """A sparse model ready to run, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as it was loaded: `kind`, `repo_id` and `revision` as in the manifest."""
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+def demo_folder() -> Path:
+    """The bundled addition model."""
+    return Path(str(resources.files("attnprune"))) / "assets" / "demo"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch dtype by its short name ("bfloat16") or its str() form ("torch.bfloat16")."""
+    return _DTYPES[name.removeprefix("torch.")]
+
+
+def load_base(
+    name: str, *, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> BaseModel:
+    """Load a supported base model by Hub id, folder, .gguf file or "demo".
+
+    Raises:
+        InputError: no such model, not a supported family, no safetensors weights, unreadable file.
+        AttnPruneError: the Hub cannot be reached.
+    """
+    path = Path(name)
+    extra: dict[str, Any] = {"revision": revision} if revision else {}
+    if name == DEMO:
+        kind, location = "bundled", str(demo_folder())
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name}: no such file")
+        kind, location = "gguf", str(path.parent)
+        extra = {"gguf_file": path.name}
+    elif path.is_dir():
+        kind, location = "local", name
+        _check_folder(path)
+    elif path.exists():
+        raise InputError(f"{name}: not a model folder or .gguf file")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such folder")
+    else:
+        kind, location = "hub", name
+    tokenizer = _read_tokenizer(name, kind, location, extra)
+    if kind == "gguf":
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, use_safetensors=None if kind == "gguf" else True, **extra
+            )
+    except (OSError, ValueError) as error:
+        raise _explain(name, kind, error) from error
+    if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer)} tokens, more than the model's embeddings")
+    model = model.to(device).eval()
+    commit = getattr(model.config, "_commit_hash", None) if kind == "hub" else None
+    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, commit)
+
+
+def _check_folder(path: Path) -> None:
+    if (path / format.MANIFEST_FILE).exists():
+        raise InputError(f"{path}: this is a sidecar, not a base model", hint=f"attnprune inspect {path}")
+    if not (path / "config.json").exists():
+        raise InputError(f"{path}: no config.json, so not a model folder")
+    if not list(path.glob("*.safetensors")):
+        raise InputError(f"{path}: no safetensors weights")
+
+
+def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
+    """The tokenizer, after the config has passed: a wrong family is refused before any weights are read."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
+            if config.model_type.startswith("attnprune_"):
+                raise UnsupportedModelError(f"{name}: already sparsified")
+            check_family(config)
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise _explain(name, kind, error) from error
+
+
+def _explain(name: str, kind: str, error: Exception) -> AttnPruneError:
+    """One line for transformers' many ways to fail."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {type(e).__name__ for e in chain}
+    text = str(error)
+    if "attnprune_" in text:
+        return UnsupportedModelError(f"{name}: already sparsified")
+    if kind == "gguf":
+        return InputError(
+            f"{name}: cannot read this GGUF file: {text.splitlines()[0] if text else type(error).__name__}"
+        )
+    if kind == "hub":
+        if kinds & {"RepositoryNotFoundError", "GatedRepoError", "HFValidationError"}:
+            return InputError(
+                f"{name}: no such folder, and not found on the Hub (or private)", hint="log in with: hf auth login"
+            )
+        if "RevisionNotFoundError" in kinds:
+            return InputError(f"{name}: no such revision")
+        network = {
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectError",
+            "ConnectionError",
+            "ConnectTimeout",
+        }
+        if kinds & network or "connect" in text.lower() or "offline" in text.lower():
+            return AttnPruneError(
+                f"{name}: not in the cache, and the Hub cannot be reached", hint="give a local folder or .gguf file"
+            )
+    if "trust_remote_code" in text:
+        return InputError(f"{name}: needs custom code, which attnprune does not run")
+    if "safetensors" in text:
+        return InputError(f"{name}: no safetensors weights")
+    return InputError(f"{name}: cannot load this model: {text.splitlines()[0] if text else type(error).__name__}")
+
+
+class quiet:  # noqa: N801
+    """Silence transformers' progress bars and warnings inside the block; errors are raised as ours."""
+
+    def __enter__(self) -> None:
+        self.level = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        transformers_logging.set_verbosity(self.level)
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+
+
+def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
+    """(name, revision) of the base that a sidecar names.
+
+    Raises:
+        InputError: the sidecar was made from a local folder or file, which only its user can name.
+    """
+    base = sidecar.manifest.base
+    if base.kind == "bundled":
+        return DEMO, None
+    if base.kind == "hub" and base.repo_id:
+        return base.repo_id, base.revision
+    what = "a local .gguf file" if base.kind == "gguf" else "a local folder"
+    raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}); name it", hint="use --base MODEL")
+
+
+def load(
+    path: str | Path,
+    base: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    allow_base_mismatch: bool = False,
+) -> LoadedModel:
+    """Load a sparse model: the base, its changed weights and its gates, ready for `generate`.
+
+    Args:
+        path: a sidecar folder, or a merged model folder.
+        base: Hub id, folder or .gguf file of the base model; default: the one the sidecar names.
+        dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in.
+        allow_base_mismatch: accept a base of equal structure with other weights.
+
+    Raises:
+        InputError: damaged sidecar, or a base that is not the one it was made for.
+    """
+    if _is_merged(Path(path)):
+        return _load_merged(str(path), device, dtype)
+    sidecar = open_sidecar(path)
+    name, revision = (base, None) if base is not None else default_base(sidecar)
+    loaded = load_base(name, revision=revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
+    apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
+    model = loaded.model.to(device=device, dtype=dtype) if dtype else loaded.model.to(device)
+    return LoadedModel(model.eval(), loaded.tokenizer)
+
+
+def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:
+    """Change a freshly loaded base model into the sparse one, in place."""
+    check_base(sidecar.manifest, model, allow_base_mismatch)
+    install(model, sidecar.biases(), sidecar.weights(), sidecar.manifest.weights)
+
+
+def install(model: Any, biases: Sequence[np.ndarray], weights: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+    """Merge changed weights into a base model and attach gates with the given biases (one array [heads] per layer)."""
+    if entry.kind == "lora":
+        merge_lora(model, weights, entry)
+    elif entry.kind == "delta":
+        _copy_delta(model, weights)
+    gates = attach(model)
+    if [len(gate.bias) for gate in gates] != [len(bias) for bias in biases]:
+        raise InputError(f"{format.GATES_FILE}: the gates do not fit the model's layers and heads")
+    with torch.no_grad():
+        for gate, bias in zip(gates, biases, strict=True):
+            gate.bias.copy_(torch.from_numpy(bias.copy()))
+
+
+def _copy_delta(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, values in tensors.items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise InputError(f"{format.DELTA_FILE}: {name} {tuple(values.shape)} does not fit the base model")
+    with torch.no_grad():
+        for name, values in tensors.items():
+            parameters[name].copy_(values)
+
+
+def merge_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+    """Add `alpha / rank * B A` to the base weights, computed in fp32 and cast last.
+
+    Names follow PEFT: `base_model.model.MODULE.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank].
+
+    Raises:
+        InputError: A without B, a rank that differs from the manifest, or a target that does not fit.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    prefix = "base_model.model."
+    targets = sorted({n.removeprefix(prefix).rsplit(".lora_", 1)[0] for n in tensors})
+    expected = {f"{prefix}{target}.lora_{side}.weight" for target in targets for side in "AB"}
+    if expected != set(tensors):
+        raise InputError(f"{format.ADAPTER_FILE}: {sorted(expected ^ set(tensors))[0]} has no partner")
+    if entry.rank is None or entry.alpha is None:
+        raise InputError(f"{format.MANIFEST_FILE}: weights: lora needs rank and alpha")
+    for target in targets:
+        module = modules.get(target)
+        a = tensors[f"{prefix}{target}.lora_A.weight"].float()
+        b = tensors[f"{prefix}{target}.lora_B.weight"].float()
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, Conv1D)) or weight is None:
+            raise InputError(f"{format.ADAPTER_FILE}: target {target} is not allowed")
+        update = entry.alpha / entry.rank * (b @ a)
+        update = update.T if isinstance(module, Conv1D) else update
+        if a.shape[0] != entry.rank or update.shape != weight.shape:
+            raise InputError(f"{format.ADAPTER_FILE}: {target}: shape or rank does not fit the base model")
+        with torch.no_grad():
+            weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+
+
+def verify_probe(model: Any, manifest: format.Manifest) -> None:
+    """Run the stored probe; catches a wrong kernel, another dtype and silently dense attention.
+
+    Raises:
+        VerificationError: loss or open-edge count differ.
+    """
+    probe = manifest.probe
+    report = measure(model, probe_blocks(probe.input_ids))
+    if report.open_edges != probe.open_edges or abs(report.loss - probe.loss) > probe.tolerance:
+        raise VerificationError(
+            f"probe: loss {report.loss:.6f} with {report.open_edges} open edges, "
+            f"the sidecar says {probe.loss:.6f} with {probe.open_edges}"
+        )
+
+
+def probe_blocks(input_ids: list[int]) -> Blocks:
+    """The stored probe as one block."""
+    ids = torch.tensor([input_ids])
+    return Blocks(ids, ids.clone(), "probe")
+
+
+def dense(model: Any) -> Reference:
+    """A base model without gates as a function from token ids to logits."""
+
+    def reference(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return reference
+
+
+def _is_merged(path: Path) -> bool:
+    config = path / "config.json"
+    return config.is_file() and b'"attnprune_' in config.read_bytes()
+
+
+def _load_merged(path: str, device: str, dtype: torch.dtype | None) -> LoadedModel:
+    from attnprune import modeling_attnprune
+
+    config_file = format.parse_json(format.read_regular(Path(path), "config.json"), f"{path}/config.json")
+    if "attnprune" not in config_file:
+        raise InputError(f"{path}: no attnprune block in config.json")
+    family = str(config_file["model_type"]).removeprefix("attnprune_")
+    config_class, model_class = modeling_attnprune.classes_for(family)
+    with quiet():
+        config = config_class.from_pretrained(path)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config)
+    return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path) -> None:
+    """Write an ordinary HF folder that holds the sparse model, its gates and the code to run it.
+
+    It loads with `trust_remote_code=True` without attnprune, and with `attnprune.load(folder)`; plain transformers
+    refuses its model type instead of running it dense.
+
+    Raises:
+        InputError: the folder exists and is not empty.
+    """
+    from attnprune import modeling_attnprune
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty")
+    config_class, model_class = modeling_attnprune.classes_for(model.config.model_type)
+    values = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    config = config_class(**values)
+    config.attnprune = {
+        "format_version": sidecar.manifest.format_version,
+        "base": sidecar.manifest.base.model_dump(exclude_none=True),
+        "result": sidecar.manifest.result.model_dump(exclude_none=True),
+        "probe": sidecar.manifest.probe.model_dump(exclude_none=True),
+    }
+    with torch.device("meta"):
+        merged = model_class(config)
+    merged.load_state_dict(model.state_dict(), assign=True)
+    merged.tie_weights()
+    if model.generation_config is not None:
+        merged.generation_config = model.generation_config
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with quiet():
+            merged.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        config_file = staging / "config.json"
+        values = format.parse_json(config_file.read_bytes(), "config.json")
+        module = "modeling_attnprune"
+        values["auto_map"] = {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+        }
+        config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copyfile(str(modeling_attnprune.__file__), staging / f"{module}.py")
+        for file in staging.iterdir():
+            checkpoints.fsync(file)
+        if folder.exists():
+            folder.rmdir()
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def identity(base: BaseModel) -> dict[str, Any]:
+    """The manifest's `base` entry of a loaded base model; call it before any weight changes."""
+    from attnprune.sidecar import content_fingerprint, structure_fingerprint
+
+    if gates_of(base.model):
+        raise UnsupportedModelError("the base model already has gates")
+    tensors = base_tensors(base.model)
+    return {
+        "kind": base.kind,
+        "repo_id": base.repo_id,
+        "revision": base.revision,
+        "model_type": base.model.config.model_type,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "structure": structure_fingerprint(tensors),
+        "content": content_fingerprint(tensors),
+    }

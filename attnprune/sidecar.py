@@ -1,0 +1,175 @@
+"""Sidecar folders: write atomically, open with numpy alone, check against a base model. Never imports transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnprune import checkpoints, format
+from attnprune.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """An opened sidecar. `manifest` and `gates` are checked; the weights are read and checked on first use."""
+
+    path: Path
+    manifest: format.Manifest
+
+    @cached_property
+    def gates(self) -> dict[str, np.ndarray]:
+        """Tensors of gates.safetensors (see formats/attnprune-v1.md)."""
+        arrays = format.read_arrays(self._read(format.GATES_FILE), format.GATES_FILE)
+        format.check_gates(arrays, self.manifest)
+        return arrays
+
+    @property
+    def density(self) -> list[np.ndarray]:
+        """Open share of each head on calibration text, one array [heads] per layer."""
+        return [self.gates[f"layers.{i}.stats.density"] for i in range(len(self.manifest.gate.heads))]
+
+    def biases(self) -> list[np.ndarray]:
+        """Gate bias of each head, one array [heads] per layer."""
+        return [self.gates[f"layers.{i}.gate.bias"] for i in range(len(self.manifest.gate.heads))]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the delta or of the adapter (empty for kind none).
+
+        Raises:
+            InputError: damaged file or a non-finite value.
+        """
+        from safetensors.torch import load
+
+        kind = self.manifest.weights.kind
+        if kind == "none":
+            return {}
+        name = format.DELTA_FILE if kind == "delta" else format.ADAPTER_FILE
+        raw = self._read(name)
+        format.parse_safetensors(raw, name)
+        tensors = load(raw)
+        for tensor, values in tensors.items():
+            if not values.isfinite().all():
+                raise InputError(f"{name}: non-finite value in {tensor}")
+        return tensors
+
+    def _read(self, name: str) -> bytes:
+        """A listed file, its size and hash checked on the bytes that are used."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise InputError(f"{self.path / name}: not listed in {format.MANIFEST_FILE}")
+        raw = format.read_regular(self.path, name)
+        if len(raw) != entry.size or hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise InputError(f"{self.path / name}: is damaged (size or sha256 differs from the manifest)")
+        return raw
+
+
+def open_sidecar(path: str | Path) -> Sidecar:
+    """Open and check the manifest of a local sidecar folder.
+
+    Raises:
+        InputError: no such folder, no manifest, or a manifest that does not pass.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if not folder.is_dir():
+        raise InputError(f"{path}: not a sidecar folder")
+    if not (folder / format.MANIFEST_FILE).exists():
+        hint = None
+        if (folder / "checkpoints").is_dir():
+            hint = f"this run has not finished: attnprune sparsify --resume {path}"
+        raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
+    raw = format.read_regular(folder, format.MANIFEST_FILE, format.MAX_JSON_BYTES)
+    return Sidecar(folder, format.parse_manifest(raw, str(folder / format.MANIFEST_FILE)))
+
+
+def save_files(
+    staging: Path, gates: Mapping[str, np.ndarray], weights: Mapping[str, Tensor], adapter_config: dict[str, Any] | None
+) -> None:
+    """Write the tensor files of a sidecar into `staging` (without the manifest, which is written last)."""
+    import safetensors.numpy
+    import safetensors.torch
+
+    staging.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(dict(gates), staging / format.GATES_FILE)
+    if adapter_config is not None:
+        (staging / "adapter").mkdir(exist_ok=True)
+        text = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
+        (staging / format.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+    if weights:
+        name = format.DELTA_FILE if adapter_config is None else format.ADAPTER_FILE
+        safetensors.torch.save_file(dict(weights), staging / name)
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Manifest entries (size, sha256) of all tensor and adapter files present in `folder`."""
+    names = (format.GATES_FILE, format.DELTA_FILE, format.ADAPTER_CONFIG_FILE, format.ADAPTER_FILE)
+    present = [name for name in names if (folder / name).exists()]
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": checkpoints.sha256_of(folder / name)}
+        for name in present
+    }
+
+
+def publish(staging: Path, folder: Path, manifest: format.Manifest) -> Sidecar:
+    """Move the staged files into `folder` and write the manifest last: it is what makes the folder a sidecar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in manifest.files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        checkpoints.fsync(staging / name)
+        os.replace(staging / name, folder / name)
+    checkpoints.write_atomic(folder / format.MANIFEST_FILE, manifest.to_json())
+    shutil.rmtree(staging, ignore_errors=True)
+    return open_sidecar(folder)
+
+
+def structure_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the sorted (name, dtype, shape) list of a model's tensors."""
+    lines = sorted(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over up to 256 evenly strided values of every tensor, as little-endian fp32."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        digest.update(name.encode() + b"\0" + sample.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that identify a base model: by name, tied ones once, gates left out."""
+    return {name: p for name, p in model.named_parameters() if "attnprune_gate" not in name}
+
+
+def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool = False) -> None:
+    """Refuse a base model that is not the one the sidecar was made for.
+
+    Raises:
+        InputError: other structure; or other content, unless `allow_mismatch`.
+    """
+    tensors = base_tensors(model)
+    base = manifest.base
+    name = base.repo_id or f"a {base.model_type} model"
+    if structure_fingerprint(tensors) != base.structure:
+        layers, heads = len(manifest.gate.heads), manifest.gate.heads[0]
+        raise InputError(f"wrong base model: the sidecar was made for {name} ({layers} layers, {heads} heads)")
+    if content_fingerprint(tensors) != base.content and not allow_mismatch:
+        raise InputError(
+            f"wrong base model: same structure as {name}, but not the weights the sidecar was made for",
+            hint="--allow-base-mismatch loads it all the same",
+        )

@@ -1,0 +1,357 @@
+"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from attnprune import checkpoints
+from attnprune.attention.interface import Gate, gates_of
+from attnprune.config import RunConfig
+from attnprune.constraint import Constraint, Multiplier, lagrangian
+from attnprune.data import Blocks
+from attnprune.errors import AttnPruneError
+from attnprune.gates import mix_seed
+from attnprune.measure import Reference, Report, kl_divergence, measure, token_losses
+
+BEST_FILE = "best.safetensors"
+
+
+class DualState(TrainerCallback, ExportableState):
+    """The multiplier and the best checkpoint so far; saved in `trainer_state.json` and restored on resume.
+
+    The multiplier moves in `on_step_end`, after the optimiser step, so that gradient accumulation and a save at a step
+    boundary see one update per step. Restoring replaces this object: look it up, never keep a reference.
+    """
+
+    def __init__(self, multiplier: dict[str, Any], best: dict[str, Any] | None = None):
+        self.multiplier = Multiplier(**multiplier)
+        self.best = best
+        self.observed: list[dict[str, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"multiplier": self.multiplier.state(), "best": self.best}, "attributes": {}}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        violation = sum(o["violation"] for o in self.observed) / len(self.observed)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            shared = torch.tensor(violation, device=args.device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.AVG)
+            violation = shared.item()
+        self.multiplier.step(violation)
+        self.observed = []
+
+
+class Seal(TrainerCallback):
+    """Seals each checkpoint after it was written, then deletes the ones before the last two."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            checkpoints.seal(Path(str(args.output_dir)) / f"{checkpoints.PREFIX}{state.global_step}")
+            checkpoints.rotate(Path(str(args.output_dir)), keep=2)
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops the run before a non-finite gradient reaches the weights."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(grads).isfinite():
+            raise AttnPruneError(f"training: non-finite gradient at step {state.global_step + 1}")
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM finish the current step, save and stop; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log and evaluation as one JSON line to metrics.jsonl; a resumed run first drops later lines."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.file.exists():
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            checkpoints.write_atomic(self.file, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and ("multiplier" in logs or "eval_density" in logs):
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of everything that trains, by parameter name (tied parameters once)."""
+    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+class SparsifyTrainer(Trainer):
+    """Minimises edges under the loss constraint (or the loss under a density constraint).
+
+    Args:
+        config: the resolved run.
+        reference: token ids -> logits of the unchanged base model, without gradient.
+        callbacks: progress displays and the like.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        train: Blocks,
+        held_out: Blocks,
+        reference: Reference,
+        callbacks: list[TrainerCallback],
+    ):
+        self.config = config
+        self.constraint = constraint_of(config)
+        self.reference = reference
+        self.best_state: dict[str, Tensor] = {}
+        c = config.constraint
+        multiplier = Multiplier(
+            value=c.initial, update=c.update, rate=c.rate, gain=c.gain, smoothing=c.smoothing,
+            minimum=c.minimum, maximum=c.maximum,
+        )  # fmt: skip
+        dual = DualState(multiplier.state())
+        super().__init__(
+            model=model,
+            args=_training_arguments(config),
+            train_dataset=train,
+            eval_dataset=held_out,
+            callbacks=[dual, FiniteGradients(), *callbacks, Seal()],
+        )
+        self.remove_callback(PrinterCallback)  # it prints every log to stdout
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+
+    @property
+    def dual(self) -> DualState:
+        """The current DualState (a resume replaces the object)."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, DualState))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with three groups: matrices (decayed), vectors, and gate biases with their own learning rate."""
+        if self.optimizer is None:
+            train = self.config.train
+            gate_ids = {id(gate.bias) for gate in gates_of(self.model)}
+            weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in gate_ids]
+            groups = [
+                {"params": [p for p in weights if p.ndim > 1], "weight_decay": train.weight_decay},
+                {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+                {
+                    "params": [gate.bias for gate in gates_of(self.model)],
+                    "weight_decay": 0.0,
+                    "lr": train.gate_learning_rate,
+                },
+            ]
+            self.optimizer = _optimizer_class(train.optimizer)(
+                [group for group in groups if group["params"]], lr=train.learning_rate
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The Lagrangian of one micro-batch; what it observed moves the multiplier at the end of the step."""
+        dual, gates = self.dual, gates_of(model)
+        if self.config.gate.estimator == "gumbel":
+            seed = mix_seed(
+                self.config.train.seed, self.state.global_step, len(dual.observed), self.accelerator.process_index
+            )
+            for gate in gates:
+                gate.noise_seed = seed
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        logits = model(input_ids=ids, use_cache=False).logits
+        log_p, losses = token_losses(logits, labels)
+        penalty, density = _edges(gates)
+        with torch.no_grad():
+            base_log_p, base_losses = token_losses(self.reference(ids), labels)
+        loss, base_loss = losses.mean(), base_losses.mean()
+        kind = self.constraint.kind
+        gap = kl_divergence(base_log_p, log_p).mean() if kind == "kl" else loss - base_loss
+        if kind == "density":
+            total = lagrangian(gap, penalty, dual.multiplier.value)
+            value = float(density)
+        else:
+            # In the final phase only the loss counts, so that the run ends inside the feasible set.
+            total = gap if self._in_final_phase() else lagrangian(penalty, gap, dual.multiplier.value)
+            value = gap.item()
+        observed = {
+            "train_loss": loss.item(),
+            "base_loss": base_loss.item(),
+            "gap": gap.item(),
+            "penalty": penalty.item(),
+            "density": float(density),
+            "violation": self.constraint.violation(value),
+        }
+        for term, number in observed.items():
+            if not torch.isfinite(torch.tensor(number)):
+                raise AttnPruneError(f"training: non-finite {term} at step {self.state.global_step + 1}")
+        dual.observed.append(observed)
+        self._latest = {**observed, "multiplier": dual.multiplier.value, "tokens": ids.numel()}
+        return (total, None) if return_outputs else total
+
+    def _in_final_phase(self) -> bool:
+        train = self.config.train
+        return self.state.global_step >= train.steps - int(train.steps * train.final_fraction)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the constraint's numbers of the last micro-batch to each training log."""
+        if "loss" in logs:
+            logs["lagrangian"] = logs.pop("loss")
+            logs.update(self._latest)
+            logs.pop("tokens")
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Measure on held-out text and remember the state if it is the best one so far."""
+        held_out: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        was_training = self.model.training
+        self.model.eval()
+        report = measure(
+            self.model, held_out, reference=self.reference, batch_size=self.args.per_device_train_batch_size
+        )
+        self.model.train(was_training)
+        self._keep_if_best(report)
+        metrics = {
+            f"{metric_key_prefix}_{key}": value
+            for key, value in asdict(report).items()
+            if key not in ("heads", "data", "control_loss") and value is not None
+        }
+        metrics[f"{metric_key_prefix}_feasible"] = self._feasible(report)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains (not the frozen base) and the best state so far."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trainable_state(self.model), folder / "model.safetensors")
+        if self.best_state:
+            save_file(self.best_state, folder / BEST_FILE)
+
+    def restore_best(self, checkpoint: Path) -> None:
+        """Read the best state back from a checkpoint (before `train(resume_from_checkpoint=...)`)."""
+        if (checkpoint / BEST_FILE).exists():
+            self.best_state = load_file(checkpoint / BEST_FILE)
+
+    def load_best(self) -> None:
+        """Put the best state into the model."""
+        self.model.load_state_dict(self.best_state, strict=False)
+
+    def _constrained_value(self, report: Report) -> float:
+        assert report.kl is not None
+        assert report.density is not None
+        return self.constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
+
+    def _feasible(self, report: Report) -> bool:
+        return self.constraint.feasible(self._constrained_value(report))
+
+    def _keep_if_best(self, report: Report) -> None:
+        """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
+        value, feasible = self._constrained_value(report), self._feasible(report)
+        goal = report.loss if self.constraint.kind == "density" else report.density
+        rank = [0.0, goal] if feasible else [1.0, value]
+        best = self.dual.best
+        if best is None or rank < best["rank"]:
+            numbers = {k: v for k, v in asdict(report).items() if k != "heads"}
+            self.dual.best = {"rank": rank, "step": self.state.global_step, "feasible": feasible, **numbers}
+            self.best_state = trainable_state(self.model)
+
+
+def constraint_of(config: RunConfig) -> Constraint:
+    """The constraint of a run."""
+    c = config.constraint
+    return Constraint(c.kind, c.target_density if c.kind == "density" else c.tolerance)
+
+
+def _edges(gates: list[Gate]) -> tuple[Tensor, Tensor]:
+    """(smooth, hard) share of open edges of the last forward, over all heads of all layers."""
+    counts = [gate.last for gate in gates if gate.last is not None]
+    visible = torch.stack([c.visible_edges * len(c.penalty) for c in counts]).sum()
+    penalty = torch.stack([c.penalty.sum() for c in counts]).sum() / visible
+    density = torch.stack([c.open_edges.sum() for c in counts]).sum() / visible
+    if not penalty.requires_grad:  # reentrant activation checkpointing would train without any pressure on the gates
+        raise AttnPruneError("training: the edge penalty has no gradient; use non-reentrant activation checkpointing")
+    return penalty, density
+
+
+def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit  # pyright: ignore[reportReturnType]
+    return torch.optim.AdamW
+
+
+def _training_arguments(config: RunConfig) -> TrainingArguments:
+    train = config.train
+    micro = train.micro_batch_size or train.batch_size
+    on_cpu = config.model.device == "cpu"
+    return TrainingArguments(
+        output_dir=config.output.folder,
+        max_steps=train.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=max(1, train.batch_size // micro),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(train.steps * train.decay_fraction), "min_lr_ratio": 0.1},
+        warmup_steps=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=train.eval_every,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=None,  # Seal rotates, after the new checkpoint is sealed
+        restore_callback_states_from_checkpoint=True,
+        seed=train.seed,
+        data_seed=train.seed,
+        use_cpu=on_cpu,
+        bf16=train.precision == "bf16",
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to="none",
+    )

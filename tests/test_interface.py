@@ -1,0 +1,599 @@
+"""attach/detach on a small Llama: guards, dtypes, padding, caches, checkpointing, and an independent edge count."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from attnprune.attention import interface
+from attnprune.attention.interface import attach, detach, gates_forced_open, gates_of
+from attnprune.data import Blocks
+from attnprune.errors import SelfCheckError, UnsupportedModelError
+from attnprune.measure import measure
+
+BIAS = torch.linspace(-0.7, 0.9, 12).view(3, 4)
+
+
+@pytest.fixture
+def attached(tiny_llama):
+    """Factory of (model, gates) with another bias for every head."""
+
+    def make(**options):
+        model = tiny_llama(**options)
+        return model, attach(model, BIAS)
+
+    return make
+
+
+def logits_of(model, ids, **options):
+    with torch.no_grad():
+        return model(input_ids=ids, **{"use_cache": False} | options).logits
+
+
+def counts(gates):
+    """(open edges, visible edges of one head), summed over layers."""
+    return sum(int(g.last.open_edges.sum()) for g in gates), sum(int(g.last.visible_edges) for g in gates)
+
+
+def snapshot(model):
+    names = [name for name, _ in model.named_modules()]
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    return names, hooks, sorted(model.state_dict()), model.config._attn_implementation, model.training
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_detach_restores_the_model_bit_for_bit(tiny_llama, tokens, implementation):
+    model, ids = tiny_llama(), tokens(2, 11)
+    model.set_attn_implementation(implementation)
+    model.train()
+    before, state = logits_of(model, ids), snapshot(model)
+    attach(model, 0.1)
+    assert len(gates_of(model)) == 3
+    assert model.training
+    assert not torch.allclose(logits_of(model, ids), before)
+    detach(model)
+    assert snapshot(model) == state
+    assert torch.equal(logits_of(model, ids), before)
+
+
+def test_attach_works_again_after_detach(attached, tokens):
+    model, _ = attached()
+    ids = tokens(1, 9)
+    first = logits_of(model, ids)
+    detach(model)
+    attach(model, BIAS)
+    assert torch.equal(logits_of(model, ids), first)
+
+
+def test_attach_sets_one_bias_per_layer_and_head(attached):
+    _, gates = attached()
+    assert [gate.layer for gate in gates] == [0, 1, 2]
+    assert torch.equal(torch.stack([gate.bias.detach() for gate in gates]), BIAS)
+    assert all(gate.bias.dtype == torch.float32 and gate.bias.requires_grad for gate in gates)
+
+
+def test_attach_does_not_draw_random_numbers_or_leave_gradients(tiny_llama):
+    model, state = tiny_llama(), torch.get_rng_state()
+    attach(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attaching_twice_is_refused(attached, tokens):
+    model, gates = attached()
+    ids = tokens(1, 7)
+    before = logits_of(model, ids)
+    with pytest.raises(UnsupportedModelError, match="already has gates"):
+        attach(model)
+    assert gates_of(model) == gates
+    assert torch.equal(logits_of(model, ids), before)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(3, 5), torch.zeros(2, 4)])
+def test_bias_of_a_wrong_shape_is_refused_and_leaves_the_model_unchanged(tiny_llama, bias):
+    model = tiny_llama()
+    state = snapshot(model)
+    with pytest.raises((ValueError, IndexError, RuntimeError, UnsupportedModelError)):
+        attach(model, bias)
+    assert snapshot(model) == state
+
+
+def test_switching_the_implementation_raises_at_the_next_forward(attached, tokens):
+    model, _ = attached()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="switched to 'sdpa'"):
+        model(tokens(1, 5))
+    model.set_attn_implementation("attnprune")
+    logits_of(model, tokens(1, 5))
+
+
+def test_writing_the_implementation_into_the_config_raises_at_the_next_forward(attached, tokens):
+    model, _ = attached()
+    model.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="switched to 'eager'"):
+        model(tokens(1, 5))
+    detach(model)
+    logits_of(model, tokens(1, 5))
+
+
+def test_the_name_without_gates_is_refused(tiny_llama, tokens):
+    model = tiny_llama(attn_implementation="attnprune")
+    with pytest.raises(UnsupportedModelError, match="without gates"):
+        model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "to_bfloat16", "to_float16"])
+def test_gate_bias_stays_fp32_when_the_model_is_cast(attached, tokens, cast):
+    model, gates = attached()
+    exact = [gate.bias.detach().clone() for gate in gates]
+    method, _, dtype = cast.rpartition("_")
+    model = model.to(getattr(torch, dtype)) if method else getattr(model, cast)()
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype in (torch.bfloat16, torch.float16)
+    assert all(gate.bias.dtype == torch.float32 for gate in gates)
+    assert all(torch.equal(gate.bias, before) for gate, before in zip(gates, exact, strict=True))
+    assert any(not torch.equal(before, before.to(model.dtype).float()) for before in exact)
+    assert logits_of(model, tokens(2, 9)).isfinite().all()
+
+
+def test_model_dtype_is_that_of_the_weights_when_gates_are_fp32(attached):
+    model, _ = attached()
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_attach_to_a_cast_model(tiny_llama, tokens, dtype):
+    model = tiny_llama().to(dtype)
+    gates = attach(model, BIAS)
+    assert logits_of(model, tokens(2, 9)).dtype == dtype
+    assert all(gate.bias.dtype == torch.float32 for gate in gates)
+
+
+@pytest.mark.parametrize("after", ["nothing", "inference", "training"])
+def test_deepcopy(attached, tokens, after):
+    model, gates = attached()
+    ids = tokens(2, 9)
+    if after == "inference":
+        logits_of(model, ids)
+    if after == "training":
+        model(ids, labels=ids).loss.backward()
+    twin = copy.deepcopy(model)
+    expected = logits_of(model, ids)
+    assert torch.equal(logits_of(twin, ids), expected)
+    with torch.no_grad():
+        gates[0].bias.fill_(-40)
+    assert torch.equal(logits_of(twin, ids), expected)
+    twin.config._attn_implementation = "sdpa"
+    with pytest.raises(RuntimeError, match="switched"):
+        twin(ids)
+    detach(twin)
+    assert not gates_of(twin)
+    assert len(gates_of(model)) == 3
+    logits_of(twin, ids)
+    assert not torch.equal(logits_of(model, ids), expected)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Start recording the calls of the gated attention: a growing list of (query, key, bias, visible, scaling)."""
+
+    def start():
+        recorded, real = [], interface.gated_attention
+
+        def recording(query, key, value, bias, visible, **options):
+            shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+            recorded.append((query, key, bias, visible.expand(shape), options["scaling"]))
+            return real(query, key, value, bias, visible, **options)
+
+        monkeypatch.setattr(interface, "gated_attention", recording)
+        return recorded
+
+    return start
+
+
+def scores_of(call):
+    """Scores [B, H, Q, K] of a recorded call in numpy fp64."""
+    query, key, _, _, scaling = call
+    query, key = query.detach().double().numpy(), key.detach().double().numpy()
+    return scaling * np.einsum("bhid,bhjd->bhij", query, np.repeat(key, query.shape[1] // key.shape[1], axis=1))
+
+
+def count_by_definition(call):
+    """(open gates [B, H, Q, K], visible pairs [B, Q, K]); a pair is visible if both of its tokens are real."""
+    _, _, bias, visible, _ = call
+    visible = visible[:, 0].numpy()
+    real = np.einsum("bii->bi", visible)
+    visible = visible & real[:, :, None] & real[:, None, :]
+    logits = scores_of(call) + bias.detach().double().numpy()[None, :, None, None]
+    return (logits > 0) & visible[:, None], visible
+
+
+def test_measured_density_equals_the_definition(attached, tokens, record):
+    model, gates = attached()
+    calls = record()
+    ids = tokens(5, 24)
+    report = measure(model, Blocks(ids, ids.clone(), "random"), batch_size=2)
+    assert len(calls) == 3 * 3
+    open_edges = sum(int(count_by_definition(call)[0].sum()) for call in calls)
+    visible_edges = sum(4 * int(count_by_definition(call)[1].sum()) for call in calls)
+    assert report.open_edges == open_edges
+    assert report.visible_edges == visible_edges == 5 * 3 * 4 * 24 * 25 // 2
+    assert report.density == pytest.approx(open_edges / visible_edges, rel=1e-12)
+    assert report.edges_per_query == pytest.approx(open_edges / (5 * 24 * 3 * 4), rel=1e-12)
+    assert 0.2 < report.density < 0.9
+    for layer, gate in enumerate(gates):
+        by_head = sum(count_by_definition(call)[0].sum((0, 2, 3)) for call in calls[layer::3])
+        assert report.heads[layer] == pytest.approx((by_head / (5 * 24 * 25 // 2)).tolist(), rel=1e-6)
+        assert torch.equal(gate.bias, calls[layer][2])
+
+
+def test_density_in_training_with_noise_counts_the_run_time_rule(attached, tokens, record):
+    model, gates = attached()
+    calls = record()
+    model.train()
+    ids = tokens(2, 12)
+    for gate in gates:
+        gate.noise_seed = 3
+    noisy = model(ids, use_cache=False).logits
+    for call, gate in zip(calls, gates, strict=True):
+        assert gate.last.open_edges.tolist() == count_by_definition(call)[0].sum((0, 2, 3)).tolist()
+    for gate in gates:
+        gate.noise_seed = 4
+    assert not torch.allclose(model(ids, use_cache=False).logits, noisy)
+
+
+def test_noise_is_drawn_only_in_training_and_differs_by_layer(attached, tokens):
+    model, gates = attached()
+    ids = tokens(2, 12)
+    quiet = logits_of(model, ids)
+    for gate in gates:
+        gate.noise_seed = 3
+    assert torch.equal(logits_of(model, ids), quiet)
+    model.train()
+    noisy = logits_of(model, ids)
+    assert torch.equal(logits_of(model, ids), noisy)
+    assert not torch.allclose(noisy, quiet)
+    gates[0].layer = 17
+    assert not torch.allclose(logits_of(model, ids), noisy)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_counts_equal_the_definition_under_padding(attached, tokens, record, side):
+    model, gates = attached()
+    calls = record()
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    if side != "none":
+        mask[1, :5] = 0
+        mask = mask if side == "left" else mask.flip(1)
+    logits_of(model, ids, attention_mask=mask)
+    real = mask.sum(1)
+    for call, gate in zip(calls, gates, strict=True):
+        is_open, visible = count_by_definition(call)
+        assert gate.last.open_edges.tolist() == is_open.sum((0, 2, 3)).tolist()
+        assert gate.last.visible_edges.item() == visible.sum() == (real * (real + 1) // 2).sum()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_single_rows(attached, tokens, side):
+    model, gates = attached()
+    lengths, width = [12, 7, 1], 12
+    rows = [tokens(1, length) for length in lengths]
+    batch, mask = torch.zeros(3, width, dtype=torch.int64), torch.zeros(3, width, dtype=torch.int64)
+    spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in lengths]
+    for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        batch[i, span], mask[i, span] = row[0], 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = logits_of(model, batch, attention_mask=mask, position_ids=positions)
+    batched, visible = [gate.last.open_edges for gate in gates], [gate.last.visible_edges for gate in gates]
+    alone_open, alone_visible = [torch.zeros(4, dtype=torch.int64) for _ in gates], [0, 0, 0]
+    for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        torch.testing.assert_close(together[i : i + 1, span], logits_of(model, row), rtol=0, atol=1e-5)
+        for layer, gate in enumerate(gates):
+            alone_open[layer] += gate.last.open_edges
+            alone_visible[layer] += int(gate.last.visible_edges)
+    assert all(torch.equal(a, b) for a, b in zip(batched, alone_open, strict=True))
+    assert [int(v) for v in visible] == alone_visible
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_penalty_of_a_padded_batch_is_the_sum_of_its_rows(attached, tokens, side):
+    model, gates = attached()
+    long, short = tokens(1, 10), tokens(1, 6)
+    padding = torch.zeros(1, 4, dtype=torch.int64)
+    padded = torch.cat([padding, short] if side == "left" else [short, padding], 1)
+    mask = torch.cat([torch.ones_like(long), (padded > 0).long()])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(torch.cat([long, padded]), attention_mask=mask, position_ids=positions, use_cache=False)
+    together = [gate.last.penalty for gate in gates]
+    model(long, use_cache=False)
+    alone = [gate.last.penalty for gate in gates]
+    model(short, use_cache=False)
+    for whole, first, gate in zip(together, alone, gates, strict=True):
+        torch.testing.assert_close(whole, first + gate.last.penalty, rtol=1e-5, atol=0)
+
+
+def test_counts_with_a_cache_add_up_to_the_uncached_ones(attached, tokens):
+    model, gates = attached()
+    ids = tokens(2, 9)
+    logits_of(model, ids)
+    whole = counts(gates)
+    with torch.no_grad():
+        out, total = model(ids[:, :6], use_cache=True), counts(gates)
+        for i in range(6, 9):
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            total = tuple(a + b for a, b in zip(total, counts(gates), strict=True))
+    assert total == whole
+
+
+def test_returned_pattern_is_the_gated_one(attached, tokens, record):
+    model, gates = attached()
+    calls = record()
+    ids = tokens(2, 11)
+    model.eval()
+    with torch.no_grad():
+        out = model(ids, use_cache=False, output_attentions=True)
+    assert torch.equal(out.logits, logits_of(model, ids))
+    assert len(out.attentions) == 3
+    for pattern, gate, call in zip(out.attentions, gates, calls, strict=False):
+        assert (pattern != 0).sum((0, 2, 3)).tolist() == gate.last.open_edges.tolist()
+        is_open, visible = count_by_definition(call)
+        exponents = np.exp(scores_of(call)) * visible[:, None]
+        expected = exponents / exponents.sum(-1, keepdims=True) * is_open
+        np.testing.assert_allclose(pattern.numpy(), expected, rtol=0, atol=1e-6)
+    assert logits_of(model, ids) is not None
+    with torch.no_grad():
+        assert model(ids, use_cache=False).attentions is None
+
+
+def test_last_counts_are_of_the_last_forward(attached, tokens):
+    model, gates = attached()
+    logits_of(model, tokens(1, 30))
+    logits_of(model, tokens(1, 4))
+    assert [int(gate.last.visible_edges) for gate in gates] == [10] * 3
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_future_tokens_do_not_change_past_logits(attached, tokens, noisy):
+    model, gates = attached()
+    model.train(noisy)
+    for gate in gates:
+        gate.noise_seed = 5
+    ids = tokens(2, 14)
+    changed = ids.clone()
+    changed[:, 8:] = ids[:, 8:] % 96 + 1
+    before, after = logits_of(model, ids), logits_of(model, changed)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert not torch.allclose(before[:, 8:], after[:, 8:])
+
+
+def test_no_mask_and_a_full_mask_are_the_same(attached, tokens):
+    model, _ = attached()
+    ids = tokens(2, 14)
+    assert torch.equal(logits_of(model, ids), logits_of(model, ids, attention_mask=torch.ones_like(ids)))
+
+
+def test_dropout_is_refused(tiny_llama, tokens):
+    model = tiny_llama(attention_dropout=0.1)
+    attach(model)
+    ids = tokens(1, 6)
+    logits_of(model, ids)
+    model.train()
+    with pytest.raises(UnsupportedModelError, match="dropout"):
+        model(ids)
+
+
+@pytest.mark.parametrize("refused", ["cache", "position_bias"])
+def test_paged_caches_and_position_biases_are_refused(attached, refused):
+    model, _ = attached()
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    module = model.model.layers[0].self_attn
+    interface.attnprune_attention(module, query, key, key, visible, **{refused: None})
+    with pytest.raises(UnsupportedModelError, match=refused):
+        interface.attnprune_attention(module, query, key, key, visible, **{refused: object()})
+
+
+def test_a_missing_mask_is_refused(attached):
+    model, _ = attached()
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    with pytest.raises(UnsupportedModelError, match="no mask"):
+        interface.attnprune_attention(model.model.layers[0].self_attn, query, key, key, None)
+
+
+@pytest.mark.parametrize("option", [{"is_encoder_decoder": True}, {"is_causal": False}])
+def test_models_that_are_not_causal_decoders_are_refused(tiny_llama, option):
+    model = tiny_llama()
+    for name, value in option.items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedModelError, match="only causal decoders"):
+        attach(model)
+    assert not gates_of(model)
+
+
+def test_a_sparsified_model_type_is_refused(tiny_llama):
+    model = tiny_llama()
+    model.config.model_type = "attnprune_llama"
+    with pytest.raises(UnsupportedModelError, match="already sparsified"):
+        attach(model)
+
+
+def test_a_model_that_never_record_us_is_refused_and_left_unchanged(monkeypatch, tokens):
+    config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(interface, "SUPPORTED_FAMILIES", frozenset({"bloom"}))
+    ids, state = tokens(2, 9), snapshot(model)
+    before = logits_of(model, ids)
+    with pytest.raises((SelfCheckError, UnsupportedModelError)):
+        attach(model)
+    assert snapshot(model) == state
+    assert torch.equal(logits_of(model, ids), before)
+
+
+@pytest.mark.parametrize("fault", ["scale", "acausal", "raises"])
+def test_wrong_attention_fails_the_self_check_and_leaves_the_model_unchanged(monkeypatch, tiny_llama, tokens, fault):
+    model, ids, real = tiny_llama(), tokens(2, 9), interface.gated_attention
+    state, before = snapshot(model), logits_of(model, ids)
+
+    def faulty(query, key, value, bias, visible, **options):
+        if fault == "raises":
+            raise ZeroDivisionError
+        if fault == "scale":
+            options["scaling"] *= 1.01
+        else:
+            visible = torch.ones_like(visible)
+        return real(query, key, value, bias, visible, **options)
+
+    monkeypatch.setattr(interface, "gated_attention", faulty)
+    with pytest.raises(ZeroDivisionError if fault == "raises" else SelfCheckError):
+        attach(model)
+    assert snapshot(model) == state
+    assert torch.equal(logits_of(model, ids), before)
+
+
+def loss_with_penalty(model, gates, ids):
+    loss = model(ids, labels=ids, use_cache=False).loss
+    return loss + 0.01 * sum(gate.last.penalty.sum() for gate in gates)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(attached, tokens, noisy):
+    model, gates = attached()
+    calls = record()
+    model.train()
+    for gate in gates:
+        gate.noise_seed = 9 if noisy else None
+        gate.temperature = 3.0
+    ids = tokens(2, 10)
+    loss_with_penalty(model, gates, ids).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_with_penalty(model, gates, ids).backward()
+    assert all(torch.count_nonzero(gate.bias.grad) == 4 for gate in gates)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_gates_and_weights_get_gradients_from_the_penalty_alone(attached, tokens):
+    model, gates = attached()
+    model(tokens(2, 10), use_cache=False)
+    sum(gate.last.penalty.sum() for gate in gates).backward()
+    assert all((gate.bias.grad > 0).all() for gate in gates)
+    assert torch.count_nonzero(model.model.layers[0].self_attn.q_proj.weight.grad) > 0
+
+
+def test_autocast_bf16(attached, tokens):
+    model, gates = attached()
+    ids = tokens(2, 10)
+    exact = logits_of(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_with_penalty(model, gates, ids)
+        rough = logits_of(model, ids)
+    loss.backward()
+    assert all(gate.bias.grad.isfinite().all() and gate.bias.grad.dtype == torch.float32 for gate in gates)
+    assert (rough.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def own_masks(length):
+    """A causal mask with a hole, as bool and as the float mask of transformers."""
+    visible = torch.ones(length, length, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    visible[1, 0, 5:, 2] = False
+    return visible, torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+def test_own_masks_bool_and_float_are_equal(attached, tokens):
+    model, _ = attached()
+    ids = tokens(2, 9)
+    visible, additive = own_masks(9)
+    by_bool, by_float = (logits_of(model, ids, attention_mask=mask) for mask in (visible, additive))
+    plain = logits_of(model, ids)
+    assert torch.equal(by_bool, by_float)
+    assert torch.equal(by_bool[0], plain[0])
+    assert not torch.allclose(by_bool[1, 5:], plain[1, 5:])
+
+
+@pytest.mark.parametrize("lowest", [float("-inf"), -1e9, -1e4])
+def test_own_float_mask_equals_eager(attached, tokens, lowest):
+    model, _ = attached()
+    ids = tokens(2, 9)
+    visible, _ = own_masks(9)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, lowest)
+    with gates_forced_open(model):
+        ours = logits_of(model, ids, attention_mask=mask)
+    detach(model)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, logits_of(model, ids, attention_mask=mask), rtol=0, atol=1e-5)
+
+
+def test_additive_bias_masks_are_refused(attached, tokens):
+    model, _ = attached()
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    slope = (-0.5 * distance).masked_fill(distance < 0, torch.finfo(torch.float32).min).expand(2, 1, 9, 9)
+    with pytest.raises(UnsupportedModelError, match="additive bias"):
+        model(tokens(2, 9), attention_mask=slope)
+
+
+def test_forced_open_gates_equal_eager_and_the_state_is_restored(attached, tokens):
+    model, gates = attached()
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    before = logits_of(model, ids, attention_mask=mask)
+    gates[1].forced_open = True
+    with gates_forced_open(model):
+        dense = logits_of(model, ids, attention_mask=mask)
+        assert counts(gates)[0] == 4 * counts(gates)[1]
+    assert [gate.forced_open for gate in gates] == [False, True, False]
+    gates[1].forced_open = False
+    assert torch.equal(logits_of(model, ids, attention_mask=mask), before)
+    detach(model)
+    model.set_attn_implementation("eager")
+    eager = logits_of(model, ids, attention_mask=mask)
+    torch.testing.assert_close(dense[mask.bool()], eager[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_forced_open_state_is_restored_after_an_error(attached):
+    model, gates = attached()
+    with pytest.raises(ZeroDivisionError), gates_forced_open(model):
+        raise ZeroDivisionError
+    assert not any(gate.forced_open for gate in gates)
+
+
+def test_closed_gates_pass_nothing(attached, tokens):
+    model, gates = attached()
+    with torch.no_grad():
+        for gate in gates:
+            gate.bias.fill_(-1e4)
+    ids = tokens(1, 9)
+    out = logits_of(model, ids)
+    assert counts(gates)[0] == 0
+    assert out.isfinite().all()
+    same_last_token = tokens(1, 9)
+    same_last_token[:, -1] = ids[:, -1]
+    assert torch.equal(logits_of(model, same_last_token)[:, -1], out[:, -1])
+
+
+def test_state_dict_holds_one_bias_per_layer(attached):
+    model, gates = attached()
+    keys = [key for key in model.state_dict() if "attnprune" in key]
+    assert keys == [f"model.layers.{i}.self_attn.attnprune_gate.bias" for i in range(3)]
+    assert gates_of(model) == gates
+
+
+def test_gpt2_options_that_change_the_scale(tokens):
+    for option in ({"scale_attn_by_inverse_layer_idx": True}, {"reorder_and_upcast_attn": True}):
+        config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, **option)
+        model, ids = GPT2LMHeadModel(config).eval(), tokens(2, 9)
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.attn.c_attn.weight.normal_(0, 32**-0.5)
+        gates = attach(model, 0.2)
+        logits_of(model, ids)
+        assert 0.2 < counts(gates)[0] / (4 * counts(gates)[1]) < 0.95
+        with gates_forced_open(model):
+            dense = logits_of(model, ids)
+        detach(model)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(dense, logits_of(model, ids), rtol=0, atol=1e-5)

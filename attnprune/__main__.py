@@ -1,4 +1,4 @@
-"""`python -m attnprune`, so that `torchrun -m attnprune sparsify …` works."""
+"""`python -m attnprune`."""
 
 from attnprune.cli.app import main
 

@@ -29,8 +29,10 @@ class ModelConfig(Section):
 
     name: str = Field(default="", description="Hub id, folder, .gguf file, or 'demo'")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: bfloat16 on CUDA")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: bfloat16 on CUDA"
+    )
 
 
 class DataConfig(Section):
@@ -40,7 +42,9 @@ class DataConfig(Section):
         default="auto", description="Hub data set [:config[:split]], .txt/.jsonl/.parquet, 'self', 'task' or auto"
     )
     text_field: str = Field(default="text", description="column of .jsonl, .parquet and Hub data sets")
-    seq_len: Annotated[int, Field(ge=0)] = Field(default=0, description="tokens per block; 0: the model's context, at most 512")
+    seq_len: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="tokens per block; 0: the model's context, at most 512"
+    )
     train_tokens: Count = Field(default=50_000_000, description="upper limit of training tokens that are read")
     eval_tokens: Count = Field(default=16_384, description="held-out tokens of the evaluation split")
 
@@ -48,7 +52,9 @@ class DataConfig(Section):
 class GateConfig(Section):
     """The gates."""
 
-    estimator: Literal["threshold", "gumbel"] = Field(default="threshold", description="gumbel adds logistic noise in training")
+    estimator: Literal["threshold", "gumbel"] = Field(
+        default="threshold", description="gumbel adds logistic noise in training"
+    )
     temperature: Positive = Field(default=4.0, description="penalty temperature T_p")
     bias_init: float = Field(default=4.0, description="initial gate bias", allow_inf_nan=False)
 
@@ -78,8 +84,12 @@ class TrainConfig(Section):
     learning_rate: Positive = Field(default=3e-4, description="weights")
     gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="linear warm-up")
-    decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.8, description="share of steps with falling rates")
-    final_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="last share: loss only, gates at rest")
+    decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.8, description="share of steps with falling rates"
+    )
+    final_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="last share: loss only, gates at rest"
+    )
     weight_decay: NonNegative = Field(default=0.0, description="on the weights, never on the gates")
     max_grad_norm: Positive = Field(default=1.0, description="gradient clipping")
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="rank of the adapters (scope lora)")

@@ -71,9 +71,11 @@ def load(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple
     `model` (the base, dense) and `model_key` (its content fingerprint) matter only for the source 'self'.
     """
     text, train = config.data, config.train
+    if (text.source == "task") != (config.model.name == DEMO):
+        raise InputError(
+            f"{text.source}: the bundled model reads its own task and nothing else", hint="leave out --data"
+        )
     if text.source == "task":
-        if config.model.name != DEMO:
-            raise InputError("data 'task' belongs to the bundled model", hint="give --data FILE.txt or a Hub data set")
         return addition_task(tokenizer)
     if text.source == "self":
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attnprune"

@@ -7,6 +7,16 @@ Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong an
 from __future__ import annotations
 
 
+MAX_LINE = 300
+
+
+def printable(text: object) -> str:
+    """Text on one line with control characters escaped, so that no name or message can drive the terminal."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    line = line.encode("utf-8", "backslashreplace").decode()  # lone surrogates of undecodable paths
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"
+
+
 class AttnPruneError(Exception):
     """Base class: valid input, but the work failed (exit code 1).
 

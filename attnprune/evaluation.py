@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
-
 from attnprune import data, runtime
 from attnprune.data import Blocks
 from attnprune.errors import InputError
@@ -23,7 +21,7 @@ def evaluate_model(
     device: str = "cpu",
     seq_len: int = 0,
     tokens: int = 16_384,
-    batch_size: int = 8,
+    batch_size: int = 0,
     text_field: str = "text",
     allow_base_mismatch: bool = False,
 ) -> list[Report]:
@@ -32,8 +30,7 @@ def evaluate_model(
     Raises:
         InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = runtime.pick_device(device)
     if sidecar is None:
         model = runtime.load_base(name, device=device)
         length = seq_len or min(512, getattr(model.model.config, "max_position_embeddings", 512))

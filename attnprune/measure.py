@@ -17,6 +17,8 @@ from torch.nn import functional
 from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.data import IGNORED_LABEL, Blocks
 
+BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
+
 Reference = Callable[[Tensor], Tensor]
 """Token ids [B, T] -> logits [B, T, V] of the base model."""
 
@@ -74,9 +76,13 @@ def kl_divergence(base: Tensor, sparse: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 8
+    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0
 ) -> Report:
-    """Measure `model` on `blocks`; with `reference` also against the base, with `control` also with open gates."""
+    """Measure `model` on `blocks`; with `reference` also against the base, with `control` also with open gates.
+
+    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time.
+    """
+    batch_size = batch_size or max(1, BATCH_TOKENS // blocks.seq_len)
     device = next(model.parameters()).device
     gates = gates_of(model)
     sums: dict[str, float] = dict.fromkeys(("loss", "base", "control", "kl", "agree", "exact", "tokens"), 0.0)
@@ -167,11 +173,12 @@ def _recording(gates, recorders):
 
 
 @torch.no_grad()
-def gate_statistics(model: nn.Module, blocks: Blocks, batch_size: int = 8) -> GateStatistics:
+def gate_statistics(model: nn.Module, blocks: Blocks) -> GateStatistics:
     """Run the blocks through the model and describe its open edges.
 
     Distances are counted against all causal pairs of the block (a sliding window makes the far buckets empty).
     """
+    batch_size = max(1, BATCH_TOKENS // blocks.seq_len)
     gates = gates_of(model)
     device = gates[0].bias.device
     length = blocks.seq_len

@@ -67,12 +67,11 @@ def resolve(config: RunConfig, base: runtime.BaseModel | None = None) -> tuple[R
     """Replace every 'auto' by a value; with `base` also those that depend on the model. Returns (config, notes)."""
     config, notes = config.model_copy(deep=True), []
     model, train, text = config.model, config.train, config.data
-    if model.device == "auto":
-        model.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {model.device}: no CUDA device here", hint="use --device cpu")
+    model.device = runtime.pick_device(model.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("several processes: training runs on one process", hint="leave out torchrun")
     if train.precision == "auto":
-        train.precision = "bf16" if model.device.startswith("cuda") else "fp32"
+        train.precision = "bf16" if model.device == "cuda" else "fp32"
     if text.source == "auto":
         text.source = data.DEFAULT_HUB_DATASET
         notes.append(f"data: {text.source}, because general web text is closest to what open models were trained on")
@@ -97,7 +96,7 @@ def load_dtype(config: RunConfig) -> torch.dtype:
     if config.model.dtype != "auto":
         return runtime.torch_dtype(config.model.dtype)
     frozen = config.train.scope in ("gates", "lora", "auto")
-    return torch.bfloat16 if config.model.device.startswith("cuda") and frozen else torch.float32
+    return torch.bfloat16 if config.model.device == "cuda" and frozen else torch.float32
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -251,7 +250,8 @@ def _start(
     good, skipped = checkpoints.last_good(folder / CHECKPOINTS)
     for damaged in skipped:
         on_note(f"skipping {damaged.name} (incomplete)")
-    if good is None and skipped:
+    # Without a seal a save was cut short and the run can start over; a sealed one that fails was damaged later.
+    if good is None and any((folder / checkpoints.SEAL).exists() for folder in skipped):
         raise AttnPruneError(f"{folder}: no intact checkpoint", hint="start again with another --out")
     for damaged in skipped:
         shutil.rmtree(damaged)

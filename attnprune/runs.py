@@ -38,7 +38,7 @@ def defaults_for(model: str) -> dict[str, Any]:
 def output_folder(config: RunConfig) -> Path:
     """Where the run writes: `--out`, or ./MODEL-attnprune."""
     if config.output.folder:
-        return Path(config.output.folder)
+        return Path(os.path.normpath(config.output.folder))
     name = Path(config.model.name)
     return Path(f"{name.stem if name.suffix == '.gguf' else name.name}-attnprune")
 

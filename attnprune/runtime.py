@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,20 @@ class BaseModel:
 def demo_folder() -> Path:
     """The bundled addition model."""
     return Path(str(resources.files("attnprune"))) / "assets" / "demo"
+
+
+def pick_device(name: str) -> Literal["cpu", "cuda"]:
+    """The device to use: "auto" takes CUDA where there is one.
+
+    Raises:
+        InputError: CUDA asked for and not there, or another name.
+    """
+    available = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name}: is not auto, cpu or cuda")
+    if name == "cuda" and not available:
+        raise InputError("device cuda: no CUDA device here", hint="use --device cpu")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -44,10 +44,6 @@ class DualState(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):
         violation = sum(o["violation"] for o in self.observed) / len(self.observed)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            shared = torch.tensor(violation, device=args.device)
-            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.AVG)
-            violation = shared.item()
         self.multiplier.step(violation)
         self.observed = []
 
@@ -190,9 +186,7 @@ class SparsifyTrainer(Trainer):
         """The Lagrangian of one micro-batch; what it observed moves the multiplier at the end of the step."""
         dual, gates = self.dual, gates_of(model)
         if self.config.gate.estimator == "gumbel":
-            seed = mix_seed(
-                self.config.train.seed, self.state.global_step, len(dual.observed), self.accelerator.process_index
-            )
+            seed = mix_seed(self.config.train.seed, self.state.global_step, len(dual.observed))
             for gate in gates:
                 gate.noise_seed = seed
         ids, labels = inputs["input_ids"], inputs["labels"]
@@ -243,9 +237,7 @@ class SparsifyTrainer(Trainer):
         held_out: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        report = measure(
-            self.model, held_out, reference=self.reference, batch_size=self.args.per_device_train_batch_size
-        )
+        report = measure(self.model, held_out, reference=self.reference)
         self.model.train(was_training)
         self._keep_if_best(report)
         metrics = {
@@ -326,7 +318,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     train = config.train
     micro = train.micro_batch_size or train.batch_size
     on_cpu = config.model.device == "cpu"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output.folder,
         max_steps=train.steps,
         per_device_train_batch_size=micro,
@@ -355,3 +347,6 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         disable_tqdm=True,
         report_to="none",
     )
+    _ = arguments.device  # settles the device, and with it the GPU count
+    arguments._n_gpu = 1  # with several GPUs Trainer would choose DataParallel, whose replicas lose the gates' counts
+    return arguments

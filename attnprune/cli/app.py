@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -51,6 +53,7 @@ def main() -> None:
 
 def run() -> int:
     """Run the command line; return the exit code."""
+    _quiet_libraries()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -66,11 +69,22 @@ def run() -> int:
     except Exception as error:
         explain = getattr(error, "format_message", None)
         if explain is not None:  # a usage error of Typer's command-line parser, whose class is private
-            return _fail(error, f"usage: {explain()}", "attnprune --help", 2)
+            return _fail(error, f"usage: {explain() or 'no command given'}", "attnprune --help", 2)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(error, "out of GPU memory", "use a smaller --batch-size or --micro-batch-size", 1)
         return _fail(error, f"internal error: {type(error).__name__}: {error}", "ATTNPRUNE_DEBUG=1 shows where", 1)
     return code if isinstance(code, int) else 0
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' log lines out of our stderr; what matters reaches the user as an exception."""
+    if debugging():
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _fail(error: BaseException, message: str, hint: str | None, code: int) -> int:

@@ -18,7 +18,7 @@ def evaluate(
     ] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per block; 0: as in training.", min=0)] = 0,
     tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens per text.", min=2)] = 16_384,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass; 0: by length.", min=0)] = 0,
     text_field: Annotated[
         str, typer.Option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
     ] = "text",

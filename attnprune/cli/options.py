@@ -12,7 +12,7 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="Base model: Hub id, folder or .gguf file. Default: the one the sidecar names."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Accept a base of equal structure with other weights.")
 ]

@@ -10,14 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-MAX_LINE = 300
-
-
-def printable(text: object) -> str:
-    """Text on one line with control characters escaped, so that no name or message can drive the terminal."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    line = line.encode("utf-8", "backslashreplace").decode()  # lone surrogates of undecodable paths
-    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"
+from attnprune.errors import printable
 
 
 class Output:

@@ -55,7 +55,7 @@ def sparsify(
     eval_every: Annotated[int | None, _option("--eval-every", help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, _option("--save-every", help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, _option("--seed", help="All random choices.")] = None,
-    device: Annotated[str | None, _option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, _option("--device", help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, _option("--dtype", help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, _option("--revision", help="Hub branch, tag or commit of MODEL.")] = None,
     config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from attnprune.errors import printable
 from attnprune.sidecar import Sidecar
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def size(count: float, unit: str = "B") -> str:
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table = Table(title=escape(printable(title)), show_header=False, box=None, title_justify="left", title_style="bold")
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(printable(value)))
     return table
 
 
@@ -223,11 +224,11 @@ def bar(share: float, width: int = 30) -> str:
 
 def next_commands(sidecar: Sidecar) -> Text:
     """What to type after a run."""
-    path = sidecar.path
+    path = printable(sidecar.path)
     named = "" if sidecar.manifest.base.kind in ("hub", "bundled") else ", base=MODEL"
     return Text(
         f"\nlook at it:  attnprune inspect {path}\nmeasure it:  attnprune eval {path}\n"
-        f"load it:     model, tokenizer = attnprune.load({str(path)!r}{named})",
+        f"load it:     model, tokenizer = attnprune.load({path!r}{named})",
         style="dim",
     )
 
@@ -244,7 +245,7 @@ def report_table(reports: list[Report]) -> Table:
     table = Table(box=None)
     table.add_column("", style="dim")
     for report in reports:
-        table.add_column(escape(report.data), justify="right")
+        table.add_column(escape(printable(report.data)), justify="right")
 
     def row(name: str, cell: Any) -> None:
         cells = [cell(r) for r in reports]

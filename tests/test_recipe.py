@@ -1,0 +1,282 @@
+"""The whole flow on tiny models: export equals what loads, scopes, resume, kill -9, signals, non-finite values."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import attnprune
+from attnprune import checkpoints, recipe, runtime
+from attnprune.config import RunConfig, build_config, merge
+from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
+from attnprune.evaluation import evaluate_model
+from attnprune.runs import CHECKPOINTS, read_resumed
+from attnprune.sidecar import open_sidecar
+from tests.factory import save_text, save_tiny_llama
+
+FORK = multiprocessing.get_context("fork")  # children start with torch imported, and can be killed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return save_tiny_llama(folder / "model"), save_text(folder / "text.txt")
+
+
+def run_config(inputs, out: Path, **overrides) -> RunConfig:
+    model, text = inputs
+    values = {
+        "model": {"name": str(model), "device": "cpu"},
+        "data": {"source": str(text), "seq_len": 16, "eval_tokens": 160},
+        "constraint": {"kind": "kl", "tolerance": 0.5},
+        "train": {"scope": "full", "steps": 12, "batch_size": 4, "eval_every": 4, "save_every": 4, "warmup_steps": 2},
+        "output": {"folder": str(out)},
+    }
+    return build_config(merge(values, overrides))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs, tmp_path_factory):
+    return recipe.sparsify(run_config(inputs, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def artefact(folder: Path) -> dict[str, bytes]:
+    names = ("gates.safetensors", "delta.safetensors", "attnprune.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_result_is_reproduced_by_loading_the_sidecar(uninterrupted, inputs):
+    [report] = evaluate_model(str(uninterrupted.path), uninterrupted, [], base=str(inputs[0]))
+    result = uninterrupted.manifest.result
+    assert (report.loss, report.open_edges) == (result.loss, result.open_edges)
+    assert (report.base_loss, report.kl, report.control_loss) == (result.base_loss, result.kl, result.control_loss)
+
+
+def test_finished_run_leaves_a_sidecar_and_no_checkpoints(uninterrupted):
+    names = {file.name for file in uninterrupted.path.iterdir()}
+    assert names == {"attnprune.json", "gates.safetensors", "delta.safetensors", "run.toml", "metrics.jsonl"}
+
+
+def test_metrics_hold_the_constraint_numbers(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted.path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_density" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    assert all({"multiplier", "gap", "density", "violation"} <= set(line) for line in lines if "multiplier" in line)
+
+
+@pytest.mark.parametrize(("scope", "kind"), [("gates", "none"), ("lora", "lora"), ("attn", "delta"), ("full", "delta")])
+def test_every_scope_loads_back_and_moves_only_its_weights(inputs, tmp_path, scope, kind):
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", train={"scope": scope, "steps": 8}))
+    assert sidecar.manifest.weights.kind == kind
+    base = dict(runtime.load_base(str(inputs[0])).model.named_parameters())
+    sparse = attnprune.load(sidecar.path, base=str(inputs[0])).model
+    moved = {n for n, p in sparse.named_parameters() if n in base and not torch.equal(p, base[n])}
+    attention = {n for n in base if "self_attn" in n}
+    assert moved == {"gates": set(), "lora": attention, "attn": attention, "full": set(base)}[scope]
+    runtime.verify_probe(sparse, sidecar.manifest)
+
+
+def test_density_first_mode_reaches_its_target(inputs, tmp_path):
+    overrides = {"constraint": {"kind": "density", "target_density": 0.4, "rate": 0.1},
+                 "train": {"steps": 120, "eval_every": 20, "save_every": 100, "gate_learning_rate": 0.1}}  # fmt: skip
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    assert sidecar.manifest.result.feasible
+    assert sidecar.manifest.result.density <= 0.4
+
+
+def test_training_closes_edges_under_the_constraint(inputs, tmp_path):
+    train = {"steps": 150, "eval_every": 25, "save_every": 150, "gate_learning_rate": 0.1}
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", train=train))
+    result = sidecar.manifest.result
+    assert result.feasible
+    assert result.kl <= 0.5
+    assert result.density < 0.5
+
+
+def test_gumbel_and_gradient_accumulation_run(inputs, tmp_path):
+    overrides = {"gate": {"estimator": "gumbel"}, "train": {"micro_batch_size": 2, "steps": 4}}
+    assert recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides)) is not None
+
+
+def test_8bit_adam_runs_on_cpu(inputs, tmp_path):
+    assert recipe.sparsify(run_config(inputs, tmp_path / "run", train={"optimizer": "adamw8bit", "steps": 4}))
+
+
+def test_plan_can_stop_the_run_and_leaves_nothing(inputs, tmp_path):
+    plans = []
+    assert recipe.sparsify(run_config(inputs, tmp_path / "run"), on_plan=lambda plan: bool(plans.append(plan))) is None
+    assert not (tmp_path / "run").exists()
+    assert plans[0].trainable == plans[0].total
+    assert plans[0].seconds_per_1000_steps > 0
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def in_child(target, *args) -> int:
+    """Run in a forked process; its exit code (negative: killed by that signal)."""
+    child = FORK.Process(target=target, args=args)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+def _train_and_die(config: RunConfig, die_at: int, counter) -> None:
+    """Train, and SIGKILL this process at file write number `die_at` of the saves (0: never; count them)."""
+    writes = 0
+
+    def about_to_write(path, atomic=False) -> None:
+        nonlocal writes
+        if f"{CHECKPOINTS}{os.sep}{checkpoints.PREFIX}" not in os.fspath(path):
+            return
+        writes += 1
+        counter.value = writes
+        if writes == die_at:
+            if not atomic:
+                Path(path).write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, args):
+        if event == "open" and isinstance(args[0], (str, os.PathLike)) and isinstance(args[1], str) and "w" in args[1]:
+            about_to_write(args[0])
+        elif event == "os.rename":
+            about_to_write(args[1], atomic=True)
+
+    from attnprune import trainer
+
+    original = trainer.save_file
+
+    def save_file(tensors, path, *rest):  # written by Rust, so no audit event
+        about_to_write(path)
+        original(tensors, path, *rest)
+
+    trainer.save_file = save_file
+    torch_save = torch.save
+
+    def save(obj, path, *rest, **kwargs):  # written by C++, likewise
+        about_to_write(path)
+        torch_save(obj, path, *rest, **kwargs)
+
+    torch.save = save
+    sys.addaudithook(audit)
+    recipe.sparsify(config)
+
+
+def _resume(config: RunConfig) -> None:
+    recipe.sparsify(config, resume=True)
+
+
+def _count_writes(inputs, folder: Path) -> int:
+    counter = FORK.Value("i", 0)
+    assert in_child(_train_and_die, run_config(inputs, folder), 0, counter) == 0
+    return counter.value
+
+
+def test_resume_after_kill_at_every_file_write_gives_the_same_result(inputs, tmp_path, uninterrupted):
+    writes = _count_writes(inputs, tmp_path / "count")
+    assert writes >= 3 * 7  # three saves of model, best, optimizer, scheduler, random state, trainer state, seal
+    expected = artefact(uninterrupted.path)
+    per_save = writes // 3
+    for die_at in range(1, 2 * per_save + 1):  # every write of the first and the second save
+        out = tmp_path / f"killed-{die_at}"
+        config = run_config(inputs, out)
+        assert in_child(_train_and_die, config, die_at, FORK.Value("i", 0)) == -signal.SIGKILL
+        assert in_child(_resume, config) == 0
+        assert artefact(out) == expected, f"killed at write {die_at}"
+        shutil.rmtree(out)
+
+
+def test_resume_with_only_damaged_checkpoints_is_refused(inputs, tmp_path):
+    config = run_config(inputs, tmp_path / "run")
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(config, callbacks=[_SignalAt(2, signal.SIGTERM)])
+    (tmp_path / "run" / CHECKPOINTS / "checkpoint-3" / "optimizer.pt").write_bytes(b"damaged")
+    with pytest.raises(AttnPruneError, match="no intact checkpoint"):
+        recipe.sparsify(config, resume=True)
+
+
+class _SignalAt(TrainerCallback):
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_resume_is_exact(inputs, tmp_path, uninterrupted, number, code):
+    config = run_config(inputs, tmp_path / "run")
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedRunError) as caught:
+        recipe.sparsify(config, callbacks=[_SignalAt(5, number)])
+    assert caught.value.exit_code == code
+    assert "checkpoint-6" in caught.value.message
+    assert "--resume" in (caught.value.hint or "")
+    assert signal.getsignal(number) is before
+    recipe.sparsify(read_resumed(tmp_path / "run", {}), resume=True)
+    assert artefact(tmp_path / "run") == artefact(uninterrupted.path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_resume_with_other_settings_or_data_is_refused(inputs, tmp_path):
+    config = run_config(inputs, tmp_path / "run")
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(config, callbacks=[_SignalAt(5, signal.SIGTERM)])
+    with pytest.raises(InputError, match=r"train\.seed: 7 differs"):
+        read_resumed(tmp_path / "run", {"train": {"seed": 7}})
+    text = inputs[1].read_text()
+    inputs[1].write_text(text.replace("gate", "door"))
+    try:
+        with pytest.raises(InputError, match="data differs"):
+            recipe.sparsify(config, resume=True)
+    finally:
+        inputs[1].write_text(text)
+
+
+class _Poison(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).fill_(float("nan"))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(inputs, tmp_path):
+    with pytest.raises(AttnPruneError, match=r"non-finite .* at step 7") as caught:
+        recipe.sparsify(run_config(inputs, tmp_path / "run"), callbacks=[_Poison()])
+    assert caught.value.exit_code == 1
+    assert "checkpoint-4" in (caught.value.hint or "")
+
+
+def test_output_folder_in_use_is_refused(inputs, tmp_path):
+    from attnprune.runs import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+        recipe.sparsify(run_config(inputs, tmp_path / "run"))
+
+
+def test_other_base_is_refused(uninterrupted, tmp_path):
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="not the weights"):
+        attnprune.load(uninterrupted.path, base=str(other))
+    wider = save_tiny_llama(tmp_path / "wider", num_attention_heads=8)
+    with pytest.raises(InputError, match="wrong base"):
+        attnprune.load(uninterrupted.path, base=str(wider))
+    assert attnprune.load(uninterrupted.path, base=str(other), allow_base_mismatch=True)
+
+
+def test_unnamed_local_base_asks_for_base(uninterrupted):
+    with pytest.raises(InputError, match="name it"):
+        attnprune.load(open_sidecar(uninterrupted.path).path)

@@ -83,8 +83,14 @@ def load(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple
         blocks = self_written(model, tokenizer, text.seq_len, wanted, train.seed, cache, model_key)
     else:
         limit = text.train_tokens + text.eval_tokens
-        blocks = pack(documents(text.source, text.text_field), tokenizer, text.seq_len, limit, text.source)
+        texts = documents(text.source, text.text_field)
+        blocks = pack(texts, tokenizer, text.seq_len, limit, source_name(text.source))
     return split(blocks, text.eval_tokens, train.seed)
+
+
+def source_name(source: str) -> str:
+    """How results name a source: a Hub data set by its id, a local file without its folder."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def split(blocks: Blocks, eval_tokens: int, seed: int) -> tuple[Blocks, Blocks]:

@@ -6,7 +6,6 @@ Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong an
 
 from __future__ import annotations
 
-
 MAX_LINE = 300
 
 

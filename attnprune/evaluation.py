@@ -51,7 +51,7 @@ def evaluate_model(
 def _blocks(source: str, text_field: str, base: runtime.BaseModel, seq_len: int, tokens: int) -> Blocks:
     if source == "task":
         return data.addition_task(base.tokenizer)[1]
-    return data.pack(data.documents(source, text_field), base.tokenizer, seq_len, tokens, source)
+    return data.pack(data.documents(source, text_field), base.tokenizer, seq_len, tokens, data.source_name(source))
 
 
 def held_out_split(sidecar: Sidecar, base: runtime.BaseModel) -> Blocks:

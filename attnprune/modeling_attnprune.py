@@ -49,6 +49,17 @@ class Gate(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
 
+        self.return_pattern = False
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but never to a 16-bit dtype: the gates sit on thresholds."""
+
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
     def forward(self, query, key, value, visible, scaling, softcap, sinks, return_pattern):
         bias = self.bias.float()
         batch, heads, queries, _ = query.shape
@@ -84,8 +95,9 @@ def gated_attention(
         raise ValueError("attnprune attention supports neither paged caches nor position biases")
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pattern_wanted = bool(kwargs.get("output_attentions"))
-    output, pattern = module.attnprune_gate(query, key, value, visible, scaling, softcap, s_aux, pattern_wanted)
+    gate = module.attnprune_gate
+    pattern_wanted = gate.return_pattern or bool(kwargs.get("output_attentions"))
+    output, pattern = gate(query, key, value, visible, scaling, softcap, s_aux, pattern_wanted)
     return output.transpose(1, 2).contiguous(), pattern
 
 
@@ -114,6 +126,7 @@ class GatedModel:
             attention = getattr(layer, name)
             attention.attnprune_gate = Gate(config.num_attention_heads)
             attention.register_forward_pre_hook(_guard)
+        self.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation != ATTENTION:
@@ -137,6 +150,13 @@ class GatedModel:
 def _guard(module, args):
     if module.config._attn_implementation != ATTENTION:
         raise RuntimeError("the attention implementation was switched, which would run this sparse model dense")
+
+
+def _before_forward(model, args, kwargs):
+    """Some families do not hand `output_attentions` down to the attention."""
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.return_pattern = bool(kwargs.get("output_attentions"))
 
 
 _classes = {}

@@ -6,6 +6,7 @@ resolve -> load base -> data -> attach gates -> choose what trains -> plan -> tr
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import resource
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +40,7 @@ from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal, constr
 DEFAULT_SEQ_LEN = 512
 SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
 PROBE_TOLERANCE = 1e-3
+STAGING = ".staging-"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ def load_dtype(config: RunConfig) -> torch.dtype:
         return runtime.torch_dtype(config.model.dtype)
     frozen = config.train.scope in ("gates", "lora", "auto")
     return torch.bfloat16 if config.model.device == "cuda" and frozen else torch.float32
+
+
+def load_base(config: RunConfig) -> runtime.BaseModel:
+    """The run's base model."""
+    model = config.model
+    return runtime.load_base(model.name, revision=model.revision, device=model.device, dtype=load_dtype(config))
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -192,10 +201,11 @@ def sparsify(
     if not resume:
         check_output(folder)
     existed = folder.exists()
-    base = runtime.load_base(
-        config.model.name, revision=config.model.revision, device=config.model.device, dtype=load_dtype(config)
-    )
+    base = load_base(config)
     config, more = resolve(config, base)
+    if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train
+        base = load_base(config)
+    config.model.dtype = str(base.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
     set_seed(config.train.seed)
     base_entry = runtime.identity(base)
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
@@ -215,8 +225,12 @@ def sparsify(
     except AttnPruneError as error:
         _describe_state(error, folder)
         raise
-    except OSError as error:
-        failure = AttnPruneError(f"{folder}: {error.strerror or error}")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk reaches us as any of these, by the library that was writing.
+        text = str(error)
+        if isinstance(error, RuntimeError) and "write" not in text and "PytorchStream" not in text:
+            raise
+        failure = AttnPruneError(f"{folder}: cannot write: {getattr(error, 'strerror', None) or text.splitlines()[0]}")
         _describe_state(failure, folder)
         raise failure from error
     finally:
@@ -238,10 +252,12 @@ def _start(
     """Write run.toml of a new run, or find the checkpoint a resumed run continues from."""
     facts_file = folder / CHECKPOINTS / "data.json"
     if not resume:
-        (folder / CHECKPOINTS).mkdir(parents=True)
         checkpoints.write_atomic(folder / RUN_FILE, config.to_toml())
-        checkpoints.write_atomic(facts_file, format.json.dumps(facts, sort_keys=True))
+        (folder / CHECKPOINTS).mkdir()
+        checkpoints.write_atomic(facts_file, json.dumps(facts, sort_keys=True))
         return None
+    for stale in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(stale)
     stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
     for name, value in facts.items():
         if stored.get(name) != value:
@@ -288,8 +304,8 @@ def _train(
                 stopper.received,
                 hint=f"continue with: attnprune sparsify --resume {folder}",
             )
-        if trainer.dual.best is None or trainer.dual.best["step"] < config.train.steps:
-            trainer.evaluate()
+        if config.train.steps % config.train.eval_every:
+            trainer.evaluate()  # the last step is a candidate too
     return trainer
 
 
@@ -304,13 +320,12 @@ def _finish(
     trainer.load_best()
     biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(trainer.model)]
     weights, adapter_config, entry = changed_weights(trainer.model, config)
-    fresh = runtime.load_base(
-        config.model.name, revision=base_entry["revision"], device=config.model.device, dtype=load_dtype(config)
-    )
+    trainer.model.cpu()  # makes room on a GPU
+    fresh = load_base(config)
     sparse = copy.deepcopy(fresh.model)
     runtime.install(sparse, biases, weights, entry)
     statistics = gate_statistics(sparse, held_out)
-    staging = folder / f".staging-{os.getpid()}"
+    staging = folder / f"{STAGING}{os.getpid()}"
     save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
     report = measure(sparse, held_out, reference=runtime.dense(fresh.model), control=True)
     probe = held_out.input_ids[0, :64].tolist()

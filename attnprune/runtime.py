@@ -344,8 +344,17 @@ def _load_merged(path: str, device: str, dtype: torch.dtype | None) -> LoadedMod
     config_class, model_class = modeling_attnprune.classes_for(family)
     with quiet():
         config = config_class.from_pretrained(path)
-        model = model_class.from_pretrained(path, config=config, dtype=dtype or "auto")
+        portable: Any = model_class.from_pretrained(path, config=config, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(path, config=config)
+        # The same weights in the stock class with our gates, which also count edges.
+        state = portable.state_dict()
+        biases = [state.pop(name).numpy() for name in list(state) if name.endswith("attnprune_gate.bias")]
+        stock_class = model_class.__bases__[1]
+        values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "attnprune")}
+        stock_config = stock_class.config_class(**values)
+        model = stock_class.from_pretrained(None, config=stock_config, state_dict=state, dtype=portable.dtype)
+        model.generation_config = portable.generation_config
+    install(model, biases, {}, format.WeightsEntry(kind="none"))
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 

@@ -47,9 +47,7 @@ def inputs(batch=BATCH, heads=HEADS, kv_heads=2, queries=LENGTH, keys=LENGTH, wi
 
 def drawn_noise(query, keys, seed=SEED):
     batch, heads, queries, _ = query.shape
-    drawn = logistic_noise(
-        seed, torch.arange(batch * heads), torch.arange(queries), torch.arange(keys), torch.float64
-    )
+    drawn = logistic_noise(seed, torch.arange(batch * heads), torch.arange(queries), torch.arange(keys), torch.float64)
     return drawn.view(batch, heads, queries, keys)
 
 
@@ -86,9 +84,7 @@ def test_equals_reference(monkeypatch, kv_heads, mask, noisy, softcap, use_sinks
     gate_settings = GateSettings(temperature=3.0, noise_seed=SEED if noisy else None)
     actual = run(gated_attention, leaves, visible, use_sinks, softcap=softcap, settings=gate_settings)
     noise = drawn_noise(leaves[0], LENGTH) if noisy else None
-    expected = run(
-        gated_attention_reference, leaves, visible, use_sinks, softcap=softcap, noise=noise, temperature=3.0
-    )
+    expected = run(gated_attention_reference, leaves, visible, use_sinks, softcap=softcap, noise=noise, temperature=3.0)
     assert_relative(actual[0], expected[0])
     assert_relative(actual[1], expected[1])
     for mine, truth in zip(actual[2], expected[2], strict=True):

@@ -81,7 +81,8 @@ QUICK = [
     (("eval", "model"), "say what to measure on"),
     (("apply", "a", "b", "c"), "takes a base and a sidecar"),
     (("apply", "model-attnprune", "--merge", "model"), "exists and is not empty"),
-    (("sparsify", "demo", "--out", "a\x1b[31mb/../text.txt"), "a\\x1b[31mb"),
+    (("sparsify", "demo", "--out", "missing/../text.txt"), "is a file"),
+    (("inspect", "a\x1b[31mb"), "a\\x1b[31mb"),
 ]
 
 
@@ -254,7 +255,7 @@ def test_disk_full_is_one_line_and_keeps_the_good_checkpoint(place, tmp_path):
     command = [sys.executable, "-c", limit, "sparsify", "model", "--data", "text.txt", "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *TINY], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("attnprune: ")
+    assert "cannot write" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "attnprune.json").exists()
 
@@ -278,4 +279,3 @@ def test_light_commands_import_neither_torch_nor_transformers(place, arguments, 
         times.append(time.perf_counter() - start)
         assert done.returncode == 0
     print(f"median {statistics.median(times):.3f} s, goal {limit} s")  # a benchmark, not an assertion: see the README
-

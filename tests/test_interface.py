@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from attnprune.attention import interface
 from attnprune.attention.interface import attach, detach, gates_forced_open, gates_of
 from attnprune.data import Blocks
-from attnprune.errors import SelfCheckError, UnsupportedModelError
+from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 from attnprune.measure import measure
 
 BIAS = torch.linspace(-0.7, 0.9, 12).view(3, 4)
@@ -91,11 +91,15 @@ def test_attaching_twice_is_refused(attached, tokens):
     assert torch.equal(logits_of(model, ids), before)
 
 
-@pytest.mark.parametrize("bias", [torch.zeros(3, 5), torch.zeros(2, 4)])
-def test_bias_of_a_wrong_shape_is_refused_and_leaves_the_model_unchanged(tiny_llama, bias):
+NAN = float("nan")
+WRONG_BIASES = [torch.zeros(3, 5), torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(3), NAN, torch.full((3, 4), NAN)]
+
+
+@pytest.mark.parametrize("bias", WRONG_BIASES, ids=str)
+def test_bias_of_a_wrong_shape_or_value_is_refused_and_leaves_the_model_unchanged(tiny_llama, bias):
     model = tiny_llama()
     state = snapshot(model)
-    with pytest.raises((ValueError, IndexError, RuntimeError, UnsupportedModelError)):
+    with pytest.raises(InputError, match="bias"):
         attach(model, bias)
     assert snapshot(model) == state
 
@@ -342,7 +346,6 @@ def test_returned_pattern_is_the_gated_one(attached, tokens, record):
         exponents = np.exp(scores_of(call)) * visible[:, None]
         expected = exponents / exponents.sum(-1, keepdims=True) * is_open
         np.testing.assert_allclose(pattern.numpy(), expected, rtol=0, atol=1e-6)
-    assert logits_of(model, ids) is not None
     with torch.no_grad():
         assert model(ids, use_cache=False).attentions is None
 
@@ -419,7 +422,7 @@ def test_a_sparsified_model_type_is_refused(tiny_llama):
         attach(model)
 
 
-def test_a_model_that_never_record_us_is_refused_and_left_unchanged(monkeypatch, tokens):
+def test_a_model_that_never_calls_us_is_refused_and_left_unchanged(monkeypatch, tokens):
     config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     monkeypatch.setattr(interface, "SUPPORTED_FAMILIES", frozenset({"bloom"}))
@@ -452,6 +455,14 @@ def test_wrong_attention_fails_the_self_check_and_leaves_the_model_unchanged(mon
     assert torch.equal(logits_of(model, ids), before)
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_the_self_check_allows_for_the_size_of_the_logits(tiny_llama, scale):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= scale
+    assert len(attach(model)) == 3
+
+
 def loss_with_penalty(model, gates, ids):
     loss = model(ids, labels=ids, use_cache=False).loss
     return loss + 0.01 * sum(gate.last.penalty.sum() for gate in gates)
@@ -460,7 +471,6 @@ def loss_with_penalty(model, gates, ids):
 @pytest.mark.parametrize("noisy", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(attached, tokens, noisy):
     model, gates = attached()
-    calls = record()
     model.train()
     for gate in gates:
         gate.noise_seed = 9 if noisy else None

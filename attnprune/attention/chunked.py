@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnprune import gates
 
@@ -51,7 +52,7 @@ class GateSettings:
 class GatedOutput(NamedTuple):
     """Result of gated attention.
 
-    output [B, H, Q, D]; penalty [H], the smooth edge count (differentiable); open_edges int64 [H], the hard one;
+    output [B, H, Q, D]; penalty [H], the smooth edge count (differentiable; 0 under no_grad); open_edges int64 [H];
     visible_edges int64 scalar, the visible pairs of one head summed over the batch.
     """
 
@@ -126,7 +127,7 @@ class _Block:
 
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings):
+    def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings, with_penalty):
         compute = bias.dtype
         batch, heads, queries, _ = query.shape
         output = query.new_empty(batch, heads, queries, value.shape[-1])
@@ -144,7 +145,7 @@ class _GatedAttention(torch.autograd.Function):
             out = _fold(weights, part.kv_heads) @ value32[:, :, cols]
             output[:, :, rows] = out.view(batch, heads, -1, out.shape[-1]).to(output.dtype)
             block_counted = counted[:, :, rows, cols]
-            if any(ctx.needs_input_grad):
+            if with_penalty:
                 penalty += gates.edge_penalty(part.logits, settings.temperature).mul_(block_counted).sum((0, 2, 3))
             # The run-time rule, whatever the estimator: counts are of the model that will be used.
             hard = (gates.gate_open(part.logits) if part.noise is not None else is_open) & block_counted
@@ -157,7 +158,8 @@ class _GatedAttention(torch.autograd.Function):
         return output, penalty, open_edges
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any):
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_output, grad_penalty, _ = grad_outputs
         query, key, value, bias, sinks, visible, counted, output, log_normaliser = ctx.saved_tensors
         blocks, scaling, softcap, settings = ctx.options
@@ -196,7 +198,7 @@ class _GatedAttention(torch.autograd.Function):
                 grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
         grad_sinks = None if sinks is None or grad_sinks is None else grad_sinks.to(sinks.dtype)
         grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_sinks)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def gated_attention(
@@ -227,6 +229,6 @@ def gated_attention(
     counted = visible if counted is None else counted.expand_as(visible)
     with torch.autocast(query.device.type, enabled=False):  # the scores decide gates: keep them in bias.dtype
         output, penalty, open_edges = _GatedAttention.apply(
-            query, key, value, bias, sinks, visible, counted, scaling, softcap, settings
+            query, key, value, bias, sinks, visible, counted, scaling, softcap, settings, torch.is_grad_enabled()
         )  # pyright: ignore[reportGeneralTypeIssues]
     return GatedOutput(output, penalty, open_edges, counted.sum())

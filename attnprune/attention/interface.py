@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk, gated_attention
 from attnprune.attention.reference import gated_attention_reference
-from attnprune.errors import SelfCheckError, UnsupportedModelError
+from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 from attnprune.gates import mix_seed
 
 NAME = "attnprune"
@@ -54,8 +54,9 @@ SUPPORTED_FAMILIES = frozenset(
     ]
 )
 
-PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
-HALF_PROBE_TOLERANCE = 5e-2  # relative to the largest logit: eager rounds its scores to 16 bits, we do not
+# Largest difference of open gates to eager, relative to the largest logit (or to 1, if that is smaller).
+PROBE_TOLERANCE = 1e-4
+HALF_PROBE_TOLERANCE = 5e-2  # eager rounds its scores to 16 bits, we do not
 
 _discovered: ContextVar[list[tuple[nn.Module, int]] | None] = ContextVar("attnprune_discovered", default=None)
 
@@ -68,6 +69,7 @@ class Gate(nn.Module):
         layer: index of the layer.
         forced_open: every gate open (the dense model; also the open-gate control).
         temperature: penalty temperature T_p.
+        return_pattern: set while the model is called with `output_attentions=True`; some families do not pass it on.
         noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
         on_chunk: statistics hook, see `GateSettings`.
         last: `GatedOutput` counts of the last forward: penalty [H] with gradient, open_edges [H], visible_edges.
@@ -82,6 +84,10 @@ class Gate(nn.Module):
         self.noise_seed: int | None = None
         self.on_chunk: OnChunk | None = None
         self.last: GatedOutput | None = None
+        self.return_pattern = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}  # it may hold a graph, which cannot be copied
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
         """Follow the model to another device, but never to a 16-bit dtype: the gates sit on thresholds."""
@@ -179,7 +185,7 @@ def attnprune_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,
-        return_pattern=bool(kwargs.get("output_attentions")),
+        return_pattern=gate.return_pattern or bool(kwargs.get("output_attentions")),
     )
     return output.transpose(1, 2).contiguous(), pattern
 
@@ -219,12 +225,15 @@ def check_family(config: Any) -> None:
 
 
 def _probe_inputs(config: Any, device: torch.device) -> dict[str, Tensor]:
-    """Two rows of tokens, the second left-padded, so the probe sees the mask function as well."""
+    """Two rows of tokens, the second with masked ones, so the probe sees the mask function as well.
+
+    The first token stays: in a row without any visible key fp64 eager attention is NaN.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(12, getattr(config, "max_position_embeddings", 12))
     ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(ids)
-    mask[1, : length // 3] = 0
+    mask[1, 1 : length // 3] = 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
@@ -251,7 +260,8 @@ def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
         raise SelfCheckError(f"{config.model_type}: gated attention ran {len(found)} times for {layers} layers")
     real = inputs["attention_mask"].bool()
     difference = (ours - eager)[real].abs().max().item()
-    allowed = PROBE_TOLERANCE.get(model.dtype) or HALF_PROBE_TOLERANCE * eager[real].abs().max().item()
+    tolerance = HALF_PROBE_TOLERANCE if model.dtype in (torch.float16, torch.bfloat16) else PROBE_TOLERANCE
+    allowed = tolerance * max(1.0, eager[real].abs().max().item())
     if not difference <= allowed:
         raise SelfCheckError(
             f"{config.model_type}: open gates differ from eager attention by {difference:.2g} (allowed {allowed:.2g})"
@@ -271,11 +281,13 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
 
     Raises:
         UnsupportedModelError: the family is not on the allow-list.
+        InputError: a bias of another shape, or not finite.
         SelfCheckError: open gates do not reproduce eager attention; the model is left as it was.
     """
     if gates_of(model):
         raise UnsupportedModelError("this model already has gates", hint="call attnprune.detach(model) first")
     check_family(model.config)
+    _check_bias(torch.as_tensor(bias), model.config)
     previous = model.config._attn_implementation or "sdpa"
     try:
         found = _discover(model)
@@ -289,18 +301,45 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
         gate.train(module.training)
         gate.__dict__["_guard_handle"] = module.register_forward_pre_hook(_guard)
         module.add_module(GATE_ATTRIBUTE, gate)
-    model.__dict__["_attnprune_previous"] = previous
+    handles = (
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        model.register_forward_hook(_after_forward, always_call=True),
+    )
+    model.__dict__["_attnprune"] = (previous, handles)
     return gates_of(model)
+
+
+def _check_bias(bias: Tensor, config: Any) -> None:
+    expected = (config.num_hidden_layers, config.num_attention_heads)
+    if bias.ndim and tuple(bias.shape) != expected:
+        raise InputError(f"bias: expected one number or shape {expected}, got {tuple(bias.shape)}")
+    if not bool(bias.isfinite().all()):
+        raise InputError("bias: is not finite")  # NaN compares False: every gate would close without a word
+
+
+def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    for gate in gates_of(model):
+        gate.return_pattern = bool(kwargs.get("output_attentions"))
+
+
+def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+    for gate in gates_of(model):
+        gate.return_pattern = False
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: remove gates and guards and restore the previous attention implementation."""
+    if "_attnprune" not in model.__dict__:
+        return
+    previous, handles = model.__dict__.pop("_attnprune")
+    for handle in handles:
+        handle.remove()
     for module in list(model.modules()):
         gate = getattr(module, GATE_ATTRIBUTE, None)
         if isinstance(gate, Gate):
             gate.__dict__["_guard_handle"].remove()
             delattr(module, GATE_ATTRIBUTE)
-    model.set_attn_implementation(model.__dict__.pop("_attnprune_previous", "sdpa"))
+    model.set_attn_implementation(previous)
 
 
 @contextmanager

@@ -56,13 +56,13 @@ def is_intact(folder: Path) -> bool:
             (folder / name).stat().st_size == entry["size"] and sha256_of(folder / name) == entry["sha256"]
             for name, entry in listing.items()
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [folder for folder in run.glob(f"{PREFIX}*") if folder.name[len(PREFIX) :].isdigit()]
+    found = [folder for folder in run.glob(f"{PREFIX}*") if folder.name[len(PREFIX) :].isdecimal()]
     return sorted(found, key=step_of)
 
 

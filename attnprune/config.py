@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from attnprune.errors import InputError
 
@@ -55,18 +55,24 @@ class GateConfig(Section):
     estimator: Literal["threshold", "gumbel"] = Field(
         default="threshold", description="gumbel adds logistic noise in training"
     )
-    temperature: Positive = Field(default=4.0, description="penalty temperature T_p")
+    temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
     bias_init: float = Field(default=4.0, description="initial gate bias", allow_inf_nan=False)
 
 
 class ConstraintConfig(Section):
     """The constraint and its multiplier."""
 
+    @model_validator(mode="after")
+    def _multiplier_within_bounds(self) -> Self:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(f"initial {self.initial:g} is not within minimum and maximum")
+        return self
+
     kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
     tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
-    rate: Positive = Field(default=0.01, description="multiplier step size")
+    rate: Fraction = Field(default=0.01, description="multiplier step size")
     gain: NonNegative = Field(default=0.0, description="proportional gain (pi)")
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="moving average of the violation")
     initial: Positive = Field(default=1.0, description="initial multiplier")
@@ -76,6 +82,12 @@ class ConstraintConfig(Section):
 
 class TrainConfig(Section):
     """The optimisation."""
+
+    @model_validator(mode="after")
+    def _micro_batches_add_up(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        return self
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
     steps: Count = Field(default=3000, description="optimiser steps")
@@ -98,7 +110,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
     eval_every: Count = Field(default=100, description="steps between evaluations")
     save_every: Count = Field(default=200, description="steps between checkpoints")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="all random choices")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="all random choices")
 
 
 class OutputConfig(Section):
@@ -142,7 +154,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or an absurd number
         raise InputError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
@@ -157,6 +169,8 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 def _explain(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # raised by our own validators, about a whole section
+        return f"{place}: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
     fields: Any = RunConfig.model_fields

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -125,16 +127,16 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows: list[list[int]] = []
     buffer: list[int] = []
-    seen = 0
     for document in documents:
         for piece in _pieces(document):
             buffer += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            if (len(rows) + len(buffer) // body) * seq_len >= max_tokens:
+                break
         buffer += eos
         whole = len(buffer) // body
         rows += [bos + buffer[i * body : (i + 1) * body] for i in range(whole)]
         buffer = buffer[whole * body :]
-        seen = len(rows) * seq_len
-        if seen >= max_tokens:
+        if len(rows) * seq_len >= max_tokens:
             break
     if not rows:
         raise InputError(
@@ -165,15 +167,32 @@ def documents(source: str, text_field: str = "text") -> Iterable[str]:
     path = Path(source)
     readers = {".txt": _read_txt, ".md": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = readers.get(path.suffix)
-    if reader is None and (path.exists() or source.startswith((".", "/", "~"))):
+    if reader is None and (_exists(path) or source.startswith((".", "/", "~"))):
         raise InputError(f"{source}: not a .txt, .jsonl or .parquet file")
     if reader is None:
         return _read_hub(source, text_field)
-    if not path.is_file():
+    if not _exists(path):
         raise InputError(f"{source}: no such file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{source}: the file is empty")
-    return reader(path, text_field)
+    return _read_file(path, reader, text_field)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no permission, name too long, a NUL in the name
+        return False
+
+
+def _read_file(path: Path, reader: Callable[[Path, str], Iterable[str]], field: str) -> Iterator[str]:
+    """The reader's documents, with every way a file can fail as one line."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty")
+        yield from reader(path, field)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or str(error).splitlines()[0]}") from None
 
 
 def _read_txt(path: Path, _: str) -> list[str]:
@@ -206,6 +225,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 raise InputError(f"{path}: line {number}: not valid JSON") from None
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise InputError(f"{path}: line {number}: no text field {field!r}", hint="use --text-field")
+            if not row[field].isascii() and any("\ud800" <= c <= "\udfff" for c in row[field]):
+                raise InputError(f"{path}: line {number}: a lone surrogate is not text")
             found = found or bool(row[field].strip())
             yield row[field]
     if not found:
@@ -218,15 +239,15 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid:
-        raise InputError(f"{path}: not a parquet file") from None
-    if field not in file.schema_arrow.names:
-        raise InputError(f"{path}: no column {field!r}", hint="use --text-field")
-    for batch in file.iter_batches(columns=[field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str):
-                raise InputError(f"{path}: column {field!r} is not text")
-            yield text
+        if field not in file.schema_arrow.names:
+            raise InputError(f"{path}: no column {field!r}", hint="use --text-field")
+        for batch in file.iter_batches(columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise InputError(f"{path}: column {field!r} is not text")
+                yield text
+    except (pyarrow.ArrowException, OSError, ValueError):
+        raise InputError(f"{path}: not a parquet file, or a damaged one") from None
 
 
 def _read_hub(source: str, field: str) -> Iterator[str]:
@@ -257,33 +278,46 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     On this text the expected loss difference to the base IS the KL divergence, and no data set is needed.
     `key` identifies the model; the cache file name also holds the sizes and the seed.
     """
-    name = f"self-{hashlib.sha256(f'{key} {seq_len} {tokens} {seed}'.encode()).hexdigest()[:16]}.pt"
+    name = f"self-{hashlib.sha256(f'{key} {seq_len} {tokens} {seed}'.encode()).hexdigest()[:16]}.safetensors"
     file = cache / name
     if file.exists():
-        ids = torch.load(file, weights_only=True)
-        return Blocks(ids, ids.clone(), "self")
+        try:
+            ids = load_file(file)["input_ids"]
+            return Blocks(ids, ids.clone(), "self")
+        except SafetensorError:
+            file.unlink()  # cut short: write it again
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise InputError("self: this tokenizer has no BOS or EOS token to start a text with")
-    rows, batch = -(-tokens // seq_len), 8
-    devices = [model.device] if model.device.type == "cuda" else []
-    pieces = []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for first in range(0, rows, batch):
-            prompt = torch.full((min(batch, rows - first), 1), start, device=model.device)
-            # A finished row starts the next document by itself: EOS is an ordinary token here, as in packed text.
-            written = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=seq_len - 1, max_new_tokens=seq_len - 1, eos_token_id=-1, pad_token_id=start,
-            )  # fmt: skip
-            pieces.append(written.cpu())
-    ids = torch.cat(pieces)
+    ids = _sample(model, start, -(-tokens // seq_len), seq_len, seed)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    torch.save(ids, temporary)
+    temporary = file.with_suffix(f".tmp-{os.getpid()}")
+    save_file({"input_ids": ids}, temporary)
     temporary.replace(file)
     return Blocks(ids, ids.clone(), "self")
+
+
+def _sample(model: Any, start: int, rows: int, seq_len: int, seed: int) -> Tensor:
+    """Rows of `seq_len` tokens drawn from the model itself; the global random state is left alone."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    # The checkpoint's own settings (repetition penalty, top-k, ...) would make it another distribution. Without an EOS
+    # a finished row starts the next document by itself, as in packed text.
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=start
+    )
+    pieces = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            for first in range(0, rows, 8):
+                prompt = torch.full((min(8, rows - first), 1), start, device=model.device)
+                pieces.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)).cpu())
+    finally:
+        model.generation_config = own
+    return torch.cat(pieces)
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

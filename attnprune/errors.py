@@ -6,14 +6,12 @@ Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong an
 
 from __future__ import annotations
 
-MAX_LINE = 300
 
-
-def printable(text: object) -> str:
-    """Text on one line with control characters escaped, so that no name or message can drive the terminal."""
+def printable(text: object, limit: int | None = None) -> str:
+    """Text on one line, control characters escaped so that no name can drive the terminal, cut after `limit`."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     line = line.encode("utf-8", "backslashreplace").decode()  # lone surrogates of undecodable paths
-    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…"
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
 class AttnPruneError(Exception):
@@ -25,9 +23,9 @@ class AttnPruneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.message = message
+        self.message = printable(message)
         self.hint = hint
+        super().__init__(self.message)
 
 
 class InputError(AttnPruneError):

@@ -33,6 +33,7 @@ MAX_TENSORS = 20_000
 MAX_RANK = 4
 MAX_GATE = 1e4
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")
+_VERSION = re.compile(r"[1-9][0-9]{0,3}(\.[0-9]{1,4})?")
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
@@ -135,18 +136,20 @@ class Manifest(_Entry):
         return json.dumps(self.model_dump(exclude_none=True), sort_keys=True, indent=2, allow_nan=False) + "\n"
 
 
-def parse_json(raw: bytes, name: str) -> Any:
-    """Strict JSON: size-capped UTF-8, no NaN or infinity, no duplicate keys, bounded nesting.
+def parse_json(raw: bytes, name: str, limit: int = MAX_JSON_BYTES) -> Any:
+    """Strict JSON: UTF-8 of at most `limit` bytes, no NaN or infinity, no duplicate keys, bounded nesting.
 
     Raises:
         InputError: naming the file and the problem.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise InputError(f"{name}: {next(k for k in keys if keys.count(k) > 1)!r} given twice")
-        return dict(pairs)
+        values = {}
+        for key, value in pairs:
+            if key in values:
+                raise InputError(f"{name}: {key!r} given twice")
+            values[key] = value
+        return values
 
     def finite(text: str) -> float:
         number = float(text)
@@ -154,8 +157,8 @@ def parse_json(raw: bytes, name: str) -> Any:
             raise InputError(f"{name}: bad number {text[:20]}")
         return number
 
-    if len(raw) > MAX_JSON_BYTES:
-        raise InputError(f"{name}: larger than {MAX_JSON_BYTES >> 20} MiB")
+    if len(raw) > limit:
+        raise InputError(f"{name}: larger than {limit >> 20} MiB")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -214,7 +217,7 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_FILE) -> Manifest:
     if values.get("format") != FORMAT:
         raise InputError(f"{name}: not an attnprune manifest")
     version = values.get("format_version")
-    if isinstance(version, str) and (major := version.split(".")[0]).isdigit() and int(major) > 1:
+    if isinstance(version, str) and _VERSION.fullmatch(version) and int(version.split(".")[0]) > 1:
         raise InputError(f"{name}: format {version} needs a newer attnprune", hint="pip install -U attnprune")
     try:
         manifest = Manifest.model_validate(values)
@@ -246,7 +249,7 @@ def parse_safetensors(raw: bytes, name: str) -> dict[str, tuple[str, tuple[int, 
     length = int.from_bytes(raw[:8], "little")
     if length > min(MAX_HEADER_BYTES, len(raw) - 8):
         raise InputError(f"{name}: header too large, or not a safetensors file")
-    header = parse_json(raw[8 : 8 + length].rstrip(b" "), f"{name} header")
+    header = parse_json(raw[8 : 8 + length].rstrip(b" "), f"{name} header", MAX_HEADER_BYTES)
     if not isinstance(header, dict):
         raise InputError(f"{name}: bad header")
     metadata = header.pop("__metadata__", {})
@@ -274,7 +277,7 @@ def _tensor_entry(name: str, tensor: str, entry: Any, start: int) -> tuple[str, 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{name}: bad header entry for {tensor}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise InputError(f"{name}: {tensor}: dtype {dtype!r} is not allowed")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
         raise InputError(f"{name}: {tensor}: too many dimensions")
@@ -307,8 +310,10 @@ def check_gates(arrays: dict[str, np.ndarray], manifest: Manifest) -> None:
         InputError: naming the layer or tensor.
     """
     expected: dict[str, tuple[str, tuple[int, ...] | None]] = {"stats.offset_edges": ("<i4", None)}
-    edges = arrays.get("stats.offset_edges")
-    buckets = 0 if edges is None else len(edges) - 1
+    edges = arrays.get("stats.offset_edges", np.zeros(1))
+    if edges.ndim != 1 or edges[0] != 0 or (np.diff(edges) <= 0).any():
+        raise InputError(f"{GATES_FILE}: stats.offset_edges is not a rising list from 0")
+    buckets = len(edges) - 1
     for layer, heads in enumerate(manifest.gate.heads):
         expected[f"layers.{layer}.gate.bias"] = ("<f4", (heads,))
         expected[f"layers.{layer}.gate.closed"] = ("|u1", (heads,))

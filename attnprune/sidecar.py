@@ -50,6 +50,7 @@ class Sidecar:
         Raises:
             InputError: damaged file or a non-finite value.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         kind = self.manifest.weights.kind
@@ -58,7 +59,10 @@ class Sidecar:
         name = format.DELTA_FILE if kind == "delta" else format.ADAPTER_FILE
         raw = self._read(name)
         format.parse_safetensors(raw, name)
-        tensors = load(raw)
+        try:
+            tensors = load(raw)
+        except SafetensorError as error:
+            raise InputError(f"{name}: not a safetensors file: {error}") from None
         for tensor, values in tensors.items():
             if not values.isfinite().all():
                 raise InputError(f"{name}: non-finite value in {tensor}")
@@ -82,13 +86,17 @@ def open_sidecar(path: str | Path) -> Sidecar:
         InputError: no such folder, no manifest, or a manifest that does not pass.
     """
     folder = Path(path)
-    if not folder.exists():
-        raise InputError(f"{path}: no such file or folder")
-    if not folder.is_dir():
-        raise InputError(f"{path}: not a sidecar folder")
-    if not (folder / format.MANIFEST_FILE).exists():
+    try:
+        names = {file.name for file in folder.iterdir()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or folder") from None
+    except NotADirectoryError:
+        raise InputError(f"{path}: not a sidecar folder") from None
+    except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
+        raise InputError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
+    if format.MANIFEST_FILE not in names:
         hint = None
-        if (folder / "checkpoints").is_dir():
+        if "checkpoints" in names:
             hint = f"this run has not finished: attnprune sparsify --resume {path}"
         raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
     raw = format.read_regular(folder, format.MANIFEST_FILE, format.MAX_JSON_BYTES)

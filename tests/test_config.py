@@ -46,7 +46,7 @@ def another_value(field):
     if field.annotation is bool:
         return not field.default
     if field.annotation is int:
-        return field.default + 7
+        return field.default + 8  # batch_size stays a multiple of micro_batch_size
     if field.annotation is float:
         return field.default / 3 + 1e-7
     return 'a "quoted" \\ näme\n\t\x1b 🙂'
@@ -66,6 +66,13 @@ def test_every_field_survives_toml(section, name, field):
 def test_every_field_is_documented_and_its_default_is_valid(section, name, field):
     assert field.description
     assert get(build_config({section: {name: field.default}}), section, name) == field.default
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(InputError, match="train: batch_size 16 is not a multiple of micro_batch_size"):
+        build_config({"train": {"batch_size": 16, "micro_batch_size": 5}})
+    with pytest.raises(InputError, match="constraint: initial 1 is not within minimum and maximum"):
+        build_config({"constraint": {"minimum": 2.0}})
 
 
 def test_the_defaults_survive_toml():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_statistics_equal_brute_force(case):
         opened = is_open[layer].sum(0)  # [H, T, T]
         torch.testing.assert_close(statistics.density[layer], opened.sum((1, 2)) / (5 * 78))
         torch.testing.assert_close(statistics.sink[layer], opened[..., 0].sum(1) / opened.sum((1, 2)))
-        for bucket, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for bucket, (low, high) in enumerate(pairwise(edges)):
             inside = (distance >= low) & (distance < high)
             expected = (opened * inside).sum((1, 2)) / (5 * inside.sum())
             torch.testing.assert_close(statistics.open_by_offset[layer][:, bucket], expected)

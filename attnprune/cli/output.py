@@ -12,6 +12,8 @@ from rich.markup import escape
 
 from attnprune.errors import printable
 
+MAX_LINE = 300
+
 
 class Output:
     """How this invocation talks. Set once from `--json` and `--quiet`."""
@@ -55,7 +57,7 @@ class Output:
 
     def error(self, message: str, hint: str | None, code: int) -> None:
         """One line on stderr; with --json also one object on stdout."""
-        line = f"attnprune: {printable(message)}" + (f" ({printable(hint)})" if hint else "")
+        line = f"attnprune: {printable(message, MAX_LINE)}" + (f" ({printable(hint, MAX_LINE)})" if hint else "")
         sys.stderr.write(line + "\n")
         if self.json:
             payload = {"error": {"message": printable(message), "hint": hint, "exit_code": code}}

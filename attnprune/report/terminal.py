@@ -72,8 +72,8 @@ def plan_table(plan: Plan) -> Table:
     config = plan.config
     total = plan.seconds_per_1000_steps * config.train.steps / 1000
     rows = [
-        ("model", f"{config.model.name}, {size(plan.total, '')}parameters, on {config.model.device}"),
-        ("trains", f"{config.train.scope}: {size(plan.trainable, '')}parameters"),
+        ("model", f"{config.model.name}, {size(plan.total, '')} parameters, on {config.model.device}"),
+        ("trains", f"{config.train.scope}: {size(plan.trainable, '')} parameters"),
         ("data", f"{config.data.source}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out"),
         ("step", f"{plan.tokens_per_step:,} tokens, {config.data.seq_len} per block, {config.train.precision}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),

@@ -99,6 +99,7 @@ class TrainConfig(Section):
     decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.8, description="share of steps with falling rates"
     )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, description="rates at the end, relative")
     final_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="last share: loss only, gates at rest"
     )

@@ -325,7 +325,10 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         gradient_accumulation_steps=max(1, train.batch_size // micro),
         learning_rate=train.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(train.steps * train.decay_fraction), "min_lr_ratio": 0.1},
+        lr_scheduler_kwargs={
+            "num_decay_steps": int(train.steps * train.decay_fraction),
+            "min_lr_ratio": train.min_lr_ratio,
+        },
         warmup_steps=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
         logging_steps=10,

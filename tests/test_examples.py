@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from examples.write_schema import SCHEMA_FILE, schema_text
+from tests.factory import save_text, save_tiny_llama
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -37,3 +38,12 @@ def test_compare_estimators_script_writes_its_table(tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert [r["seed"] for r in report["runs"]] == [0]
     assert report["table"][2].startswith("| threshold | 4 |")
+
+
+def test_recipe_file_runs_on_a_tiny_model(tmp_path):
+    model, text = save_tiny_llama(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    small = ("--seq-len", 16, "--eval-tokens", 160, "--steps", 2, "--device", "cpu", "--tolerance", 5)
+    recipe = ("--config", "examples/smollm2-cpu.toml", "--data", text, "--out", tmp_path / "run")
+    run("-m", "attnprune", "sparsify", model, *recipe, *small)
+    manifest = json.loads((tmp_path / "run" / "attnprune.json").read_text())
+    assert manifest["weights"]["kind"] == "lora"

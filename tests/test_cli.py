@@ -167,6 +167,7 @@ def test_inspect_text_lists_open_edges(place):
 def test_eval_reproduces_the_manifest(place):
     data = json.loads(attnprune("eval", "model-attnprune", "--base", "model", "--json", cwd=place).stdout)
     [report] = data["reports"]
+    assert data["reproduced"] is True
     result = json.loads((place / "model-attnprune" / "attnprune.json").read_text())["result"]
     for key in ("loss", "open_edges", "visible_edges", "base_loss", "control_loss", "kl", "density", "edges_per_query"):
         assert report[key] == result[key]

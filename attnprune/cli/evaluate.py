@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,4 +47,11 @@ def evaluate(
         path, sidecar, data or [], base=base, device=device, seq_len=seq_len, tokens=tokens, batch_size=batch_size,
         text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
-    out.result({"reports": [terminal.report_data(r) for r in reports]}, terminal.report_table(reports))
+    facts: dict[str, Any] = {"reports": [terminal.report_data(r) for r in reports]}
+    lines: list[object] = [terminal.report_table(reports)]
+    if sidecar is not None and not data:
+        stored, now = sidecar.manifest.result, reports[0]
+        facts["reproduced"] = (now.loss, now.open_edges) == (stored.loss, stored.open_edges)
+        verdict = "reproduced exactly" if facts["reproduced"] else "DIFFERS"
+        lines.append(f"stored result: loss {stored.loss:.6f}, {stored.open_edges:,} open edges: {verdict}")
+    out.result(facts, *lines)

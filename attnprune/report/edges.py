@@ -15,6 +15,7 @@ from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError
 
 MAX_TOKENS = 1024
+_SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def render(found: TextEdges, chosen: list[Edge], limit: int) -> list[Any]:
     by_head: dict[tuple[int, int], list[Edge]] = defaultdict(list)
     for edge in chosen:
         by_head[edge.layer, edge.head].append(edge)
-    table = Table(title="open edges, query ← key (weight)", box=None, title_justify="left")
+    table = Table(title="open edges: query ← key, positions as subscripts (weight)", box=None, title_justify="left")
     for name, justify in (("head", "right"), ("edges", "right"), ("strongest", "left")):
         table.add_column(name, justify=justify, header_style="dim")  # pyright: ignore[reportArgumentType]
     for (layer, head), edges in by_head.items():
@@ -98,4 +99,4 @@ def render(found: TextEdges, chosen: list[Edge], limit: int) -> list[Any]:
 def _token(found: TextEdges, position: int) -> str:
     text = found.tokens[position]
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return f"[cyan]{escape(shown.replace(' ', '·'))}[/][dim]{position}[/]"
+    return f"[cyan]{escape(shown.replace(' ', '·'))}[/][dim]{str(position).translate(_SUBSCRIPT)}[/]"

@@ -56,7 +56,7 @@ class GateConfig(Section):
         default="threshold", description="gumbel adds logistic noise in training"
     )
     temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
-    bias_init: float = Field(default=4.0, description="initial gate bias", allow_inf_nan=False)
+    bias_init: float = Field(default=4.0, ge=-100, le=100, description="initial gate bias", allow_inf_nan=False)
 
 
 class ConstraintConfig(Section):
@@ -101,7 +101,7 @@ class TrainConfig(Section):
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, description="rates at the end, relative")
     final_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.1, description="last share: loss only, gates at rest"
+        default=0.1, description="last share of steps: no pressure on edges"
     )
     weight_decay: NonNegative = Field(default=0.0, description="on the weights, never on the gates")
     max_grad_norm: Positive = Field(default=1.0, description="gradient clipping")

@@ -84,7 +84,10 @@ def load(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple
         wanted = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
         blocks = self_written(model, tokenizer, text.seq_len, wanted, train.seed, cache, model_key)
     else:
-        limit = text.train_tokens + text.eval_tokens
+        # A local file is read whole, so that blocks come from all of it; a stream only as far as the run needs.
+        streamed = source_name(text.source) == text.source
+        wanted = train.steps * train.batch_size * text.seq_len if streamed else text.train_tokens
+        limit = min(text.train_tokens, wanted) + text.eval_tokens
         texts = documents(text.source, text.text_field)
         blocks = pack(texts, tokenizer, text.seq_len, limit, source_name(text.source))
     return split(blocks, text.eval_tokens, train.seed)
@@ -243,9 +246,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             raise InputError(f"{path}: no column {field!r}", hint="use --text-field")
         for batch in file.iter_batches(columns=[field]):
             for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
+                if text is not None and not isinstance(text, str):
                     raise InputError(f"{path}: column {field!r} is not text")
-                yield text
+                yield text or ""
     except (pyarrow.ArrowException, OSError, ValueError):
         raise InputError(f"{path}: not a parquet file, or a damaged one") from None
 

@@ -33,7 +33,7 @@ def evaluate_model(
     device = runtime.pick_device(device)
     if sidecar is None:
         model = runtime.load_base(name, device=device)
-        length = seq_len or min(512, getattr(model.model.config, "max_position_embeddings", 512))
+        length = seq_len or min(512, runtime.context_length(model.model) or 512)
         return [
             measure(model.model, _blocks(s, text_field, model, length, tokens), batch_size=batch_size) for s in sources
         ]
@@ -49,6 +49,9 @@ def evaluate_model(
 
 
 def _blocks(source: str, text_field: str, base: runtime.BaseModel, seq_len: int, tokens: int) -> Blocks:
+    context = runtime.context_length(base.model)
+    if context is not None and seq_len > context:
+        raise InputError(f"--seq-len: {seq_len} is more than the model's context of {context}")
     if source == "task":
         return data.addition_task(base.tokenizer)[1]
     return data.pack(data.documents(source, text_field), base.tokenizer, seq_len, tokens, data.source_name(source))

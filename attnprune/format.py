@@ -109,12 +109,13 @@ class ResultEntry(_Entry):
 
 
 class ProbeEntry(_Entry):
-    """A short text whose loss (nats per token, within `tolerance`) and open-edge count a reader can reproduce."""
+    """A short text whose loss (nats per token) and open-edge count a reader reproduces within the tolerances."""
 
     input_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=64)]
     loss: Finite
     open_edges: Size
     tolerance: Finite
+    edge_tolerance: Size = 0
 
 
 class Manifest(_Entry):

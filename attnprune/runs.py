@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from attnprune.errors import InputError
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-LOCK_FILE = ".attnprune.lock"
 DEMO = "demo"
 
 # The bundled model: small, exact, ten tokens of context; the constraint is the loss itself.
@@ -56,7 +55,7 @@ def check_output(folder: Path) -> None:
             f"{folder}: holds an unfinished run",
             hint=f"continue it with: attnprune sparsify --resume {folder}, or choose another --out",
         )
-    if folder.exists() and any(file.name != LOCK_FILE for file in folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not empty", hint="choose another folder with --out")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -94,18 +93,26 @@ def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that two runs cannot write to it. The kernel frees the lock of a killed process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise InputError(f"{folder}: in use by process {lock.read().strip() or '?'}") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        try:
-            yield
-        finally:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+    """Hold the run's folder, so that two runs cannot write to it; created if missing, and removed again if left empty.
+
+    The lock is on the folder itself: no file stays behind, and the kernel frees it when a process is killed.
+
+    Raises:
+        InputError: another run holds it, or it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise InputError(f"{folder}: in use by another run") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # does nothing unless empty
+        os.close(handle)

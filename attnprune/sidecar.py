@@ -98,6 +98,8 @@ def open_sidecar(path: str | Path) -> Sidecar:
         hint = None
         if "checkpoints" in names:
             hint = f"this run has not finished: attnprune sparsify --resume {path}"
+        elif "config.json" in names:
+            hint = "this is a model folder; load a merged one with attnprune.load"
         raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
     raw = format.read_regular(folder, format.MANIFEST_FILE, format.MAX_JSON_BYTES)
     return Sidecar(folder, format.parse_manifest(raw, str(folder / format.MANIFEST_FILE)))
@@ -134,9 +136,11 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
 def publish(staging: Path, folder: Path, manifest: format.Manifest) -> Sidecar:
     """Move the staged files into `folder` and write the manifest last: it is what makes the folder a sidecar."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.umask(umask := os.umask(0))
     for name in manifest.files:
         (folder / name).parent.mkdir(exist_ok=True)
         checkpoints.fsync(staging / name)
+        os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
         os.replace(staging / name, folder / name)
     checkpoints.write_atomic(folder / format.MANIFEST_FILE, manifest.to_json())
     shutil.rmtree(staging, ignore_errors=True)

@@ -190,11 +190,15 @@ class SparsifyTrainer(Trainer):
             for gate in gates:
                 gate.noise_seed = seed
         ids, labels = inputs["input_ids"], inputs["labels"]
-        logits = model(input_ids=ids, use_cache=False).logits
+        # Autocast only here: evaluation is in full precision, like the artefact that is measured in the end.
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            logits = model(input_ids=ids, use_cache=False).logits
+            penalty, density = _edges(gates)  # before the reference, which may run the same gates forced open
+            with torch.no_grad():
+                base_logits = self.reference(ids)
         log_p, losses = token_losses(logits, labels)
-        penalty, density = _edges(gates)
         with torch.no_grad():
-            base_log_p, base_losses = token_losses(self.reference(ids), labels)
+            base_log_p, base_losses = token_losses(base_logits, labels)
         loss, base_loss = losses.mean(), base_losses.mean()
         kind = self.constraint.kind
         gap = kl_divergence(base_log_p, log_p).mean() if kind == "kl" else loss - base_loss
@@ -318,6 +322,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     train = config.train
     micro = train.micro_batch_size or train.batch_size
     on_cpu = config.model.device == "cpu"
+    warmup = min(train.warmup_steps, train.steps // 10)
     arguments = TrainingArguments(
         output_dir=config.output.folder,
         max_steps=train.steps,
@@ -326,12 +331,12 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         learning_rate=train.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={
-            "num_decay_steps": int(train.steps * train.decay_fraction),
+            "num_decay_steps": min(int(train.steps * train.decay_fraction), train.steps - warmup),
             "min_lr_ratio": train.min_lr_ratio,
         },
-        warmup_steps=train.warmup_steps,
+        warmup_steps=warmup,
         max_grad_norm=train.max_grad_norm,
-        logging_steps=10,
+        logging_steps=max(1, min(10, train.steps // 10)),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=train.eval_every,
@@ -342,7 +347,6 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=on_cpu,
-        bf16=train.precision == "bf16",
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         remove_unused_columns=False,

@@ -109,6 +109,8 @@ SLOWER = [
     (("apply", "other", "model-attnprune"), 2, "not the weights"),
     (("apply", "wider", "model-attnprune"), 2, "wrong base"),
     (("inspect", "model-attnprune", "--text", "hello"), 2, "--base"),
+    (("inspect", "model-attnprune", "--base", "model", "--text", "a" * 65), 2, "more than the 64"),
+    (("eval", "model", "--data", "text.txt", "--seq-len", "65"), 2, "context of 64"),
 ]
 
 

@@ -47,3 +47,27 @@ def test_recipe_file_runs_on_a_tiny_model(tmp_path):
     run("-m", "attnprune", "sparsify", model, *recipe, *small)
     manifest = json.loads((tmp_path / "run" / "attnprune.json").read_text())
     assert manifest["weights"]["kind"] == "lora"
+
+
+def test_collect_results_gathers_a_run(tmp_path):
+    model, text = save_tiny_llama(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    small = (
+        "--seq-len",
+        16,
+        "--eval-tokens",
+        160,
+        "--steps",
+        2,
+        "--scope",
+        "gates",
+        "--tolerance",
+        9,
+        "--device",
+        "cpu",
+    )
+    run("-m", "attnprune", "sparsify", model, "--data", text, "--out", tmp_path / "run", *small)
+    options = ("--base", model, "--data", text, "--tokens", 64, "--out", tmp_path / "out.json")
+    run("examples/collect_results.py", tmp_path / "run", *options)
+    evidence = json.loads((tmp_path / "out.json").read_text())
+    assert evidence["other_texts"][0]["data"] == "text.txt"
+    assert evidence["curve"][-1]["step"] == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import TrainerCallback
 
 import attnprune
@@ -19,9 +20,9 @@ from attnprune import checkpoints, recipe, runtime
 from attnprune.config import RunConfig, build_config, merge
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.evaluation import evaluate_model
-from attnprune.runs import CHECKPOINTS, read_resumed
+from attnprune.runs import CHECKPOINTS, locked, read_resumed
 from attnprune.sidecar import open_sidecar
-from tests.factory import save_text, save_tiny_llama
+from tests.factory import byte_tokenizer, save_text, save_tiny_llama
 
 FORK = multiprocessing.get_context("fork")  # children start with torch imported, and can be killed
 
@@ -117,6 +118,45 @@ def test_plan_can_stop_the_run_and_leaves_nothing(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
     assert plans[0].trainable == plans[0].total
     assert plans[0].seconds_per_1000_steps > 0
+
+
+DROPOUTS = {
+    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=257),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=257),
+    "opt": transformers.OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, vocab_size=257, dropout=0.3, attention_dropout=0.3, layerdrop=0.3,
+    ),
+    "starcoder2": transformers.Starcoder2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, vocab_size=257, residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DROPOUTS)
+def test_training_without_change_has_no_gap_whatever_the_dropout(family, inputs, tmp_path):
+    """With every gate wide open and nothing moving, the paired KL of a training step is 0: no hidden noise."""
+    model = transformers.AutoModelForCausalLM.from_config(DROPOUTS[family])
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    overrides = {"gate": {"bias_init": 90.0}, "train": {"scope": "gates", "steps": 2, "gate_learning_rate": 1e-9}}
+    recipe.sparsify(run_config((tmp_path / "model", inputs[1]), tmp_path / "run", **overrides))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [abs(line["gap"]) < 1e-6 for line in lines if "gap" in line] == [True, True]
+
+
+def test_16_bit_weights_that_would_train_are_refused(inputs, tmp_path):
+    with pytest.raises(InputError, match="would round away"):
+        recipe.sparsify(run_config(inputs, tmp_path / "run", model={"dtype": "bfloat16"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_base_with_lora_loads_back(inputs, tmp_path):
+    overrides = {"model": {"dtype": "bfloat16"}, "train": {"scope": "lora", "steps": 4, "precision": "bf16"}}
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    model = attnprune.load(sidecar.path, base=str(inputs[0])).model
+    assert model.dtype == torch.bfloat16
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -260,11 +300,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(inputs, tmp_pa
 
 
 def test_output_folder_in_use_is_refused(inputs, tmp_path):
-    from attnprune.runs import locked
-
-    (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run"), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="in use by another run"):
         recipe.sparsify(run_config(inputs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_base_is_refused(uninterrupted, tmp_path):

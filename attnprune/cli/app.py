@@ -20,7 +20,7 @@ from attnprune.errors import AttnPruneError
 
 app = typer.Typer(
     name="attnprune",
-    help="Post-train a language model until its attention keeps under 1 % of its edges at the original loss.",
+    help="Post-train a language model so that its attention keeps few of its edges at the original loss.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -38,9 +38,7 @@ def apply(
     from attnprune import runtime
     from attnprune.measure import measure
 
-    model, tokenizer = runtime.load(path, base, allow_base_mismatch=allow_base_mismatch)
-    if not allow_base_mismatch:
-        runtime.verify_probe(model, sidecar.manifest)
+    model, tokenizer = runtime.load(path, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
     probe = runtime.probe_blocks(sidecar.manifest.probe.input_ids)
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
     lines = [f"{sidecar.path}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
@@ -49,6 +47,8 @@ def apply(
             model = model.to(runtime.torch_dtype(dtype))
         runtime.write_merged(model, tokenizer, sidecar, merge)
         merged = runtime.load(merge).model
+        if dtype is None and not allow_base_mismatch:
+            runtime.verify_probe(merged, sidecar.manifest)
         report = measure(merged, probe)
         facts |= {"merged": str(merge), "probe_loss": report.loss, "probe_open_edges": report.open_edges}
         before = sidecar.manifest.probe

@@ -122,11 +122,13 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         )
     if sidecar is None:
         return 0
-    out.result(terminal.summary_data(sidecar), *terminal.summary(sidecar), terminal.next_commands(sidecar))
+    out.result(
+        terminal.summary_data(sidecar), *terminal.summary(sidecar), terminal.next_commands(sidecar, config.model.name)
+    )
     result = sidecar.manifest.result
     if not result.feasible:
         raise ConstraintNotMetError(
             f"{sidecar.path}: finished and saved, but {result.constraint} <= {result.limit:g} does not hold",
-            hint="more --steps, or a larger --tolerance",
+            hint="try more --steps or a larger --tolerance, with another --out",
         )
     return 0

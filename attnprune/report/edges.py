@@ -48,8 +48,9 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise InputError("--text: is empty")
-    if ids.shape[1] > MAX_TOKENS:
-        raise InputError(f"--text: {ids.shape[1]} tokens are more than {MAX_TOKENS}")
+    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
+    if ids.shape[1] > longest:
+        raise InputError(f"--text: {ids.shape[1]} tokens are more than the {longest} that can be shown")
     found: list[tuple[int, Tensor]] = []
     gates = gates_of(model)
     for gate in gates:

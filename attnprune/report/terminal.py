@@ -71,10 +71,14 @@ def plan_table(plan: Plan) -> Table:
     """What the run is about to do."""
     config = plan.config
     total = plan.seconds_per_1000_steps * config.train.steps / 1000
+    passes = plan.tokens_per_step * config.train.steps / plan.train_tokens
     rows = [
         ("model", f"{config.model.name}, {size(plan.total, '')} parameters, on {config.model.device}"),
         ("trains", f"{config.train.scope}: {size(plan.trainable, '')} parameters"),
-        ("data", f"{config.data.source}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out"),
+        (
+            "data",
+            f"{config.data.source}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out, {passes:.3g} passes",
+        ),
         ("step", f"{plan.tokens_per_step:,} tokens, {config.data.seq_len} per block, {config.train.precision}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
         ("memory", f"about {size(plan.memory_bytes)}"),
@@ -222,12 +226,13 @@ def bar(share: float, width: int = 30) -> str:
     return "█" * (eighths // 8) + tail
 
 
-def next_commands(sidecar: Sidecar) -> Text:
-    """What to type after a run."""
+def next_commands(sidecar: Sidecar, model: str) -> Text:
+    """What to type after a run on `model`."""
     path = printable(sidecar.path)
-    named = "" if sidecar.manifest.base.kind in ("hub", "bundled") else ", base=MODEL"
+    named = "" if sidecar.manifest.base.kind in ("hub", "bundled") else f", base={printable(model)!r}"
+    option = f" --base {printable(model)}" if named else ""
     return Text(
-        f"\nlook at it:  attnprune inspect {path}\nmeasure it:  attnprune eval {path}\n"
+        f"\nlook at it:  attnprune inspect {path}\nmeasure it:  attnprune eval {path}{option}\n"
         f"load it:     model, tokenizer = attnprune.load({path!r}{named})",
         style="dim",
     )

@@ -1,0 +1,59 @@
+"""Gather one run's evidence into a JSON file: its curve, its manifest's result, and measurements on other texts.
+
+python examples/collect_results.py RUN --base MODEL --data a.txt --data b.txt --tokens 16384 --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import attnprune
+
+CURVE = ("step", "eval_density", "eval_loss", "eval_base_loss", "eval_kl", "eval_edges_per_query", "eval_feasible")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--note", default="")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    command = [sys.executable, "-m", "attnprune", "eval", str(options.run), "--base", options.base, "--json"]
+    command += ["--tokens", str(options.tokens)] + [part for text in options.data for part in ("--data", text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    manifest = json.loads((options.run / "attnprune.json").read_text())
+    lines = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    manifest["result"]["data"] = Path(manifest["result"]["data"]).name
+    evidence = {
+        "note": options.note,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {
+            "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
+        },
+        "commit": commit,
+        "base": manifest["base"],
+        "weights": manifest["weights"],
+        "sidecar_bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "result_on_the_held_out_split": manifest["result"],
+        "curve": [{k: line[k] for k in CURVE} for line in lines if "eval_density" in line],
+        "other_texts": [{k: v for k, v in r.items() if k != "heads"} for r in json.loads(done.stdout)["reports"]],
+    }  # fmt: skip
+    options.out.write_text(json.dumps(evidence, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

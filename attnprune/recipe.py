@@ -15,12 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,18 +30,14 @@ from attnprune.attention.interface import GATE_ATTRIBUTE, attach, gates_forced_o
 from attnprune.config import RunConfig
 from attnprune.data import Blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
-from attnprune.measure import GateStatistics, Reference, Report, gate_statistics, measure, token_losses
+from attnprune.export import STAGING, export
+from attnprune.measure import Reference, token_losses
 from attnprune.runs import CHECKPOINTS, DEMO, METRICS_FILE, RUN_FILE, check_output, locked, output_folder
-from attnprune.sidecar import Sidecar, file_entries, publish, save_files
-from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal, constraint_of, trainable_state
+from attnprune.sidecar import Sidecar
+from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal
 
 DEFAULT_SEQ_LEN = 512
 SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
-# (nats, share of the open edges) by which the stored probe may differ elsewhere: other kernels round differently, and
-# in 16 bits that moves scores across their gates.
-PROBE_TOLERANCE = {torch.float32: (1e-3, 1e-3)}
-HALF_PROBE_TOLERANCE = (2e-2, 2e-2)
-STAGING = ".staging-"
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,11 @@ def _run(
     try:
         checkpoint = _start(folder, config, run_facts, resume, on_note)
         trainer = _train(model, config, train_blocks, held_out, reference, folder, checkpoint, callbacks)
-        return _finish(trainer, base_entry, config, held_out, folder)
+        trainer.load_best()
+        trainer.model.cpu()  # makes room on a GPU
+        sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, folder)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return sidecar
     except AttnPruneError as error:
         _describe_state(error, folder)
         raise
@@ -330,128 +328,6 @@ def _train(
                 hint=f"continue with: attnprune sparsify --resume {folder}",
             )
     return trainer
-
-
-def _finish(
-    trainer: SparsifyTrainer,
-    base_entry: dict[str, Any],
-    config: RunConfig,
-    held_out: Blocks,
-    folder: Path,
-) -> Sidecar:
-    """Put the best state onto a fresh base exactly as `load` will, measure that, and publish it."""
-    trainer.load_best()
-    biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(trainer.model)]
-    weights, adapter_config, entry = changed_weights(trainer.model, config)
-    trainer.model.cpu()  # makes room on a GPU
-    fresh = load_base(config)
-    sparse = copy.deepcopy(fresh.model)
-    runtime.install(sparse, biases, weights, entry)
-    statistics = gate_statistics(sparse, held_out)
-    staging = folder / f"{STAGING}{os.getpid()}"
-    save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
-    report = measure(sparse, held_out, reference=runtime.dense(fresh.model), control=True)
-    probe = held_out.input_ids[0, :64].tolist()
-    probe_report = measure(sparse, runtime.probe_blocks(probe))
-    loss_tolerance, edge_share = PROBE_TOLERANCE.get(fresh.model.dtype, HALF_PROBE_TOLERANCE)
-    manifest = {
-        "format": format.FORMAT,
-        "format_version": format.FORMAT_VERSION,
-        "requires": ["gate:threshold"] + ([f"weights:{entry.kind}"] if entry.kind != "none" else []),
-        "created_by": f"attnprune {metadata.version('attnprune')}",
-        "base": {key: value for key, value in base_entry.items() if value is not None},
-        "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
-        "weights": entry.model_dump(exclude_none=True),
-        "files": file_entries(staging),
-        "result": result_entry(report, config, held_out.fingerprint, trainer.state.global_step),
-        "probe": {
-            "input_ids": probe,
-            "loss": probe_report.loss,
-            "open_edges": probe_report.open_edges,
-            "tolerance": loss_tolerance,
-            "edge_tolerance": math.ceil(edge_share * probe_report.open_edges),
-        },
-    }
-    staged = Sidecar(staging, format.Manifest.model_validate(manifest))
-    _check_written(staged, biases, weights)
-    sidecar = publish(staging, folder, staged.manifest)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return sidecar
-
-
-def _check_written(staged: Sidecar, biases: list[np.ndarray], weights: dict[str, Tensor]) -> None:
-    """Read the staged files back with the strict reader: they must hold exactly what was measured."""
-    try:
-        read = staged.weights()
-        same = read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
-        same = same and all(np.array_equal(a, b) for a, b in zip(staged.biases(), biases, strict=True))
-    except InputError as error:
-        raise AttnPruneError(f"the written sidecar does not pass: {error.message}") from error
-    if not same:
-        raise AttnPruneError(f"{staged.path}: the written files differ from what was measured")
-
-
-def gate_arrays(biases: list[np.ndarray], statistics: GateStatistics) -> dict[str, np.ndarray]:
-    """The tensors of gates.safetensors."""
-    arrays = {"stats.offset_edges": statistics.offset_edges.numpy()}
-    for layer, bias in enumerate(biases):
-        density = statistics.density[layer].float().numpy()
-        arrays[f"layers.{layer}.gate.bias"] = bias
-        arrays[f"layers.{layer}.gate.closed"] = (density == 0).astype(np.uint8)
-        arrays[f"layers.{layer}.stats.density"] = density
-        arrays[f"layers.{layer}.stats.open_by_offset"] = statistics.open_by_offset[layer].float().numpy()
-        arrays[f"layers.{layer}.stats.sink"] = statistics.sink[layer].float().numpy()
-    return arrays
-
-
-def changed_weights(
-    model: Any, config: RunConfig
-) -> tuple[dict[str, Tensor], dict[str, Any] | None, format.WeightsEntry]:
-    """(tensors, adapter configuration or None, manifest entry) of what training changed besides the gates."""
-    scope = config.train.scope
-    if scope == "gates":
-        return {}, None, format.WeightsEntry(kind="none")
-    if scope == "lora":
-        from peft import get_peft_model_state_dict
-
-        lora = model.peft_config["default"]
-        tensors = {
-            name: t.detach().cpu().contiguous()
-            for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-            if ".lora_" in name
-        }
-        adapter = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "target_modules": sorted(lora.target_modules),
-            "fan_in_fan_out": lora.fan_in_fan_out,
-            "bias": "none",
-            "inference_mode": True,
-        }
-        entry = format.WeightsEntry(kind="lora", rank=lora.r, alpha=float(lora.lora_alpha), tensors=len(tensors))
-        return tensors, adapter, entry
-    state = {n: t for n, t in trainable_state(model).items() if GATE_ATTRIBUTE not in n}
-    return state, None, format.WeightsEntry(kind="delta", tensors=len(state))
-
-
-def result_entry(report: Report, config: RunConfig, data_sha256: str, steps: int) -> dict[str, Any]:
-    """The manifest's `result` of a measured artefact."""
-    constraint = constraint_of(config)
-    assert report.kl is not None
-    assert report.density is not None
-    value = constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
-    left_out = ("heads", "agreement")
-    return {key: v for key, v in asdict(report).items() if key not in left_out} | {
-        "data_sha256": data_sha256,
-        "steps": steps,
-        "seed": config.train.seed,
-        "constraint": constraint.kind,
-        "limit": constraint.limit,
-        "feasible": constraint.feasible(value),
-    }
 
 
 def make_plan(

@@ -46,7 +46,7 @@ class Plan:
 
     Attributes:
         trainable, total: numbers of parameters (gate biases count as trainable).
-        tokens_per_step, steps, train_tokens, eval_tokens: sizes in tokens.
+        tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
         seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, times 1000.
         memory_bytes: peak memory of that pass plus optimiser state.
         notes: choices made for the user, one line each.

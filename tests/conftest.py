@@ -1,6 +1,8 @@
 """Shared fixtures: one torch thread, seeded tests, a quiet and offline transformers, tiny random models."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -56,3 +58,21 @@ def tokens():
         return torch.randint(1, vocabulary, (rows, length))
 
     return make
+
+
+@pytest.fixture
+def as_nobody():
+    """A public folder and a switch to a user who may not read everything (root may)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+
+        def switch():
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+
+        uid = os.geteuid()
+        yield folder, switch
+        os.seteuid(uid)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o700)

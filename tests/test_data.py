@@ -4,11 +4,8 @@ import contextlib
 import copy
 import itertools
 import json
-import os
 import random
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -256,24 +253,6 @@ def test_a_parquet_column_that_is_not_text_is_refused(tmp_path, column):
     file = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
     refused(lambda: read(file), "not text")
-
-
-@pytest.fixture
-def as_nobody():
-    """A public folder and a switch to a user who may not read everything (root may)."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-
-        def switch():
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-
-        uid = os.geteuid()
-        yield folder, switch
-        os.seteuid(uid)
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "closed/a.txt"])

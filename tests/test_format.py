@@ -11,7 +11,6 @@ import pickle
 import random
 import signal
 import stat
-import tempfile
 import time
 from pathlib import Path
 
@@ -603,24 +602,6 @@ def test_a_file_that_is_not_regular_is_refused_at_once(folder, name, special):
     else:
         os.mknod(folder / name, stat.S_IFSOCK | 0o600)
     refused(lambda: read_all(folder), name)
-
-
-@pytest.fixture
-def as_nobody():
-    """A public folder and a switch to a user who may not read everything (root may)."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-
-        def switch():
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-
-        uid = os.geteuid()
-        yield folder, switch
-        os.seteuid(uid)
-        for path in (folder, *folder.rglob("*")):
-            path.chmod(0o700)
 
 
 @pytest.mark.parametrize("closed", ["sidecar/gates.safetensors", "sidecar/attnprune.json", "sidecar", "."])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -218,10 +219,10 @@ class SparsifyTrainer(Trainer):
             "violation": self.constraint.violation(value),
         }
         for term, number in observed.items():
-            if not torch.isfinite(torch.tensor(number)):
+            if not math.isfinite(number):
                 raise AttnPruneError(f"training: non-finite {term} at step {self.state.global_step + 1}")
         dual.observed.append(observed)
-        self._latest = {**observed, "multiplier": dual.multiplier.value, "tokens": ids.numel()}
+        self._latest = {**observed, "multiplier": dual.multiplier.value}
         return (total, None) if return_outputs else total
 
     def _in_final_phase(self) -> bool:
@@ -233,7 +234,6 @@ class SparsifyTrainer(Trainer):
         if "loss" in logs:
             logs["lagrangian"] = logs.pop("loss")
             logs.update(self._latest)
-            logs.pop("tokens")
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

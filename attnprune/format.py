@@ -115,7 +115,7 @@ class ProbeEntry(_Entry):
     loss: Finite
     open_edges: Size
     tolerance: Finite
-    edge_tolerance: Size = 0
+    edge_tolerance: Size
 
 
 class Manifest(_Entry):

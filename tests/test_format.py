@@ -73,7 +73,7 @@ def good_manifest(kind="none"):
             "limit": 0.05,
             "feasible": True,
         },
-        "probe": {"input_ids": [1, 2, 3], "loss": 3.3, "open_edges": 5, "tolerance": 0.001},
+        "probe": {"input_ids": [1, 2, 3], "loss": 3.3, "open_edges": 5, "tolerance": 0.001, "edge_tolerance": 0},
         "files": {},
     }
 

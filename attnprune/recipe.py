@@ -219,6 +219,7 @@ def _run(
     on_plan: Callable[[Plan], bool] | None,
     on_note: Callable[[str], None],
 ) -> Sidecar | None:
+    """`sparsify` with the folder held."""
     base = load_base(config)
     config, more = resolve(config, base)
     if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train

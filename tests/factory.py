@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from attnprune.errors import InputError
 
 TEXT = (
     "The gate opens when the score of a query and a key, plus the bias of its head, is above zero. "
@@ -41,3 +44,14 @@ def save_text(file: Path, repeats: int = 40) -> Path:
     """A text file of a few thousand bytes with varying lines."""
     file.write_text("".join(f"{line}: {TEXT}" for line in range(repeats)), encoding="utf-8")
     return file
+
+
+def refused(call, *parts):
+    """The call raises InputError (exit code 2) with one line that holds the parts; returns the exception."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert caught.value.exit_code == 2
+    assert len(caught.value.message.splitlines()) == 1
+    for part in parts:
+        assert part in caught.value.message
+    return caught.value

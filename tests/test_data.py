@@ -19,6 +19,7 @@ from attnprune import data
 from attnprune.config import build_config
 from attnprune.data import Blocks, addition_task, documents, pack, self_written, split
 from attnprune.errors import AttnPruneError, InputError
+from tests.factory import refused
 
 BOS, EOS = 256, 257
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "nine", "zebras", "watch", "us"]
@@ -39,16 +40,6 @@ def byte_tokenizer(adds_bos=False, **special):
 
 def ids_of(text):
     return byte_tokenizer()(text)["input_ids"]
-
-
-def refused(call, *parts):
-    with pytest.raises(InputError) as caught:
-        call()
-    assert caught.value.exit_code == 2
-    assert len(caught.value.message.splitlines()) == 1
-    for part in parts:
-        assert part in caught.value.message
-    return caught.value
 
 
 def read(path, *field):

@@ -20,6 +20,7 @@ import torch
 
 from attnprune import checkpoints, format, sidecar
 from attnprune.errors import InputError
+from tests.factory import refused
 
 HEADS = (2, 3)
 MANIFEST, GATES, DELTA, ADAPTER = format.MANIFEST_FILE, format.GATES_FILE, format.DELTA_FILE, format.ADAPTER_FILE
@@ -110,16 +111,6 @@ def no_hang():
 def read_all(folder):
     opened = sidecar.open_sidecar(folder)
     return opened, opened.gates, opened.weights()
-
-
-def refused(call, *parts):
-    with pytest.raises(InputError) as caught:
-        call()
-    assert caught.value.exit_code == 2
-    assert len(caught.value.message.splitlines()) == 1
-    for part in parts:
-        assert part in caught.value.message
-    return caught.value
 
 
 def stored_manifest(folder):

@@ -56,7 +56,13 @@ class GateConfig(Section):
         default="threshold", description="gumbel adds logistic noise in training"
     )
     temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
-    bias_init: float = Field(default=4.0, ge=-100, le=100, description="initial gate bias", allow_inf_nan=False)
+    penalty: Literal["log", "mean"] = Field(default="mean", description="log or mean of the smooth edge density")
+    bias_init: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | Literal["scores"] = Field(
+        default=4.0, description="initial gate bias; scores: per head, so that gates pass `initial_mass`"
+    )
+    initial_mass: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.999, description="softmax mass that open gates keep at the start (bias_init scores)"
+    )
 
 
 class ConstraintConfig(Section):
@@ -70,6 +76,7 @@ class ConstraintConfig(Section):
 
     kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
     tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
+    paired: bool = Field(default=True, description="compare with the base on the same tokens; else with its mean loss")
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
     rate: Fraction = Field(default=0.01, description="multiplier step size")

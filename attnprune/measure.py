@@ -75,6 +75,18 @@ def kl_divergence(base: Tensor, sparse: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def mean_loss(reference: Reference, blocks: Blocks, device: torch.device) -> float:
+    """Token-mean cross-entropy of the base on `blocks`, nats."""
+    parts = [
+        token_losses(reference(ids.to(device)), labels.to(device))[1]
+        for ids, labels in zip(
+            *(t.split(max(1, BATCH_TOKENS // blocks.seq_len)) for t in (blocks.input_ids, blocks.labels)), strict=True
+        )
+    ]
+    return torch.cat(parts).double().mean().item()
+
+
+@torch.no_grad()
 def measure(
     model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0
 ) -> Report:

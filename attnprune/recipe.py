@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from attnprune import checkpoints, data, format, runtime
 from attnprune.attention.interface import GATE_ATTRIBUTE, attach, gates_forced_open, gates_of
+from attnprune.calibration import bias_for_mass
 from attnprune.config import RunConfig
 from attnprune.data import Blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
@@ -37,6 +38,7 @@ from attnprune.sidecar import Sidecar
 from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal
 
 DEFAULT_SEQ_LEN = 512
+CALIBRATION_BLOCKS = 16
 SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
 
 
@@ -233,9 +235,7 @@ def _run(
     set_seed(config.train.seed)
     base_entry = runtime.identity(base)
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
-    attach(base.model, bias=config.gate.bias_init)
-    for gate in gates_of(base.model):
-        gate.temperature = config.gate.temperature
+    attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
     run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
     plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
@@ -260,6 +260,20 @@ def _run(
         failure = AttnPruneError(f"{folder}: cannot write: {getattr(error, 'strerror', None) or text.splitlines()[0]}")
         _describe_state(failure, folder)
         raise failure from error
+
+
+def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
+    """Attach gates with the run's temperature and initial biases."""
+    settings = config.gate
+    gates = attach(model, bias=0.0 if settings.bias_init == "scores" else settings.bias_init)
+    for gate in gates:
+        gate.temperature = settings.temperature
+    if settings.bias_init == "scores":
+        rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
+        ids = blocks.take(rows).input_ids.to(model.device)
+        for gate, bias in zip(gates, bias_for_mass(model, ids, settings.initial_mass), strict=True):
+            with torch.no_grad():
+                gate.bias.copy_(bias)
 
 
 def _describe_state(error: AttnPruneError, folder: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from attnprune.constraint import Constraint, Multiplier, lagrangian
 from attnprune.data import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.gates import mix_seed
-from attnprune.measure import Reference, Report, kl_divergence, measure, token_losses
+from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measure, token_losses
 
 BEST_FILE = "best.safetensors"
 
@@ -201,14 +202,18 @@ class SparsifyTrainer(Trainer):
         with torch.no_grad():
             base_log_p, base_losses = token_losses(base_logits, labels)
         loss, base_loss = losses.mean(), base_losses.mean()
+        if not self.config.constraint.paired:
+            base_loss = torch.full_like(base_loss, self._mean_base_loss)
         kind = self.constraint.kind
+        # The logarithm asks for the same relative saving at every density: the pressure does not fade with the edges.
+        objective = penalty.log() if self.config.gate.penalty == "log" else penalty
         gap = kl_divergence(base_log_p, log_p).mean() if kind == "kl" else loss - base_loss
         if kind == "density":
             total = lagrangian(gap, penalty, dual.multiplier.value)
             value = float(density)
         else:
             # In the final phase only the loss counts, so that the run ends inside the feasible set.
-            total = gap if self._in_final_phase() else lagrangian(penalty, gap, dual.multiplier.value)
+            total = gap if self._in_final_phase() else lagrangian(objective, gap, dual.multiplier.value)
             value = gap.item()
         observed = {
             "train_loss": loss.item(),
@@ -224,6 +229,12 @@ class SparsifyTrainer(Trainer):
         dual.observed.append(observed)
         self._latest = {**observed, "multiplier": dual.multiplier.value}
         return (total, None) if return_outputs else total
+
+    @cached_property
+    def _mean_base_loss(self) -> float:
+        """The base loss as one number for the whole run (constraint not paired)."""
+        held_out: Any = self.eval_dataset
+        return mean_loss(self.reference, held_out, self.args.device)
 
     def _in_final_phase(self) -> bool:
         train = self.config.train

@@ -1,0 +1,56 @@
+"""Gate biases from a head's own scores: where to start, instead of one constant for heads of very different scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnprune.attention.interface import gates_forced_open, gates_of
+
+BIAS_LIMIT = 100.0
+
+
+@torch.no_grad()
+def bias_for_mass(model: nn.Module, input_ids: Tensor, mass: float) -> Tensor:
+    """Per head, the bias under which open gates keep `mass` of the softmax probability of the dense model.
+
+    One threshold per head over all queries: the pairs with the highest scores that together hold `mass` of the
+    probability stay open. `input_ids` [B, T]; returns [layers, heads], within +-BIAS_LIMIT.
+    """
+    gates = gates_of(model)
+    found: list[Tensor] = []
+
+    def record(gate: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        query, key, _, visible = args
+        found.append(_threshold(query, key, visible, mass, options).neg().clamp(-BIAS_LIMIT, BIAS_LIMIT))
+
+    hooks = [gate.register_forward_pre_hook(record, with_kwargs=True) for gate in gates]
+    try:
+        with gates_forced_open(model):
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def _threshold(query: Tensor, key: Tensor, visible: Tensor, mass: float, options: dict[str, Any]) -> Tensor:
+    """[H] scores just below the lowest one that has to stay open; head by head, to hold one [B, Q, K] at a time."""
+    thresholds = []
+    group = query.shape[1] // key.shape[1]
+    visible = visible.expand(query.shape[0], 1, *visible.shape[-2:])[:, 0]
+    for head in range(query.shape[1]):
+        scores = options["scaling"] * query[:, head].float() @ key[:, head // group].float().transpose(-1, -2)
+        if options["softcap"] is not None:
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        normaliser = scores.masked_fill(~visible, float("-inf")).logsumexp(-1, keepdim=True)
+        if options["sinks"] is not None:
+            normaliser = torch.logaddexp(normaliser, options["sinks"][head].float())
+        kept, order = scores[visible].sort(descending=True)
+        share = (scores - normaliser).exp()[visible][order].double().cumsum(0)
+        last = int((share < mass * share[-1]).sum().clamp(max=len(kept) - 1))
+        below = kept[last + 1] if last + 1 < len(kept) else kept[last] - 1
+        thresholds.append((kept[last] + below) / 2)
+    return torch.stack(thresholds)

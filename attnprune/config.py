@@ -76,11 +76,15 @@ class ConstraintConfig(Section):
 
     kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
     tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
+    start_tolerance: NonNegative = Field(
+        default=0.0, description="tolerance at the full learning rate, falling with it to `tolerance`; 0: constant"
+    )
     paired: bool = Field(default=True, description="compare with the base on the same tokens; else with its mean loss")
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
     rate: Fraction = Field(default=0.01, description="multiplier step size")
     gain: NonNegative = Field(default=0.0, description="proportional gain (pi)")
+    clip: Positive = Field(default=1.0, description="largest violation that one step reports to the multiplier")
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="moving average of the violation")
     initial: Positive = Field(default=1.0, description="initial multiplier")
     minimum: Positive = Field(default=1e-3, description="smallest multiplier")
@@ -97,11 +101,13 @@ class TrainConfig(Section):
         return self
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
+    distill: bool = Field(default=False, description="learn from KL(base || sparse) instead of the text")
     steps: Count = Field(default=3000, description="optimiser steps")
     batch_size: Count = Field(default=16, description="blocks per step")
     micro_batch_size: Annotated[int, Field(ge=0)] = Field(default=0, description="blocks per forward; 0: all at once")
     learning_rate: Positive = Field(default=3e-4, description="weights")
     gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="Adam's second-moment decay")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="linear warm-up")
     decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.8, description="share of steps with falling rates"

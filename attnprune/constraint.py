@@ -36,6 +36,7 @@ class Multiplier:
     maximum: float = 1e4
     clip: float = 1.0
     average: float | None = None
+    level: float | None = None
 
     def step(self, violation: float) -> float:
         """Update with one observed violation (positive: constraint broken) and return the new multiplier.
@@ -50,7 +51,9 @@ class Multiplier:
         # Unlike Adam's there is no start-up bias to correct: the average starts at the first observation.
         self.average = violation if previous is None else self.smoothing * previous + (1 - self.smoothing) * violation
         if self.update == "geco":
-            new = self.value * math.exp(self.rate * self.average)
+            self.level = (self.level or self.value) * math.exp(self.rate * self.average)
+            self.level = max(self.minimum, min(self.maximum, self.level))
+            new = self.level * math.exp(self.gain * self.average)
         else:
             change = 0.0 if previous is None else self.average - previous
             new = self.value + self.rate * violation + self.gain * change

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from attnprune import checkpoints, data, format, runtime
-from attnprune.attention.interface import GATE_ATTRIBUTE, attach, gates_forced_open, gates_of
+from attnprune.attention.interface import GATE_ATTRIBUTE, attach, detach, gates_forced_open, gates_of
 from attnprune.calibration import bias_for_mass
 from attnprune.config import RunConfig
 from attnprune.data import Blocks
@@ -134,7 +134,10 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
     With scope gates or lora the base is the same model with adapters off and gates open; otherwise a frozen copy.
     """
     scope = config.train.scope
-    copied = copy.deepcopy(model).requires_grad_(False).eval() if scope in ("attn", "full") else None
+    copied = None
+    if scope in ("attn", "full"):
+        copied = copy.deepcopy(model).requires_grad_(False).eval()
+        detach(copied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(scope == "full" or GATE_ATTRIBUTE in name)
     if scope == "attn":

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class SparsifyTrainer(Trainer):
         c = config.constraint
         multiplier = Multiplier(
             value=c.initial, update=c.update, rate=c.rate, gain=c.gain, smoothing=c.smoothing,
-            minimum=c.minimum, maximum=c.maximum,
+            minimum=c.minimum, maximum=c.maximum, clip=c.clip,
         )  # fmt: skip
         dual = DualState(multiplier.state())
         super().__init__(
@@ -180,7 +180,7 @@ class SparsifyTrainer(Trainer):
                 },
             ]
             self.optimizer = _optimizer_class(train.optimizer)(
-                [group for group in groups if group["params"]], lr=train.learning_rate
+                [group for group in groups if group["params"]], lr=train.learning_rate, betas=(0.9, train.adam_beta2)
             )
         return self.optimizer
 
@@ -207,21 +207,25 @@ class SparsifyTrainer(Trainer):
         kind = self.constraint.kind
         # The logarithm asks for the same relative saving at every density: the pressure does not fade with the edges.
         objective = penalty.log() if self.config.gate.penalty == "log" else penalty
-        gap = kl_divergence(base_log_p, log_p).mean() if kind == "kl" else loss - base_loss
+        constraint = self._current_constraint()
+        weight = dual.multiplier.value / constraint.limit
+        kl = kl_divergence(base_log_p, log_p).mean()
+        gap = loss - base_loss
+        damage = kl if self.config.train.distill or kind == "kl" else gap
         if kind == "density":
-            total = lagrangian(gap, penalty, dual.multiplier.value)
-            value = float(density)
+            total = lagrangian(damage, objective, weight)
         else:
             # In the final phase only the loss counts, so that the run ends inside the feasible set.
-            total = gap if self._in_final_phase() else lagrangian(objective, gap, dual.multiplier.value)
-            value = gap.item()
+            total = damage if self._in_final_phase() else lagrangian(objective, damage, weight)
+        value = constraint.value(loss_gap=gap.item(), kl=kl.item(), density=float(density))
         observed = {
             "train_loss": loss.item(),
             "base_loss": base_loss.item(),
             "gap": gap.item(),
+            "kl": kl.item(),
             "penalty": penalty.item(),
             "density": float(density),
-            "violation": self.constraint.violation(value),
+            "violation": constraint.violation(value),
         }
         for term, number in observed.items():
             if not math.isfinite(number):
@@ -229,6 +233,15 @@ class SparsifyTrainer(Trainer):
         dual.observed.append(observed)
         self._latest = {**observed, "multiplier": dual.multiplier.value}
         return (total, None) if return_outputs else total
+
+    def _current_constraint(self) -> Constraint:
+        """The constraint of this step: wider while the learning rate is high, whose noise costs loss that comes back."""
+        start, train = self.config.constraint.start_tolerance, self.config.train
+        if self.constraint.kind == "density" or not start:
+            return self.constraint
+        rate = self.lr_scheduler.get_last_lr()[0] / train.learning_rate
+        share = max(0.0, (rate - train.min_lr_ratio) / (1 - train.min_lr_ratio))
+        return replace(self.constraint, limit=self.constraint.limit + (start - self.constraint.limit) * share)
 
     @cached_property
     def _mean_base_loss(self) -> float:

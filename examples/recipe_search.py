@@ -31,7 +31,7 @@ from attnprune.config import merge
 # What all runs share: the small model's context, equal tokens, and the loss itself as the constraint (the training
 # text is the base model's own distribution, so the loss is honest).
 COMMON = {
-    "data": {"seq_len": 256, "eval_tokens": 32768},
+    "data": {"seq_len": 256, "eval_tokens": 16384},
     "constraint": {"kind": "loss", "tolerance": 0.01},
     "train": {"scope": "full", "steps": 800, "batch_size": 8, "eval_every": 100, "save_every": 10_000},
 }
@@ -42,6 +42,59 @@ VARIANTS: dict[str, dict] = {
     "log scores T4": {"gate": {"penalty": "log", "bias_init": "scores", "temperature": 4.0}},
     "log scores lr1e-3": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"learning_rate": 1e-3}},
     "log scores rate.03": {"gate": {"penalty": "log", "bias_init": "scores"}, "constraint": {"rate": 0.03}},
+    "d": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"distill": True}},
+    "d start.04": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True},
+        "constraint": {"start_tolerance": 0.04},
+    },
+    "d pi": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8},
+    },
+    "d pi start.03": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "d pi b2 start.03": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True, "adam_beta2": 0.98},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "d pi b2 start.03 lr6e-4": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 6e-4},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "d pi b2 start.03 T4": {
+        "gate": {"penalty": "log", "bias_init": "scores", "temperature": 4.0},
+        "train": {"distill": True, "adam_beta2": 0.98},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "small batch": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True, "adam_beta2": 0.99, "batch_size": 2, "eval_every": 200},
+        "constraint": {"gain": 1.0, "rate": 0.005, "clip": 3.0, "smoothing": 0.95, "start_tolerance": 0.03},
+    },
+    "A1e-4": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 1e-4},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "A3e-5": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 3e-5},
+        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
+    },
+    "d lr1e-4": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"distill": True, "learning_rate": 1e-4}},
+    "kl": {"gate": {"penalty": "log", "bias_init": "scores"}, "constraint": {"kind": "kl", "tolerance": 0.02}},
+    "kl lr1e-3": {
+        "gate": {"penalty": "log", "bias_init": "scores"},
+        "constraint": {"kind": "kl", "tolerance": 0.02},
+        "train": {"learning_rate": 1e-3},
+    },
     "paper": {
         "gate": {"estimator": "gumbel", "bias_init": 0.0},
         "constraint": {"paired": False},
@@ -71,8 +124,8 @@ def run(model: Path, variant: str, seed: int, extra: dict) -> dict:
         ).returncode
         if code not in (0, 3):  # 3: finished, constraint not met
             raise RuntimeError(f"{variant}, seed {seed}: exit code {code}")
-        evaluate = ["eval", str(folder), "--data", str(model / "test.jsonl"), "--tokens", "65536", "--json"]
-        done = subprocess.run([*attnprune_command, *evaluate], env=environment, capture_output=True, check=True)
+        evaluate = ["eval", str(folder), "--data", str(model / "test.jsonl"), "--base", str(model), "--tokens", "65536", "--json"]
+        done = subprocess.run([*attnprune_command, *evaluate], env=environment, stdout=subprocess.PIPE, check=True)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         result = json.loads((folder / "attnprune.json").read_text())["result"]
     test = json.loads(done.stdout)["reports"][0]

@@ -1,7 +1,7 @@
 """Gated attention in chunks of queries, with its own backward pass, on any device.
 
 Forward and backward hold at most one [B, H, chunk, K] block of scores; between them only q, k, v, the output and the
-log-normaliser are kept, so memory is O(T * chunk). The gradients (Delta trick of FlashAttention plus one local
+mask are kept, so memory is O(T * chunk). The gradients (Delta trick of FlashAttention plus one local
 straight-through term) with P the softmax over all visible keys, g = dO.v and Delta = dO.O are
 
     dS = P * (A * g - Delta) + P * g * slope + d_penalty * penalty_slope
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from attnprune import gates
 
 # Score elements held at once. Small enough for the elementwise chain to stay in cache, large enough for the matmuls.
-CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS = 2**18
 
 OnChunk = Callable[[slice, slice, Tensor], None]
 
@@ -84,45 +84,48 @@ def _fold(x: Tensor, kv_heads: int) -> Tensor:
 
 
 class _Block:
-    """Scores, gates and probabilities of one block of rows, computed the same way forward and backward."""
+    """Scores, gates and probabilities of one block of rows, computed the same way forward and backward.
+
+    Invisible pairs have score -inf, so their probability, gate and slopes are 0 without another mask.
+    """
 
     def __init__(self, block: Rows, query, key, bias, visible, sinks, scaling, softcap, settings: GateSettings):
-        self.block = block
         batch, heads = query.shape[:2]
         self.kv_heads = key.shape[1]
-        self.query = query[:, :, block.rows].to(bias.dtype)
+        self.query = query[:, :, block.rows].to(bias.dtype) * scaling
         self.key = key[:, :, block.cols].to(bias.dtype)
-        self.visible = visible[:, :, block.rows, block.cols]
+        hidden = ~visible[:, :, block.rows, block.cols]
         rows, cols = self.query.shape[2], self.key.shape[2]
-        scores = _fold(self.query, self.kv_heads) @ self.key.transpose(-1, -2)
-        scores = scores.view(batch, heads, rows, cols).mul_(scaling)
+        scores = (_fold(self.query, self.kv_heads) @ self.key.transpose(-1, -2)).view(batch, heads, rows, cols)
+        self.softcap_slope = None
         if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        self.scores = scores
+            scores = scores.div_(softcap).tanh_()
+            self.softcap_slope = 1 - scores**2
+            scores.mul_(softcap)
+        scores.masked_fill_(hidden, float("-inf"))
         self.logits = scores + bias[:, None, None]
-        self.sinks = sinks
-        self.noise = None
+        if bool(bias.isposinf().any()):  # heads forced open: -inf + inf is NaN
+            self.logits.masked_fill_(hidden, float("-inf"))
+        self.noisy = self.logits
         if settings.noise_seed is not None:
             index = torch.arange(max(visible.shape[-2:]), device=query.device)
             lanes = torch.arange(batch * heads, device=query.device)
             drawn = gates.logistic_noise(
                 settings.noise_seed, lanes, index[block.rows], index[block.cols], self.logits.dtype
             )
-            self.noise = drawn.view(batch, heads, rows, cols)
+            self.noisy = self.logits + drawn.view(batch, heads, rows, cols)
+        self.open = gates.gate_open(self.noisy)
+        self.probabilities = _softmax(scores, hidden, sinks)
 
-    def open(self) -> Tensor:
-        return gates.gate_open(self.logits, self.noise) & self.visible
 
-    def log_normaliser(self) -> Tensor:
-        masked = self.scores.masked_fill(~self.visible, float("-inf"))
-        log_sum = torch.logsumexp(masked, -1)
-        if self.sinks is not None:
-            log_sum = torch.logaddexp(log_sum, self.sinks.to(log_sum.dtype)[None, :, None])
-        return log_sum
-
-    def probabilities(self, log_normaliser: Tensor) -> Tensor:
-        # An empty row has log_normaliser -inf and no visible key: exp(nan) is masked away.
-        return (self.scores - log_normaliser[..., None]).exp_().masked_fill_(~self.visible, 0.0)
+def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the keys, with the sink in the denominator; a row without a visible key is 0."""
+    probabilities = torch.softmax(scores, -1)
+    if sinks is not None:
+        log_sum = torch.logsumexp(scores, -1)
+        probabilities *= torch.sigmoid(log_sum - sinks.to(scores.dtype)[None, :, None])[..., None]
+    empty = hidden.all(-1, keepdim=True)
+    return probabilities.masked_fill_(empty, 0.0) if bool(empty.any()) else probabilities
 
 
 class _GatedAttention(torch.autograd.Function):
@@ -131,7 +134,6 @@ class _GatedAttention(torch.autograd.Function):
         compute = bias.dtype
         batch, heads, queries, _ = query.shape
         output = query.new_empty(batch, heads, queries, value.shape[-1])
-        log_normaliser = torch.empty(batch, heads, queries, dtype=compute, device=query.device)
         penalty = torch.zeros(heads, dtype=compute, device=query.device)
         open_edges = torch.zeros(heads, dtype=torch.int64, device=query.device)
         value32 = value.to(compute)
@@ -139,20 +141,19 @@ class _GatedAttention(torch.autograd.Function):
         for block in blocks:
             part = _Block(block, query, key, bias, visible, sinks, scaling, softcap, settings)
             rows, cols = block
-            log_normaliser[:, :, rows] = part.log_normaliser()
-            is_open = part.open()
-            weights = part.probabilities(log_normaliser[:, :, rows]).mul_(is_open)
-            out = _fold(weights, part.kv_heads) @ value32[:, :, cols]
-            output[:, :, rows] = out.view(batch, heads, -1, out.shape[-1]).to(output.dtype)
-            block_counted = counted[:, :, rows, cols]
+            block_counted = None if counted is None else counted[:, :, rows, cols]
             if with_penalty:
-                penalty += gates.edge_penalty(part.logits, settings.temperature).mul_(block_counted).sum((0, 2, 3))
+                soft = gates.edge_penalty(part.logits, settings.temperature)
+                penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
             # The run-time rule, whatever the estimator: counts are of the model that will be used.
-            hard = (gates.gate_open(part.logits) if part.noise is not None else is_open) & block_counted
+            hard = part.open if part.noisy is part.logits else gates.gate_open(part.logits)
+            hard = hard if block_counted is None else hard & block_counted
             open_edges += hard.sum((0, 2, 3))
             if settings.on_chunk is not None:
                 settings.on_chunk(rows, cols, hard)
-        ctx.save_for_backward(query, key, value, bias, sinks, visible, counted, output, log_normaliser)
+            out = _fold(part.probabilities.mul_(part.open), part.kv_heads) @ value32[:, :, cols]
+            output[:, :, rows] = out.view(batch, heads, -1, out.shape[-1]).to(output.dtype)
+        ctx.save_for_backward(query, key, value, bias, sinks, visible, counted, output)
         ctx.options = (blocks, scaling, softcap, settings)
         ctx.mark_non_differentiable(open_edges)
         return output, penalty, open_edges
@@ -161,7 +162,7 @@ class _GatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_output, grad_penalty, _ = grad_outputs
-        query, key, value, bias, sinks, visible, counted, output, log_normaliser = ctx.saved_tensors
+        query, key, value, bias, sinks, visible, counted, output = ctx.saved_tensors
         blocks, scaling, softcap, settings = ctx.options
         compute = bias.dtype
         batch, heads = query.shape[:2]
@@ -176,29 +177,43 @@ class _GatedAttention(torch.autograd.Function):
             rows, cols = block
             d_out = grad_output[:, :, rows].to(compute)
             delta = (d_out * output[:, :, rows].to(compute)).sum(-1, keepdim=True)
-            is_open = part.open()
-            probabilities = part.probabilities(log_normaliser[:, :, rows])
             folded_out = _fold(d_out, part.kv_heads)
-            d_pattern = (folded_out @ value32[:, :, cols].transpose(-1, -2)).view_as(probabilities)
-
-            grad_value[:, :, cols] += _fold(probabilities * is_open, part.kv_heads).transpose(-1, -2) @ folded_out
-            d_gate = gates.straight_through_slope(part.logits, part.noise).mul_(probabilities).mul_(d_pattern)
-            slope = gates.edge_penalty_slope(part.logits, settings.temperature).mul_(counted[:, :, rows, cols])
-            d_gate += slope.mul_(grad_penalty[:, None, None])
+            probabilities = part.probabilities
+            weights = _fold(probabilities * part.open, part.kv_heads)
+            grad_value[:, :, cols] += weights.transpose(-1, -2) @ folded_out
+            # d_pattern holds P * g, d_gate both straight-through terms
+            d_pattern = (folded_out @ value32[:, :, cols].transpose(-1, -2)).view_as(probabilities).mul_(probabilities)
+            d_gate = _gate_gradient(
+                part, d_pattern, grad_penalty, None if counted is None else counted[:, :, rows, cols], settings
+            )
             grad_bias += d_gate.sum((0, 2, 3))
-            d_scores = d_pattern.mul_(is_open).sub_(delta).mul_(probabilities).add_(d_gate)
-            if softcap is not None:
-                d_scores *= 1 - (part.scores / softcap) ** 2
+            d_scores = d_pattern.mul_(part.open).addcmul_(probabilities, delta, value=-1).add_(d_gate)
+            if part.softcap_slope is not None:
+                d_scores *= part.softcap_slope
             folded = _fold(d_scores, part.kv_heads)
             d_query = (folded @ part.key).view(batch, heads, -1, query.shape[-1]) * scaling
             grad_query[:, :, rows] = d_query.to(query.dtype)
-            grad_key[:, :, cols] += scaling * folded.transpose(-1, -2) @ _fold(part.query, part.kv_heads)
+            grad_key[:, :, cols] += folded.transpose(-1, -2) @ _fold(part.query, part.kv_heads)
             if sinks is not None and grad_sinks is not None:
-                sink_share = (sinks.to(compute)[None, :, None] - log_normaliser[:, :, rows]).exp()
+                sink_share = 1 - probabilities.sum(-1)
                 grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
         grad_sinks = None if sinks is None or grad_sinks is None else grad_sinks.to(sinks.dtype)
         grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_sinks)
         return *grads, None, None, None, None, None, None
+
+
+def _gate_gradient(
+    part: _Block, d_pattern: Tensor, grad_penalty: Tensor, counted: Tensor | None, settings: GateSettings
+) -> Tensor:
+    """`P * g * slope + d_penalty * penalty_slope`; without noise and at T_p = 1 the two slopes are one."""
+    pressure = grad_penalty[:, None, None]
+    slope = gates.straight_through_slope(part.noisy)
+    if counted is None and part.noisy is part.logits and settings.temperature == 1:
+        return slope.mul_(d_pattern + pressure)
+    penalty_slope = gates.edge_penalty_slope(part.logits, settings.temperature).mul_(pressure)
+    if counted is not None:
+        penalty_slope.mul_(counted)
+    return slope.mul_(d_pattern).add_(penalty_slope)
 
 
 def gated_attention(
@@ -226,9 +241,11 @@ def gated_attention(
         settings: estimator, temperature and statistics hook.
     """
     visible = visible.expand(query.shape[0], 1, query.shape[2], key.shape[2])
-    counted = visible if counted is None else counted.expand_as(visible)
+    open_to_all = visible if counted is None else counted.expand_as(visible)
+    if counted is not None:  # only padding makes a difference, and then every block pays for one more mask
+        counted = None if torch.equal(open_to_all, visible) else open_to_all
     with torch.autocast(query.device.type, enabled=False):  # the scores decide gates: keep them in bias.dtype
         output, penalty, open_edges = _GatedAttention.apply(
             query, key, value, bias, sinks, visible, counted, scaling, softcap, settings, torch.is_grad_enabled()
         )  # pyright: ignore[reportGeneralTypeIssues]
-    return GatedOutput(output, penalty, open_edges, counted.sum())
+    return GatedOutput(output, penalty, open_edges, open_to_all.sum())

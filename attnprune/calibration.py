@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnprune.attention.interface import gates_forced_open, gates_of
 
 BIAS_LIMIT = 100.0
+MARGIN = 1e-3  # below the last score that stays open: equal scores stay open together, however they are rounded
 
 
 @torch.no_grad()
@@ -51,6 +52,5 @@ def _threshold(query: Tensor, key: Tensor, visible: Tensor, mass: float, options
         kept, order = scores[visible].sort(descending=True)
         share = (scores - normaliser).exp()[visible][order].double().cumsum(0)
         last = int((share < mass * share[-1]).sum().clamp(max=len(kept) - 1))
-        below = kept[last + 1] if last + 1 < len(kept) else kept[last] - 1
-        thresholds.append((kept[last] + below) / 2)
+        thresholds.append(kept[last] - MARGIN)
     return torch.stack(thresholds)

@@ -56,12 +56,14 @@ class GateConfig(Section):
         default="threshold", description="gumbel adds logistic noise in training"
     )
     temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
-    penalty: Literal["log", "mean"] = Field(default="mean", description="log or mean of the smooth edge density")
-    bias_init: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | Literal["scores"] = Field(
-        default=4.0, description="initial gate bias; scores: per head, so that gates pass `initial_mass`"
+    penalty: Literal["log", "mean"] = Field(
+        default="log", description="what is minimised: the logarithm of the smooth density, or the density"
     )
-    initial_mass: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.999, description="softmax mass that open gates keep at the start (bias_init scores)"
+    initial_mass: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="softmax mass that a head's open gates keep at the start; 0: start from bias_init"
+    )
+    bias_init: float = Field(
+        default=4.0, ge=-100, le=100, allow_inf_nan=False, description="initial gate bias (initial_mass 0)"
     )
 
 
@@ -76,15 +78,18 @@ class ConstraintConfig(Section):
 
     kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
     tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
-    start_tolerance: NonNegative = Field(
-        default=0.0, description="tolerance at the full learning rate, falling with it to `tolerance`; 0: constant"
+    start_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        default=3.0,
+        description="how many times wider the tolerance is at the first step; it narrows until the final phase",
     )
     paired: bool = Field(default=True, description="compare with the base on the same tokens; else with its mean loss")
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
     rate: Fraction = Field(default=0.01, description="multiplier step size")
-    gain: NonNegative = Field(default=0.0, description="proportional gain (pi)")
-    clip: Positive = Field(default=1.0, description="largest violation that one step reports to the multiplier")
+    gain: Annotated[float, Field(ge=0, le=10)] = Field(default=1.0, description="proportional gain")
+    clip: Annotated[float, Field(gt=0, le=10)] = Field(
+        default=3.0, description="largest violation that one step reports to the multiplier"
+    )
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="moving average of the violation")
     initial: Positive = Field(default=1.0, description="initial multiplier")
     minimum: Positive = Field(default=1e-3, description="smallest multiplier")
@@ -101,13 +106,13 @@ class TrainConfig(Section):
         return self
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
-    distill: bool = Field(default=False, description="learn from KL(base || sparse) instead of the text")
+    distill: bool = Field(default=True, description="learn from KL(base || sparse) instead of the text")
     steps: Count = Field(default=3000, description="optimiser steps")
     batch_size: Count = Field(default=16, description="blocks per step")
     micro_batch_size: Annotated[int, Field(ge=0)] = Field(default=0, description="blocks per forward; 0: all at once")
     learning_rate: Positive = Field(default=3e-4, description="weights")
     gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.999, description="Adam's second-moment decay")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.98, description="Adam's second-moment decay")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="linear warm-up")
     decay_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.8, description="share of steps with falling rates"

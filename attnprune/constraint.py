@@ -18,13 +18,14 @@ class Multiplier:
 
     Attributes:
         value: the multiplier, kept within [minimum, maximum].
-        update: "geco" multiplies by `exp(rate * e)`; "pi" adds `rate * violation` plus `gain` times the change of `e`,
-            where `e` is the smoothed violation.
+        update: "geco" multiplies its level by `exp(rate * e)` and answers with `level * exp(gain * e)`; "pi" adds
+            `rate * violation` plus `gain` times the change of `e`; `e` is the smoothed violation.
         rate: step size per update (geco: nats of log-multiplier per unit of violation; pi: integral gain).
-        gain: proportional gain (pi only).
+        gain: proportional gain: how strongly the present violation shows, before the level has followed.
         smoothing: decay of the exponential moving average, in [0, 1); 0 means no smoothing.
         clip: one observation counts at most this much, so that a single bad batch cannot own the average.
         average: the smoothed violation (None before the first update).
+        level: the integrated part of the multiplier (geco; None before the first update).
     """
 
     value: float = 1.0
@@ -51,14 +52,17 @@ class Multiplier:
         # Unlike Adam's there is no start-up bias to correct: the average starts at the first observation.
         self.average = violation if previous is None else self.smoothing * previous + (1 - self.smoothing) * violation
         if self.update == "geco":
-            self.level = (self.level or self.value) * math.exp(self.rate * self.average)
-            self.level = max(self.minimum, min(self.maximum, self.level))
+            level = self.value if self.level is None else self.level
+            self.level = self._bounded(level * math.exp(self.rate * self.average))
             new = self.level * math.exp(self.gain * self.average)
         else:
             change = 0.0 if previous is None else self.average - previous
             new = self.value + self.rate * violation + self.gain * change
-        self.value = max(self.minimum, min(self.maximum, new))
+        self.value = self._bounded(new)
         return self.value
+
+    def _bounded(self, value: float) -> float:
+        return max(self.minimum, min(self.maximum, value))
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state; `Multiplier(**state)` restores it."""
@@ -88,8 +92,11 @@ class Constraint:
         return {"loss": loss_gap, "kl": kl, "density": density}[self.kind]
 
     def violation(self, value: Any) -> Any:
-        """Relative violation `value / limit - 1`: unit-free, so one multiplier rate suits any limit."""
-        return value / self.limit - 1
+        """Relative violation, unit-free, so one multiplier rate suits any limit.
+
+        `value / limit - 1`; for a density, which starts a hundred times above its limit, the logarithm of the ratio.
+        """
+        return math.log(max(value, 1e-9) / self.limit) if self.kind == "density" else value / self.limit - 1
 
     def feasible(self, value: float) -> bool:
         """Whether a measured value satisfies the constraint."""

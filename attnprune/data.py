@@ -80,9 +80,8 @@ def load(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple
     if text.source == "task":
         return addition_task(tokenizer)
     if text.source == "self":
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attnprune"
         wanted = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
-        blocks = self_written(model, tokenizer, text.seq_len, wanted, train.seed, cache, model_key)
+        blocks = self_written(model, tokenizer, text.seq_len, wanted, train.seed, cache_folder(), model_key)
     else:
         # A local file is read whole, so that blocks come from all of it; a stream only as far as the run needs.
         streamed = source_name(text.source) == text.source
@@ -91,6 +90,11 @@ def load(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple
         texts = documents(text.source, text.text_field)
         blocks = pack(texts, tokenizer, text.seq_len, limit, source_name(text.source))
     return split(blocks, text.eval_tokens, train.seed)
+
+
+def cache_folder() -> Path:
+    """Where text that a model wrote is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "attnprune"
 
 
 def source_name(source: str) -> str:

@@ -11,6 +11,8 @@ from attnprune.measure import Report, measure
 from attnprune.runs import RUN_FILE, load_run_file
 from attnprune.sidecar import Sidecar
 
+SELF_SEED = 2**32  # no run can have it, so text that the base writes here was never trained on
+
 
 def evaluate_model(
     name: str,
@@ -54,6 +56,9 @@ def _blocks(source: str, text_field: str, base: runtime.BaseModel, seq_len: int,
         raise InputError(f"--seq-len: {seq_len} is more than the model's context of {context}")
     if source == "task":
         return data.addition_task(base.tokenizer)[1]
+    if source == "self":
+        key = runtime.identity(base)["content"]
+        return data.self_written(base.model, base.tokenizer, seq_len, tokens, SELF_SEED, data.cache_folder(), key)
     return data.pack(data.documents(source, text_field), base.tokenizer, seq_len, tokens, data.source_name(source))
 
 

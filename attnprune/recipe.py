@@ -268,10 +268,10 @@ def _run(
 def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
     """Attach gates with the run's temperature and initial biases."""
     settings = config.gate
-    gates = attach(model, bias=0.0 if settings.bias_init == "scores" else settings.bias_init)
+    gates = attach(model, bias=settings.bias_init)
     for gate in gates:
         gate.temperature = settings.temperature
-    if settings.bias_init == "scores":
+    if settings.initial_mass:
         rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
         ids = blocks.take(rows).input_ids.to(model.device)
         for gate, bias in zip(gates, bias_for_mass(model, ids, settings.initial_mass), strict=True):

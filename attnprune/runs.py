@@ -24,8 +24,8 @@ DEMO = "demo"
 # The bundled model: small, exact, ten tokens of context; the constraint is the loss itself.
 DEMO_DEFAULTS: dict[str, Any] = {
     "data": {"source": "task", "seq_len": 10},
-    "constraint": {"kind": "loss", "tolerance": 0.01},
-    "train": {"batch_size": 128, "scope": "full", "eval_every": 50},
+    "constraint": {"kind": "loss", "tolerance": 0.01, "start_factor": 10.0},
+    "train": {"batch_size": 128, "scope": "full", "steps": 2000, "eval_every": 50},
 }
 
 

@@ -27,6 +27,7 @@ from attnprune.gates import mix_seed
 from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measure, token_losses
 
 BEST_FILE = "best.safetensors"
+DENSITY_WAY = 0.2  # share of the steps in which the density limit falls from 1 to its target
 
 
 class DualState(TrainerCallback, ExportableState):
@@ -204,19 +205,10 @@ class SparsifyTrainer(Trainer):
         loss, base_loss = losses.mean(), base_losses.mean()
         if not self.config.constraint.paired:
             base_loss = torch.full_like(base_loss, self._mean_base_loss)
-        kind = self.constraint.kind
-        # The logarithm asks for the same relative saving at every density: the pressure does not fade with the edges.
-        objective = penalty.log() if self.config.gate.penalty == "log" else penalty
+        kl, gap = kl_divergence(base_log_p, log_p).mean(), loss - base_loss
         constraint = self._current_constraint()
-        weight = dual.multiplier.value / constraint.limit
-        kl = kl_divergence(base_log_p, log_p).mean()
-        gap = loss - base_loss
-        damage = kl if self.config.train.distill or kind == "kl" else gap
-        if kind == "density":
-            total = lagrangian(damage, objective, weight)
-        else:
-            # In the final phase only the loss counts, so that the run ends inside the feasible set.
-            total = damage if self._in_final_phase() else lagrangian(objective, damage, weight)
+        damage = kl if self.config.train.distill or constraint.kind == "kl" else gap
+        total = self._lagrangian(penalty, damage, constraint)
         value = constraint.value(loss_gap=gap.item(), kl=kl.item(), density=float(density))
         observed = {
             "train_loss": loss.item(),
@@ -234,24 +226,44 @@ class SparsifyTrainer(Trainer):
         self._latest = {**observed, "multiplier": dual.multiplier.value}
         return (total, None) if return_outputs else total
 
+    def _lagrangian(self, penalty: Tensor, damage: Tensor, constraint: Constraint) -> Tensor:
+        """Edges and damage against each other; both are relative, so a multiplier of about 1 suits any limit.
+
+        The logarithm asks for the same relative saving at every density: the pressure does not fade with the edges.
+        """
+        multiplier = self.dual.multiplier.value
+        log_edges = penalty.clamp(min=1e-9).log()
+        if constraint.kind == "density":
+            return lagrangian(damage, log_edges, multiplier * self.config.constraint.tolerance)
+        if self.state.global_step >= self._pressure_steps:  # the damage alone: the run ends inside the feasible set
+            return damage
+        edges = log_edges if self.config.gate.penalty == "log" else penalty
+        return lagrangian(edges, damage, multiplier / constraint.limit)
+
     def _current_constraint(self) -> Constraint:
-        """The constraint of this step: wider while the learning rate is high, whose noise costs loss that comes back."""
-        start, train = self.config.constraint.start_tolerance, self.config.train
-        if self.constraint.kind == "density" or not start:
-            return self.constraint
-        rate = self.lr_scheduler.get_last_lr()[0] / train.learning_rate
-        share = max(0.0, (rate - train.min_lr_ratio) / (1 - train.min_lr_ratio))
-        return replace(self.constraint, limit=self.constraint.limit + (start - self.constraint.limit) * share)
+        """The constraint of this step.
+
+        A density falls geometrically to its target over the first steps, so that the weights can follow. A tolerance
+        starts wide and narrows: edges close early, and the weights learn for the rest of the run to do without them.
+        """
+        done, limit = self.state.global_step, self.constraint.limit
+        if self.constraint.kind == "density":
+            way = min(1.0, (done + 1) / max(1, DENSITY_WAY * self.config.train.steps))
+            return replace(self.constraint, limit=limit**way)
+        left = max(0.0, 1 - done / max(1, self._pressure_steps))
+        return replace(self.constraint, limit=limit * (1 + (self.config.constraint.start_factor - 1) * left))
+
+    @property
+    def _pressure_steps(self) -> int:
+        """Steps before the final phase."""
+        train = self.config.train
+        return train.steps - int(train.steps * train.final_fraction)
 
     @cached_property
     def _mean_base_loss(self) -> float:
         """The base loss as one number for the whole run (constraint not paired)."""
         held_out: Any = self.eval_dataset
         return mean_loss(self.reference, held_out, self.args.device)
-
-    def _in_final_phase(self) -> bool:
-        train = self.config.train
-        return self.state.global_step >= train.steps - int(train.steps * train.final_fraction)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the constraint's numbers of the last micro-batch to each training log."""

@@ -28,83 +28,37 @@ import transformers
 import attnprune
 from attnprune.config import merge
 
-# What all runs share: the small model's context, equal tokens, and the loss itself as the constraint (the training
-# text is the base model's own distribution, so the loss is honest).
+# What all runs share: equal tokens, and the loss itself as the constraint (the training text is the base model's own
+# distribution, so the loss is honest).
 COMMON = {
-    "data": {"seq_len": 256, "eval_tokens": 16384},
-    "constraint": {"kind": "loss", "tolerance": 0.01},
-    "train": {"scope": "full", "steps": 800, "batch_size": 8, "eval_every": 100, "save_every": 10_000},
+    "data": {"seq_len": 256, "eval_tokens": 65536},
+    "constraint": {"kind": "loss", "tolerance": 0.01, "start_factor": 10.0},
+    "train": {"scope": "full", "batch_size": 8, "eval_every": 250, "save_every": 100_000},
 }
+# The default recipe, then each of its parts replaced by what the published method does, then all of them at once.
 VARIANTS: dict[str, dict] = {
     "default": {},
-    "log": {"gate": {"penalty": "log"}},
-    "log scores": {"gate": {"penalty": "log", "bias_init": "scores"}},
-    "log scores T4": {"gate": {"penalty": "log", "bias_init": "scores", "temperature": 4.0}},
-    "log scores lr1e-3": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"learning_rate": 1e-3}},
-    "log scores rate.03": {"gate": {"penalty": "log", "bias_init": "scores"}, "constraint": {"rate": 0.03}},
-    "d": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"distill": True}},
-    "d start.04": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True},
-        "constraint": {"start_tolerance": 0.04},
+    "gumbel noise": {"gate": {"estimator": "gumbel"}},
+    "penalty temperature 4": {"gate": {"temperature": 4.0}},
+    "mean density as penalty": {"gate": {"penalty": "mean"}},
+    "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},
+    "constant tolerance": {"constraint": {"start_factor": 1.0}},
+    "no proportional gain": {"constraint": {"gain": 0.0}},
+    "learning from the text": {"train": {"distill": False}},
+    "published": {
+        "gate": {"estimator": "gumbel", "penalty": "mean", "initial_mass": 0.0, "bias_init": 0.0},
+        "constraint": {"paired": False, "start_factor": 1.0, "gain": 0.0},
+        "train": {"distill": False, "adam_beta2": 0.999, "gate_learning_rate": 1e-12, "final_fraction": 0.0},
     },
-    "d pi": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8},
-    },
-    "d pi start.03": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "d pi b2 start.03": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True, "adam_beta2": 0.98},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "d pi b2 start.03 lr6e-4": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 6e-4},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "d pi b2 start.03 T4": {
-        "gate": {"penalty": "log", "bias_init": "scores", "temperature": 4.0},
-        "train": {"distill": True, "adam_beta2": 0.98},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "small batch": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True, "adam_beta2": 0.99, "batch_size": 2, "eval_every": 200},
-        "constraint": {"gain": 1.0, "rate": 0.005, "clip": 3.0, "smoothing": 0.95, "start_tolerance": 0.03},
-    },
-    "A1e-4": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 1e-4},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "A3e-5": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "train": {"distill": True, "adam_beta2": 0.98, "learning_rate": 3e-5},
-        "constraint": {"gain": 1.0, "rate": 0.02, "clip": 3.0, "smoothing": 0.8, "start_tolerance": 0.03},
-    },
-    "d lr1e-4": {"gate": {"penalty": "log", "bias_init": "scores"}, "train": {"distill": True, "learning_rate": 1e-4}},
-    "kl": {"gate": {"penalty": "log", "bias_init": "scores"}, "constraint": {"kind": "kl", "tolerance": 0.02}},
-    "kl lr1e-3": {
-        "gate": {"penalty": "log", "bias_init": "scores"},
-        "constraint": {"kind": "kl", "tolerance": 0.02},
-        "train": {"learning_rate": 1e-3},
-    },
-    "paper": {
-        "gate": {"estimator": "gumbel", "bias_init": 0.0},
-        "constraint": {"paired": False},
-        "train": {"gate_learning_rate": 1e-12},
-    },
+    # The open-gate control: the same budget spent on the loss alone, with gates that cannot close.
     "control": {
-        "gate": {"bias_init": 100.0},
-        "constraint": {"kind": "density", "target_density": 1.0},
+        "gate": {"initial_mass": 0.0, "bias_init": 100.0},
+        "constraint": {"kind": "density", "target_density": 1.0, "minimum": 1e-9, "initial": 1e-9},
+        "train": {"distill": False},
     },
 }
+for percent in (5.0, 1.0, 0.5, 0.3):
+    VARIANTS[f"density {percent:g} %"] = {"constraint": {"kind": "density", "target_density": percent / 100}}
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 
@@ -124,7 +78,17 @@ def run(model: Path, variant: str, seed: int, extra: dict) -> dict:
         ).returncode
         if code not in (0, 3):  # 3: finished, constraint not met
             raise RuntimeError(f"{variant}, seed {seed}: exit code {code}")
-        evaluate = ["eval", str(folder), "--data", str(model / "test.jsonl"), "--base", str(model), "--tokens", "65536", "--json"]
+        evaluate = [
+            "eval",
+            str(folder),
+            "--data",
+            str(model / "test.jsonl"),
+            "--base",
+            str(model),
+            "--tokens",
+            "65536",
+            "--json",
+        ]
         done = subprocess.run([*attnprune_command, *evaluate], env=environment, stdout=subprocess.PIPE, check=True)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         result = json.loads((folder / "attnprune.json").read_text())["result"]
@@ -159,9 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Train the small language model of the recipe search: a 4-layer Llama-shaped transformer on PEPs and Rust RFCs.
+"""Train the small language model of the recipe search: a 6-layer, 48-head Llama on PEPs and Rust RFCs.
 
     python examples/train_small_lm.py peps.txt rust_rfcs.txt --out small-lm
 
@@ -66,8 +66,8 @@ def main() -> None:
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=6,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
@@ -87,7 +87,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == options.steps:
-            report = measure(model.eval(), test.take(torch.arange(128)))
+            report = measure(model.eval(), test.take(torch.arange(min(128, len(test)))))
             model.train()
             seconds = time.perf_counter() - began
             print(f"step {step}: train {loss.item():.3f}, held-out {report.loss:.4f} ({seconds:.0f} s)", flush=True)

@@ -162,7 +162,7 @@ def main() -> None:
                 for title, task in tasks.items()
             },
         }
-        rows = torch.linspace(0, len(ids) - 1, 10 // len(options.data)).long()
+        rows = torch.linspace(0, len(ids) - 1, min(len(ids), 10 // len(options.data))).long()
         prompts += list(ids[rows, : min(48, seq_len // 2)])
     for prompt in prompts:
         texts = {name: continuation(model, tokenizer, prompt, 30) for name, model in models.items()}

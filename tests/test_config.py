@@ -335,4 +335,4 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
 
 def test_all_field_names_are_lower_case_words():
     for name in NAMES:
-        assert set(name) <= set(string.ascii_lowercase + "._")
+        assert set(name) <= set(string.ascii_lowercase + string.digits + "._")

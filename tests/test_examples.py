@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from examples.write_schema import SCHEMA_FILE, schema_text
 from tests.factory import save_text, save_tiny_llama
@@ -71,3 +74,56 @@ def test_collect_results_gathers_a_run(tmp_path):
     evidence = json.loads((tmp_path / "out.json").read_text())
     assert evidence["other_texts"][0]["data"] == "text.txt"
     assert evidence["curve"][-1]["step"] == 2
+
+
+def words(count: int, seed: int) -> str:
+    names = [
+        a + b for a in ("stone", "river", "cloud", "field") for b in ("light", "house", "winds", "bridge", "paths")
+    ]
+    return " ".join(random.Random(seed).choices(names, k=count))
+
+
+def test_small_lm_and_recipe_search(tmp_path):
+    text = tmp_path / "peps.txt"
+    text.write_text("\n\n\n".join(f"PEP: {n}\n{words(400, n)}" for n in range(41)))
+    model = tmp_path / "lm"
+    options = ("--steps", 2, "--batch-size", 2, "--vocabulary", 300)
+    assert "held-out" in run("examples/train_small_lm.py", text, "--out", model, *options)
+    assert len((model / "test.jsonl").read_text().splitlines()) == 3  # every 20th of 41 documents
+    search = ("--variants", "default", "published", "control", "--steps", 2, "--out", tmp_path / "search.json")
+    run("examples/recipe_search.py", model, *search)
+    runs = {r["variant"]: r for r in json.loads((tmp_path / "search.json").read_text())["runs"]}
+    assert runs["control"]["test"]["density"] == 1
+    assert runs["control"]["test"]["loss"] == pytest.approx(runs["control"]["test"]["control_loss"])
+    assert runs["published"]["settings"]["gate"]["estimator"] == "gumbel"
+    assert runs["default"]["tokens"] == 2 * 8 * 256
+    assert run("examples/recipe_search.py", model, *search) == ""  # nothing is run twice
+
+
+def test_what_is_lost_compares_two_models(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", max_position_embeddings=1024)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(words(80, n) for n in range(20)))
+    small = (
+        "--seq-len",
+        64,
+        "--eval-tokens",
+        128,
+        "--steps",
+        2,
+        "--scope",
+        "gates",
+        "--tolerance",
+        9,
+        "--device",
+        "cpu",
+    )
+    run("-m", "attnprune", "sparsify", model, "--data", text, "--out", tmp_path / "run", *small)
+    options = ("--base", model, "--data", text, "--tokens", 256, "--items", 4, "--out", tmp_path / "lost.json")
+    run("examples/what_is_lost.py", tmp_path / "run", *options)
+    lost = json.loads((tmp_path / "lost.json").read_text())
+    measured = lost["texts"]["text.txt"]
+    assert list(measured["loss by position"]["base"]) == ["1-15", "16-31", "32-63"]
+    assert all(task["items"] == 4 for task in measured["tasks"].values())
+    assert 0 < measured["agreement"] <= 1
+    assert len(lost["continuations"]) == 4

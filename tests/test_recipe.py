@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -103,6 +104,73 @@ def test_training_closes_edges_under_the_constraint(inputs, tmp_path):
     assert result.density < 0.5
 
 
+def logged(folder: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if "multiplier" in line]
+
+
+def test_the_tolerance_narrows_to_its_value_over_the_run(inputs, tmp_path):
+    overrides = {"constraint": {"start_factor": 5.0}, "train": {"steps": 20, "final_fraction": 0.5}}
+    recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    pairs = zip(logged(tmp_path / "run", "violation"), logged(tmp_path / "run", "kl"), strict=True)
+    limits = [kl / (violation + 1) for violation, kl in pairs]  # logged every second step
+    expected = [0.5 * (1 + 4 * max(0.0, 1 - step / 10)) for step in range(1, 20, 2)]
+    assert limits == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_density_limit_falls_geometrically_to_its_target(inputs, tmp_path):
+    overrides = {"constraint": {"kind": "density", "target_density": 0.25}, "train": {"steps": 20}}
+    recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    pairs = zip(logged(tmp_path / "run", "violation"), logged(tmp_path / "run", "density"), strict=True)
+    limits = [density / math.exp(violation) for violation, density in pairs]
+    assert limits == pytest.approx([0.5, *[0.25] * 9], rel=1e-4)
+
+
+def test_an_unpaired_constraint_compares_with_one_base_loss(inputs, tmp_path):
+    overrides = {"constraint": {"kind": "loss", "paired": False}, "train": {"distill": False}}
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    [base_loss] = set(logged(tmp_path / "run", "base_loss"))
+    assert base_loss == pytest.approx(sidecar.manifest.result.base_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("penalty", "distill"), [("log", True), ("log", False), ("mean", True), ("mean", False)])
+def test_the_lagrangian_weighs_edges_against_damage(inputs, tmp_path, penalty, distill):
+    overrides = {
+        "gate": {"penalty": penalty},
+        "constraint": {"kind": "loss", "tolerance": 0.2, "start_factor": 1.0},
+        "train": {"steps": 10, "distill": distill, "final_fraction": 0.0},
+    }
+    recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    first = {
+        key: logged(tmp_path / "run", key)[0]
+        for key in ("lagrangian", "penalty", "kl", "gap", "multiplier", "train_loss", "base_loss")
+    }
+    edges = math.log(first["penalty"]) if penalty == "log" else first["penalty"]
+    damage = first["kl"] if distill else first["train_loss"] - first["base_loss"]
+    weight = first["multiplier"] / 0.2
+    assert first["lagrangian"] == pytest.approx((edges + weight * damage) / (1 + weight), abs=1e-5)
+
+
+def test_gates_start_with_the_asked_share_of_the_softmax_mass(inputs, tmp_path):
+    """One step that moves nothing: the smaller share starts sparser."""
+    density = {}
+    for mass in (0.5, 0.9):
+        overrides = {
+            "gate": {"initial_mass": mass},
+            "train": {"scope": "gates", "steps": 1, "gate_learning_rate": 1e-9},
+        }
+        sidecar = recipe.sparsify(run_config(inputs, tmp_path / f"run-{mass}", **overrides))
+        density[mass] = sidecar.manifest.result.density
+    assert 0 < density[0.5] < density[0.9] < 1
+
+
+def test_eval_on_text_that_the_base_writes(uninterrupted, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    [report] = evaluate_model(str(uninterrupted.path), uninterrupted, ["self"], base=str(inputs[0]), tokens=64)
+    assert (report.data, report.seq_len) == ("self", 16)
+    assert report.kl > 0
+
+
 def test_gumbel_and_gradient_accumulation_run(inputs, tmp_path):
     overrides = {"gate": {"estimator": "gumbel"}, "train": {"micro_batch_size": 2, "steps": 4}}
     assert recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides)) is not None
@@ -140,7 +208,10 @@ def test_training_without_change_has_no_gap_whatever_the_dropout(family, inputs,
     model = transformers.AutoModelForCausalLM.from_config(DROPOUTS[family])
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    overrides = {"gate": {"bias_init": 90.0}, "train": {"scope": "gates", "steps": 2, "gate_learning_rate": 1e-9}}
+    overrides = {
+        "gate": {"initial_mass": 0.0, "bias_init": 90.0},
+        "train": {"scope": "gates", "steps": 2, "gate_learning_rate": 1e-9},
+    }
     recipe.sparsify(run_config((tmp_path / "model", inputs[1]), tmp_path / "run", **overrides))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [abs(line["gap"]) < 1e-6 for line in lines if "gap" in line] == [True, True]

@@ -14,7 +14,7 @@ def evaluate(
     path: Annotated[str, typer.Argument(metavar="MODEL_OR_SIDECAR", help="Sidecar folder, or a base model.")],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="Text to measure on (repeatable). Default: the run's held-out split."),
+        typer.Option("--data", help="Text to measure on, or 'self' (repeatable). Default: the run's held-out split."),
     ] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per block; 0: as in training.", min=0)] = 0,
     tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens per text.", min=2)] = 16_384,

@@ -1,10 +1,12 @@
-"""Train the small language model of the recipe search: a 6-layer, 48-head Llama on PEPs and Rust RFCs.
+"""Train the small language model of the recipe search: a 4-layer, 16-head Llama on PEPs and Rust RFCs.
 
     python examples/train_small_lm.py peps.txt rust_rfcs.txt --out small-lm
 
 Every 20th document is held out. OUT gets the model, its BPE tokenizer, and the documents as train.jsonl and test.jsonl,
 so the text that `attnprune sparsify OUT --data OUT/train.jsonl` trains on IS the base model's own distribution, and
 neither of them has seen test.jsonl. The learning rate falls to zero, so that training on buys next to no loss.
+
+examples/small-lm holds the model that examples/results reports on; `--texts-only` writes just the two texts for it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ def documents(file: Path) -> list[str]:
     return [text for text in re.split(starts, file.read_text(encoding="utf-8")) if len(text) > 1000]
 
 
+def write_texts(files: list[Path], folder: Path) -> dict[str, list[str]]:
+    """Split the files' documents into train.jsonl and test.jsonl (every 20th), and return both lists."""
+    everything = [text for file in files for text in documents(file)]
+    parts = {"test": everything[::20], "train": [text for i, text in enumerate(everything) if i % 20]}
+    for name, texts in parts.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return parts
+
+
 def build_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `size` tokens."""
     tokenizer = Tokenizer(models.BPE())
@@ -51,23 +63,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts-only", action="store_true", help="write train.jsonl and test.jsonl and stop")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True)
-    everything = [text for file in options.texts for text in documents(file)]
-    parts = {"test": everything[::20], "train": [text for i, text in enumerate(everything) if i % 20]}
-    for name, texts in parts.items():
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (options.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    options.out.mkdir(parents=True, exist_ok=options.texts_only)
+    parts = write_texts(options.texts, options.out)
+    print(f"{sum(map(len, parts.values()))} documents", flush=True)
+    if options.texts_only:
+        return
     tokenizer = build_tokenizer(parts["train"], options.vocabulary)
     train, test = (pack(parts[name], tokenizer, SEQ_LEN, 10**9, name) for name in ("train", "test"))
-    print(f"{len(everything)} documents, {train.input_ids.numel():,} training tokens", flush=True)
+    print(f"{train.input_ids.numel():,} training tokens", flush=True)
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=6,
-            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=SEQ_LEN, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip

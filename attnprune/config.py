@@ -106,7 +106,9 @@ class TrainConfig(Section):
         return self
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
-    distill: bool = Field(default=True, description="learn from KL(base || sparse) instead of the text")
+    distill: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="share of KL(base || sparse) in what is learned; the rest is the text's own loss"
+    )
     steps: Count = Field(default=3000, description="optimiser steps")
     batch_size: Count = Field(default=16, description="blocks per step")
     micro_batch_size: Annotated[int, Field(ge=0)] = Field(default=0, description="blocks per forward; 0: all at once")

@@ -207,7 +207,8 @@ class SparsifyTrainer(Trainer):
             base_loss = torch.full_like(base_loss, self._mean_base_loss)
         kl, gap = kl_divergence(base_log_p, log_p).mean(), loss - base_loss
         constraint = self._current_constraint()
-        damage = kl if self.config.train.distill or constraint.kind == "kl" else gap
+        share = 1.0 if constraint.kind == "kl" else self.config.train.distill
+        damage = share * kl + (1 - share) * gap
         total = self._lagrangian(penalty, damage, constraint)
         value = constraint.value(loss_gap=gap.item(), kl=kl.item(), density=float(density))
         observed = {

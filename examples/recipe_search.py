@@ -1,7 +1,7 @@
 """Which settings govern density at equal loss and equal tokens: one `attnprune sparsify` per variant and seed.
 
-    python examples/train_small_lm.py peps.txt rust_rfcs.txt --out small-lm
-    python examples/recipe_search.py small-lm --out examples/results/recipe-search.json
+    python examples/train_small_lm.py peps.txt rust_rfcs.txt --out examples/small-lm --texts-only
+    python examples/recipe_search.py examples/small-lm --out examples/results/recipe-search.json
 
 Every run selects its best state on blocks of train.jsonl that it did not train on; the numbers reported are measured
 on test.jsonl, which neither the base model nor any run has seen. Runs already in the JSON file are not repeated.
@@ -28,71 +28,71 @@ import transformers
 import attnprune
 from attnprune.config import merge
 
-# What all runs share: equal tokens, and the loss itself as the constraint (the training text is the base model's own
-# distribution, so the loss is honest).
+# What all runs share. The training text is the base model's own distribution, so its loss is honest, and learning half
+# from the text is not learning another domain.
 COMMON = {
-    "data": {"seq_len": 256, "eval_tokens": 65536},
-    "constraint": {"kind": "loss", "tolerance": 0.01, "start_factor": 10.0},
-    "train": {"scope": "full", "batch_size": 8, "eval_every": 250, "save_every": 100_000},
+    "data": {"seq_len": 256, "eval_tokens": 16384},
+    "constraint": {"kind": "density", "target_density": 0.01},
+    "train": {
+        "scope": "full", "batch_size": 8, "learning_rate": 1e-3, "min_lr_ratio": 0.02, "distill": 0.5,
+        "eval_every": 500, "save_every": 1000,
+    },
+}  # fmt: skip
+OPEN = {
+    "gate": {"initial_mass": 0.0, "bias_init": 100.0},
+    "constraint": {"target_density": 1.0, "minimum": 1e-9, "initial": 1e-9},
 }
-# The default recipe, then each of its parts replaced by what the published method does, then all of them at once.
+# The density is fixed and the loss compared; then the loss is fixed and the density compared, the published way last.
 VARIANTS: dict[str, dict] = {
-    "default": {},
+    "density 1 %": {},
+    "from the base alone": {"train": {"distill": 1.0}},
+    "from the text alone": {"train": {"distill": 0.0}},
+    "learning rate 3e-4": {"train": {"learning_rate": 3e-4}},
+    "learning rate 3e-3": {"train": {"learning_rate": 3e-3}},
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},
-    "mean density as penalty": {"gate": {"penalty": "mean"}},
     "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},
-    "constant tolerance": {"constraint": {"start_factor": 1.0}},
-    "no proportional gain": {"constraint": {"gain": 0.0}},
-    "learning from the text": {"train": {"distill": False}},
+    "density 5 %": {"constraint": {"target_density": 0.05}},
+    "density 0.5 %": {"constraint": {"target_density": 0.005}},
+    "density 0.3 %": {"constraint": {"target_density": 0.003}},
+    "loss 0.01": {"constraint": {"kind": "loss", "tolerance": 0.01, "start_factor": 10.0}},
     "published": {
         "gate": {"estimator": "gumbel", "penalty": "mean", "initial_mass": 0.0, "bias_init": 0.0},
-        "constraint": {"paired": False, "start_factor": 1.0, "gain": 0.0},
-        "train": {"distill": False, "adam_beta2": 0.999, "gate_learning_rate": 1e-12, "final_fraction": 0.0},
+        "constraint": {"kind": "loss", "tolerance": 0.01, "paired": False, "start_factor": 1.0, "gain": 0.0},
+        "train": {
+            "learning_rate": 3e-4, "distill": 0.0, "adam_beta2": 0.999, "gate_learning_rate": 1e-12,
+            "final_fraction": 0.0,
+        },
     },
-    # The open-gate control: the same budget spent on the loss alone, with gates that cannot close.
-    "control": {
-        "gate": {"initial_mass": 0.0, "bias_init": 100.0},
-        "constraint": {"kind": "density", "target_density": 1.0, "minimum": 1e-9, "initial": 1e-9},
-        "train": {"distill": False},
-    },
-}
-for percent in (5.0, 1.0, 0.5, 0.3):
-    VARIANTS[f"density {percent:g} %"] = {"constraint": {"kind": "density", "target_density": percent / 100}}
+    # The open-gate controls: the same budget with gates that cannot close, learning the same way or from the text.
+    "control": OPEN,
+    "control, text": merge(OPEN, {"train": {"distill": 0.0}}),
+}  # fmt: skip
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
+# glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 
 
-def run(model: Path, variant: str, seed: int, extra: dict) -> dict:
-    """One run and its measurement on test.jsonl."""
-    began = time.perf_counter()
-    settings = merge(merge(merge(COMMON, VARIANTS[variant]), extra), {"train": {"seed": seed}})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs share two cores
-    with tempfile.TemporaryDirectory() as scratch:
-        config, folder = Path(scratch) / "variant.toml", Path(scratch) / "run"
-        config.write_text(tomli_w.dumps(settings))
-        attnprune_command = [sys.executable, "-m", "attnprune"]
-        sparsify = ["sparsify", str(model), "--config", str(config), "--data", str(model / "train.jsonl")]
-        code = subprocess.run(
-            [*attnprune_command, *sparsify, "--out", str(folder), "--quiet"], env=environment, check=False
-        ).returncode
-        if code not in (0, 3):  # 3: finished, constraint not met
-            raise RuntimeError(f"{variant}, seed {seed}: exit code {code}")
-        evaluate = [
-            "eval",
-            str(folder),
-            "--data",
-            str(model / "test.jsonl"),
-            "--base",
-            str(model),
-            "--tokens",
-            "65536",
-            "--json",
-        ]
-        done = subprocess.run([*attnprune_command, *evaluate], env=environment, stdout=subprocess.PIPE, check=True)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        result = json.loads((folder / "attnprune.json").read_text())["result"]
+def train(model: Path, settings: dict, folder: Path) -> None:
+    """One `attnprune sparsify` into `folder`."""
+    config = folder.with_suffix(".toml")
+    config.write_text(tomli_w.dumps(settings))
+    command = ["sparsify", str(model), "--config", str(config), "--data", str(model / "train.jsonl")]
+    done = attnprune_command([*command, "--out", str(folder), "--quiet"])
+    if done.returncode not in (0, 3):  # 3: finished, constraint not met
+        raise RuntimeError(f"{settings}: exit code {done.returncode}")
+
+
+def record(model: Path, variant: str, seed: int, settings: dict, folder: Path) -> dict:
+    """What a finished run came to, measured on test.jsonl."""
+    test_file = str(model / "test.jsonl")
+    done = attnprune_command(
+        ["eval", str(folder), "--data", test_file, "--base", str(model), "--tokens", "65536", "--json"]
+    )
     test = json.loads(done.stdout)["reports"][0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "attnprune.json").read_text())["result"]
     return {
         "variant": variant,
         "seed": seed,
@@ -102,15 +102,21 @@ def run(model: Path, variant: str, seed: int, extra: dict) -> dict:
         "test": {key: test[key] for key in REPORTED},
         "curve": [{k: line[name] for k, name in CURVE.items()} for line in lines if "eval_density" in line],
         "multiplier": [[line["step"], line["multiplier"]] for line in lines if "multiplier" in line][::5],
-        "seconds": round(time.perf_counter() - began),
     }
+
+
+def attnprune_command(arguments: list[str]) -> subprocess.CompletedProcess:
+    """The tool in its own process with one thread, so that two runs share two cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
+    command = [sys.executable, "-m", "attnprune", *arguments]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
 
 
 def facts() -> dict:
     """Where and with what the runs were made."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": "python examples/recipe_search.py small-lm",
+        "command": "python examples/recipe_search.py examples/small-lm",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "versions": {
             "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
@@ -135,15 +141,22 @@ def main() -> None:
     writing = threading.Lock()
 
     def work(job: tuple[str, int]) -> None:
-        record = run(options.model, *job, {"train": {"steps": options.steps}})
+        variant, seed = job
+        began = time.perf_counter()
+        settings = merge(merge(COMMON, VARIANTS[variant]), {"train": {"seed": seed, "steps": options.steps}})
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "run"
+            train(options.model, settings, folder)
+            made = record(options.model, variant, seed, settings, folder)
+        made["seconds"] = round(time.perf_counter() - began)
         with writing:
-            runs.append(record)
+            runs.append(made)
             options.out.write_text(json.dumps({**facts(), "runs": runs}, indent=1) + "\n")
-            t, c = record["test"], record["curve"][-1]
+            t, c = made["test"], made["curve"][-1]
             print(
-                f"{record['variant']:24s} seed {record['seed']} density {t['density']:.3%} "
+                f"{variant:24s} seed {seed} density {t['density']:.3%} "
                 f"gap {t['loss'] - t['base_loss']:+.4f} control {t['control_loss'] - t['base_loss']:+.4f} "
-                f"| end {c['density']:.3%} {c['feasible']} | {record['seconds']} s",
+                f"| end {c['density']:.3%} {c['feasible']} | {made['seconds']} s",
                 flush=True,
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.write_schema import SCHEMA_FILE, schema_text
+from examples.write_schema import FORMATS, SCHEMAS, schema_text
 from tests.factory import save_text, save_tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,9 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def test_schema_matches_the_models():
-    assert SCHEMA_FILE.read_text() == schema_text()
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_matches_the_models(name):
+    assert (FORMATS / name).read_text() == schema_text(SCHEMAS[name])
 
 
 def test_demo_model_script_trains_and_saves(tmp_path):
@@ -90,13 +91,13 @@ def test_small_lm_and_recipe_search(tmp_path):
     options = ("--steps", 2, "--batch-size", 2, "--vocabulary", 300)
     assert "held-out" in run("examples/train_small_lm.py", text, "--out", model, *options)
     assert len((model / "test.jsonl").read_text().splitlines()) == 3  # every 20th of 41 documents
-    search = ("--variants", "default", "published", "control", "--steps", 2, "--out", tmp_path / "search.json")
+    search = ("--variants", "density 1 %", "published", "control", "--steps", 2, "--out", tmp_path / "search.json")
     run("examples/recipe_search.py", model, *search)
     runs = {r["variant"]: r for r in json.loads((tmp_path / "search.json").read_text())["runs"]}
     assert runs["control"]["test"]["density"] == 1
     assert runs["control"]["test"]["loss"] == pytest.approx(runs["control"]["test"]["control_loss"])
     assert runs["published"]["settings"]["gate"]["estimator"] == "gumbel"
-    assert runs["default"]["tokens"] == 2 * 8 * 256
+    assert runs["density 1 %"]["tokens"] == 2 * 8 * 256
     assert run("examples/recipe_search.py", model, *search) == ""  # nothing is run twice
 
 

@@ -127,13 +127,13 @@ def test_a_density_limit_falls_geometrically_to_its_target(inputs, tmp_path):
 
 
 def test_an_unpaired_constraint_compares_with_one_base_loss(inputs, tmp_path):
-    overrides = {"constraint": {"kind": "loss", "paired": False}, "train": {"distill": False}}
+    overrides = {"constraint": {"kind": "loss", "paired": False}, "train": {"distill": 0.0}}
     sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
     [base_loss] = set(logged(tmp_path / "run", "base_loss"))
     assert base_loss == pytest.approx(sidecar.manifest.result.base_loss, abs=1e-5)
 
 
-@pytest.mark.parametrize(("penalty", "distill"), [("log", True), ("log", False), ("mean", True), ("mean", False)])
+@pytest.mark.parametrize(("penalty", "distill"), [("log", 1.0), ("log", 0.0), ("log", 0.25), ("mean", 1.0)])
 def test_the_lagrangian_weighs_edges_against_damage(inputs, tmp_path, penalty, distill):
     overrides = {
         "gate": {"penalty": penalty},
@@ -146,7 +146,7 @@ def test_the_lagrangian_weighs_edges_against_damage(inputs, tmp_path, penalty, d
         for key in ("lagrangian", "penalty", "kl", "gap", "multiplier", "train_loss", "base_loss")
     }
     edges = math.log(first["penalty"]) if penalty == "log" else first["penalty"]
-    damage = first["kl"] if distill else first["train_loss"] - first["base_loss"]
+    damage = distill * first["kl"] + (1 - distill) * (first["train_loss"] - first["base_loss"])
     weight = first["multiplier"] / 0.2
     assert first["lagrangian"] == pytest.approx((edges + weight * damage) / (1 + weight), abs=1e-5)
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from attnprune.errors import InputError
 
@@ -32,7 +32,15 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 20_000
 MAX_RANK = 4
 MAX_GATE = 1e4
+MAX_GATES_BYTES = 256 << 20  # 1024 layers of 1024 heads
+MAX_FILES = 1024
+
+# Modules that hold an attention in the supported families; LoRA may change nothing else.
+ATTENTION_MODULES = frozenset({"self_attn", "attn", "attention"})
+# Files that some loader would execute; none belongs beside a sidecar.
+CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib"})
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _VERSION = re.compile(r"[1-9][0-9]{0,3}(\.[0-9]{1,4})?")
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
@@ -47,6 +55,29 @@ class _Entry(BaseModel):
     """A manifest object: unknown keys are kept, so a newer minor version survives a round trip."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out our own optional keys where they have no value, and keep an unknown key even when it is null."""
+        known = type(self).model_fields
+        return {key: value for key, value in handler(self).items() if value is not None or key not in known}
+
+
+class AdapterConfig(BaseModel):
+    """adapter/adapter_config.json: the keys of PEFT that we understand; every other key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"]
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: Positive
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    target_modules: list[str] = Field(min_length=1, max_length=MAX_TENSORS)
+    fan_in_fan_out: bool = False
+    bias: Literal["none"] = "none"
+    inference_mode: Literal[True] = True
 
 
 class FileEntry(_Entry):
@@ -134,7 +165,7 @@ class Manifest(_Entry):
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, final newline."""
-        return json.dumps(self.model_dump(exclude_none=True), sort_keys=True, indent=2, allow_nan=False) + "\n"
+        return json.dumps(self.model_dump(), sort_keys=True, indent=2, allow_nan=False) + "\n"
 
 
 def parse_json(raw: bytes, name: str, limit: int = MAX_JSON_BYTES) -> Any:
@@ -174,11 +205,15 @@ def parse_json(raw: bytes, name: str, limit: int = MAX_JSON_BYTES) -> Any:
         raise InputError(f"{name}: bad number: {error}") from None
 
 
-def read_regular(folder: Path, name: str, limit: int | None = None) -> bytes:
+def read_regular(folder: Path, name: str, limit: int | None = None, size: int | None = None) -> bytes:
     """The bytes of a file of the folder; refuses links out of it, devices, pipes and oversized files.
 
+    Args:
+        limit: the most bytes that are read.
+        size: the exact size the file must have; another one is refused before anything is read.
+
     Raises:
-        InputError: missing, not a regular file, unreadable, or larger than `limit`.
+        InputError: missing, not a regular file, unreadable, too large, of another size, or changed while reading.
     """
     path = folder / name
     try:
@@ -195,7 +230,13 @@ def read_regular(folder: Path, name: str, limit: int | None = None) -> bytes:
                 raise InputError(f"{path}: not a regular file")
             if limit is not None and info.st_size > limit:
                 raise InputError(f"{path}: larger than {limit >> 20} MiB")
-            return file.read()
+            if size is not None and info.st_size != size:
+                raise InputError(f"{path}: is damaged (size differs from the manifest)")
+            raw = file.read(info.st_size + 1)
+            after = os.fstat(file.fileno())
+            if len(raw) != info.st_size or (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
+                raise InputError(f"{path}: changed while reading")
+            return raw
     except FileNotFoundError:
         raise InputError(f"{path}: is missing") from None
     except IsADirectoryError:
@@ -228,6 +269,8 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_FILE) -> Manifest:
     unknown = [feature for feature in manifest.requires if feature not in FEATURES]
     if unknown:
         raise InputError(f"{name}: needs {unknown[0]!r}, which this version does not know")
+    if len(manifest.files) > MAX_FILES:
+        raise InputError(f"{name}: too many files ({len(manifest.files)})")
     for file in manifest.files:
         parts = PurePosixPath(file).parts
         if (
@@ -336,3 +379,103 @@ def check_gates(arrays: dict[str, np.ndarray], manifest: Manifest) -> None:
             raise InputError(f"{GATES_FILE}: bad statistics in {name}")
         if name.endswith("gate.closed") and array.max() > 1:
             raise InputError(f"{GATES_FILE}: {name} is not a flag")
+        if name.endswith("stats.density"):
+            _check_statistics(name.removesuffix("stats.density"), arrays, edges)
+
+
+def _check_statistics(layer: str, arrays: dict[str, np.ndarray], edges: np.ndarray) -> None:
+    """The statistics of a layer describe one mask: closed heads have no edges, distances add up to the density."""
+    density = arrays[f"{layer}stats.density"]
+    profile = arrays[f"{layer}stats.open_by_offset"]
+    sink, closed = arrays[f"{layer}stats.sink"], arrays[f"{layer}gate.closed"]
+    if ((density == 0) != (closed == 1)).any():
+        raise InputError(f"{GATES_FILE}: bad statistics: {layer}gate.closed contradicts the density")
+    empty = density == 0
+    if (profile[empty] != 0).any() or (sink[empty] != 0).any() or not (profile[~empty] > 0).any(1).all():
+        raise InputError(f"{GATES_FILE}: bad statistics: {layer}stats.open_by_offset contradicts the density")
+    # Pairs at distance d in a block of T tokens: T - d. A sliding window shows fewer, so its density is higher.
+    length, (low, high) = int(edges[-1]), (edges[:-1].astype(np.float64), edges[1:].astype(np.float64))
+    pairs = (high - low) * (2 * length - low - high + 1) / 2
+    if (profile @ pairs / pairs.sum() > density * (1 + 1e-4) + 1e-9).any():
+        raise InputError(f"{GATES_FILE}: bad statistics: {layer}stats.open_by_offset exceeds the density")
+
+
+def check_finite(raw: bytes, name: str) -> None:
+    """Refuse NaN and infinity in the floating-point tensors of a checked safetensors file, without torch.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    for tensor, (dtype, _, begin, end) in parse_safetensors(raw, name).items():
+        if dtype == "BF16":  # the upper half of a float32: infinity and NaN have all exponent bits set
+            bad = (np.frombuffer(raw, "<u2", (end - begin) // 2, begin) & 0x7F80) == 0x7F80
+        elif dtype.startswith("F"):
+            bad = ~np.isfinite(np.frombuffer(raw, _NUMPY[dtype], (end - begin) // _DTYPES[dtype], begin))
+        else:
+            raise InputError(f"{name}: {tensor}: dtype {dtype} is not allowed here")
+        if bad.any():
+            raise InputError(f"{name}: non-finite value in {tensor}")
+
+
+def check_weights_entry(manifest: Manifest) -> None:
+    """The kind of weights, the required features and the listed files must agree.
+
+    Raises:
+        InputError: naming what contradicts.
+    """
+    entry, listed = manifest.weights, set(manifest.files)
+    expected = {"none": set(), "delta": {DELTA_FILE}, "lora": {ADAPTER_CONFIG_FILE, ADAPTER_FILE}}[entry.kind]
+    for file in sorted({DELTA_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE} & (expected ^ listed)):
+        problem = "not listed in" if file in expected else f"unexpected for weights {entry.kind!r} in"
+        raise InputError(f"{file}: {problem} {MANIFEST_FILE}")
+    if entry.kind == "lora" and (entry.rank is None or entry.alpha is None or entry.alpha <= 0):
+        raise InputError(f"{MANIFEST_FILE}: weights: lora needs a rank and an alpha above 0")
+
+
+def parse_adapter_config(raw: bytes, manifest: Manifest) -> AdapterConfig:
+    """Check adapter/adapter_config.json by our own list of keys, and that it says what the manifest says.
+
+    Raises:
+        InputError: an unknown key (PEFT has keys that import modules), a wrong value, or another rank or alpha.
+    """
+    values = parse_json(raw, ADAPTER_CONFIG_FILE)
+    if not isinstance(values, dict):
+        raise InputError(f"{ADAPTER_CONFIG_FILE}: expected an object")
+    try:
+        config = AdapterConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = "key not allowed" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InputError(f"{ADAPTER_CONFIG_FILE}: {where}: {message}") from None
+    if (config.r, config.lora_alpha) != (manifest.weights.rank, manifest.weights.alpha):
+        raise InputError(f"{ADAPTER_CONFIG_FILE}: rank or alpha differs from {MANIFEST_FILE}")
+    return config
+
+
+def check_lora(raw: bytes, manifest: Manifest, config: AdapterConfig) -> None:
+    """Names, pairs, ranks and targets of adapter_model.safetensors, from its header.
+
+    Names follow PEFT: `base_model.model.MODULE.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank].
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    tensors = parse_safetensors(raw, ADAPTER_FILE)
+    seen = set()
+    for tensor, (_, shape, _, _) in tensors.items():
+        match = _LORA.fullmatch(tensor)
+        if match is None:
+            raise InputError(f"{ADAPTER_FILE}: {tensor} is not a lora tensor")
+        target, side = match.groups()
+        suffixes = [wanted for wanted in config.target_modules if f".{target}".endswith(f".{wanted}")]
+        if not suffixes or not ATTENTION_MODULES.intersection(target.split(".")):
+            raise InputError(f"{ADAPTER_FILE}: target {target} is not allowed")
+        seen.update(suffixes)
+        if f"base_model.model.{target}.lora_{'B' if side == 'A' else 'A'}.weight" not in tensors:
+            raise InputError(f"{ADAPTER_FILE}: lora tensor {tensor} has no partner")
+        if len(shape) != 2 or shape[0 if side == "A" else 1] != manifest.weights.rank:
+            raise InputError(f"{ADAPTER_FILE}: {tensor}: shape {list(shape)} is not of rank {manifest.weights.rank}")
+    unused = sorted(set(config.target_modules) - seen)
+    if unused:
+        raise InputError(f"{ADAPTER_CONFIG_FILE}: target_modules: no tensors for {unused[0]!r}")

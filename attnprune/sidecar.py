@@ -31,7 +31,7 @@ class Sidecar:
     @cached_property
     def gates(self) -> dict[str, np.ndarray]:
         """Tensors of gates.safetensors (see formats/attnprune-v1.md)."""
-        arrays = format.read_arrays(self._read(format.GATES_FILE), format.GATES_FILE)
+        arrays = format.read_arrays(self.read(format.GATES_FILE), format.GATES_FILE)
         format.check_gates(arrays, self.manifest)
         return arrays
 
@@ -53,29 +53,42 @@ class Sidecar:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        kind = self.manifest.weights.kind
-        if kind == "none":
-            return {}
-        name = format.DELTA_FILE if kind == "delta" else format.ADAPTER_FILE
-        raw = self._read(name)
-        format.parse_safetensors(raw, name)
+        raw = self.weight_bytes()
         try:
-            tensors = load(raw)
+            return load(raw) if raw else {}
         except SafetensorError as error:
-            raise InputError(f"{name}: not a safetensors file: {error}") from None
-        for tensor, values in tensors.items():
-            if not values.isfinite().all():
-                raise InputError(f"{name}: non-finite value in {tensor}")
-        return tensors
+            raise InputError(f"{self.path}: not a safetensors file: {error}") from None
 
-    def _read(self, name: str) -> bytes:
+    def weight_bytes(self) -> bytes:
+        """The checked bytes of the delta or adapter file (empty for kind none), read without torch.
+
+        Raises:
+            InputError: damaged file, a non-finite value, or adapters other than the manifest says.
+        """
+        kind = self.manifest.weights.kind
+        format.check_weights_entry(self.manifest)
+        if kind == "none":
+            return b""
+        name = format.DELTA_FILE if kind == "delta" else format.ADAPTER_FILE
+        raw = self.read(name)
+        format.check_finite(raw, name)
+        count, entry = len(format.parse_safetensors(raw, name)), self.manifest.weights
+        if "tensors" in entry.model_fields_set and count != entry.tensors:
+            raise InputError(f"{name}: holds {count} tensors, the manifest says {entry.tensors}")
+        if kind == "lora":
+            config = format.parse_adapter_config(self.read(format.ADAPTER_CONFIG_FILE), self.manifest)
+            format.check_lora(raw, self.manifest, config)
+        return raw
+
+    def read(self, name: str) -> bytes:
         """A listed file, its size and hash checked on the bytes that are used."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise InputError(f"{self.path / name}: not listed in {format.MANIFEST_FILE}")
-        raw = format.read_regular(self.path, name)
-        if len(raw) != entry.size or hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise InputError(f"{self.path / name}: is damaged (size or sha256 differs from the manifest)")
+        limit = format.MAX_GATES_BYTES if name == format.GATES_FILE else None
+        raw = format.read_regular(self.path, name, limit, entry.size)
+        if hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise InputError(f"{self.path / name}: is damaged (sha256 differs from the manifest)")
         return raw
 
 
@@ -101,8 +114,29 @@ def open_sidecar(path: str | Path) -> Sidecar:
         elif "config.json" in names:
             hint = "this is a model folder; load a merged one with attnprune.load"
         raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
+    check_strangers(folder)
     raw = format.read_regular(folder, format.MANIFEST_FILE, format.MAX_JSON_BYTES)
     return Sidecar(folder, format.parse_manifest(raw, str(folder / format.MANIFEST_FILE)))
+
+
+def check_strangers(folder: Path, allowed: str | None = None) -> None:
+    """Nothing that some loader would execute, or load in the sidecar's place, may lie beside it.
+
+    Raises:
+        InputError: pickle or code other than the file `allowed`, or an adapter_config.json at the root.
+    """
+    inner = folder / Path(format.ADAPTER_FILE).parent
+    try:
+        found = sorted(
+            [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())], key=lambda file: file.as_posix()
+        )
+    except OSError as error:
+        raise InputError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+    for file in found:
+        if file.suffix.lower() in format.CODE_SUFFIXES and file.name != allowed:
+            raise InputError(f"{file}: pickle or code beside a sidecar is refused")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder}: adapter_config.json at the root would be loaded without the gates")
 
 
 def save_files(

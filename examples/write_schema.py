@@ -1,19 +1,23 @@
-"""Write formats/attnprune.v1.schema.json from the pydantic models: python examples/write_schema.py"""
+"""Write the JSON Schemas in formats/ from the pydantic models: python examples/write_schema.py"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from attnprune.format import Manifest
+from pydantic import BaseModel
 
-SCHEMA_FILE = Path(__file__).parent.parent / "formats" / "attnprune.v1.schema.json"
+from attnprune.format import AdapterConfig, Manifest
+
+FORMATS = Path(__file__).parent.parent / "formats"
+SCHEMAS = {"attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig}
 
 
-def schema_text() -> str:
-    """The JSON Schema of attnprune.json, canonical."""
-    return json.dumps(Manifest.model_json_schema(), indent=2, sort_keys=True) + "\n"
+def schema_text(model: type[BaseModel]) -> str:
+    """The JSON Schema of a file, canonical."""
+    return json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":
-    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+    for name, model in SCHEMAS.items():
+        (FORMATS / name).write_text(schema_text(model), encoding="utf-8")

@@ -31,9 +31,10 @@ def good_arrays():
     for layer, heads in enumerate(HEADS):
         arrays[f"layers.{layer}.gate.bias"] = np.linspace(-4, 4, heads, dtype=np.float32)
         arrays[f"layers.{layer}.gate.closed"] = (np.arange(heads) == 1).astype(np.uint8)
-        arrays[f"layers.{layer}.stats.density"] = np.linspace(0, 1, heads, dtype=np.float32)
-        arrays[f"layers.{layer}.stats.open_by_offset"] = np.full((heads, 2), 0.25, dtype=np.float32)
-        arrays[f"layers.{layer}.stats.sink"] = np.full(heads, 0.5, dtype=np.float32)
+        is_open = (np.arange(heads) != 1).astype(np.float32)
+        arrays[f"layers.{layer}.stats.density"] = is_open * np.float32(0.25)
+        arrays[f"layers.{layer}.stats.open_by_offset"] = np.outer(is_open, [0.25, 0.25]).astype(np.float32)
+        arrays[f"layers.{layer}.stats.sink"] = is_open * np.float32(0.5)
     return arrays
 
 
@@ -53,7 +54,8 @@ def good_manifest(kind="none"):
             "content": "2" * 64,
         },
         "gate": {"logit": "score+bias", "threshold": 0, "heads": list(HEADS)},
-        "weights": {"kind": kind},
+        "weights": {"kind": kind, "tensors": 0 if kind == "none" else 2}
+        | ({"rank": 2, "alpha": 4.0} if kind == "lora" else {}),
         "result": {
             "loss": 3.25,
             "base_loss": 3.2,
@@ -79,11 +81,22 @@ def good_manifest(kind="none"):
     }
 
 
+LORA_A, LORA_B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
+ADAPTER_CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+
+def good_weights(kind, dtype=torch.float32):
+    if kind == "lora":
+        return {LORA_A: torch.arange(6, dtype=dtype).reshape(2, 3), LORA_B: torch.ones(3, 2, dtype=dtype)}
+    values = {"model.w": torch.arange(6, dtype=dtype).reshape(2, 3), "model.b": torch.ones(1, dtype=dtype)}
+    return {} if kind == "none" else values
+
+
 def make(folder, kind="none", weights=None):
     """A valid sidecar in `folder`, written by the package's own functions."""
     staging = folder.parent / f"staging-{folder.name}"
-    weights = weights or ({} if kind == "none" else {"model.w": torch.arange(6.0).reshape(2, 3)})
-    sidecar.save_files(staging, good_arrays(), weights, {"r": 4} if kind == "lora" else None)
+    weights = weights or good_weights(kind)
+    sidecar.save_files(staging, good_arrays(), weights, dict(ADAPTER_CONFIG) if kind == "lora" else None)
     values = good_manifest(kind) | {"files": sidecar.file_entries(staging)}
     sidecar.publish(staging, folder, format.Manifest.model_validate(values))
     return folder
@@ -172,7 +185,7 @@ def test_a_sidecar_is_read_as_it_was_written(folder):
         assert gates[name].dtype == array.dtype
         assert np.array_equal(gates[name], array)
     assert [bias.tolist() for bias in opened.biases()] == [[-4, 4], [-4, 0, 4]]
-    assert [density.tolist() for density in opened.density] == [[0, 1], [0, 0.5, 1]]
+    assert [density.tolist() for density in opened.density] == [[0.25, 0], [0.25, 0, 0.25]]
     values = good_manifest()
     values["files"] = stored_manifest(folder)["files"]
     assert opened.manifest.model_dump(exclude_none=True) == values | {"weights": {"kind": "none", "tensors": 0}}
@@ -201,7 +214,7 @@ def test_a_publication_killed_before_the_manifest_is_no_sidecar(tmp_path, monkey
 @pytest.mark.parametrize("kind", ["delta", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_read_as_they_were_written(tmp_path, kind, dtype):
-    weights = {"model.w": torch.arange(6, dtype=dtype).reshape(2, 3), "model.b": torch.ones(1, dtype=dtype)}
+    weights = good_weights(kind, dtype)
     folder = make(tmp_path / "sidecar", kind, weights)
     read = read_all(folder)[2]
     assert set(read) == set(weights)
@@ -215,8 +228,11 @@ def test_weights_are_read_as_they_were_written(tmp_path, kind, dtype):
 @pytest.mark.parametrize("kind", ["delta", "lora"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_weight_is_refused(tmp_path, kind, bad):
-    folder = make(tmp_path / "sidecar", kind, {"model.w": torch.tensor([1.0, bad])})
-    refused(lambda: read_all(folder), "model.w", "non-finite")
+    weights = good_weights(kind)
+    name = next(iter(weights))
+    weights[name][0, 0] = bad
+    folder = make(tmp_path / "sidecar", kind, weights)
+    refused(lambda: read_all(folder), name, "non-finite")
 
 
 @pytest.mark.parametrize("kind", ["delta", "lora"])
@@ -376,7 +392,7 @@ def leaves(values, path=()):
             yield (*path, key), value
 
 
-OPTIONAL = {("base", "repo_id"), ("base", "revision"), ("result", "control_loss")}
+OPTIONAL = {("weights", "tensors"), ("base", "repo_id"), ("base", "revision"), ("result", "control_loss")}
 PATHS = [path for path, _ in leaves(good_manifest())]
 
 

@@ -1,0 +1,228 @@
+"""Sparse causal LMs written by attnprune (Apache-2.0): this one file, torch and transformers are all they need.
+
+Every layer's attention multiplies its softmax pattern by a gate, `A_ij = 1[score_ij + bias_h > 0]`: the output is
+`sum_j P_ij A_ij v_j`, not renormalised, and a row without an open gate outputs 0. Load a folder that contains this file
+with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+"""
+# pyright: basic, reportCallIssue=false, reportAttributeAccessIssue=false
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "attnprune_portable"
+CHUNK_ELEMENTS = 2**20
+
+# Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
+FAMILIES = {
+    "cohere2": ("Cohere2ForCausalLM", "model.layers", "self_attn"),
+    "gemma": ("GemmaForCausalLM", "model.layers", "self_attn"),
+    "gemma2": ("Gemma2ForCausalLM", "model.layers", "self_attn"),
+    "gemma3_text": ("Gemma3ForCausalLM", "model.layers", "self_attn"),
+    "gpt2": ("GPT2LMHeadModel", "transformer.h", "attn"),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", "transformer.h", "attn"),
+    "gpt_neox": ("GPTNeoXForCausalLM", "gpt_neox.layers", "attention"),
+    "gpt_oss": ("GptOssForCausalLM", "model.layers", "self_attn"),
+    "granite": ("GraniteForCausalLM", "model.layers", "self_attn"),
+    "llama": ("LlamaForCausalLM", "model.layers", "self_attn"),
+    "mistral": ("MistralForCausalLM", "model.layers", "self_attn"),
+    "mixtral": ("MixtralForCausalLM", "model.layers", "self_attn"),
+    "olmo": ("OlmoForCausalLM", "model.layers", "self_attn"),
+    "olmo2": ("Olmo2ForCausalLM", "model.layers", "self_attn"),
+    "olmo3": ("Olmo3ForCausalLM", "model.layers", "self_attn"),
+    "opt": ("OPTForCausalLM", "model.decoder.layers", "self_attn"),
+    "phi": ("PhiForCausalLM", "model.layers", "self_attn"),
+    "phi3": ("Phi3ForCausalLM", "model.layers", "self_attn"),
+    "qwen2": ("Qwen2ForCausalLM", "model.layers", "self_attn"),
+    "qwen3": ("Qwen3ForCausalLM", "model.layers", "self_attn"),
+    "smollm3": ("SmolLM3ForCausalLM", "model.layers", "self_attn"),
+    "stablelm": ("StableLmForCausalLM", "model.layers", "self_attn"),
+    "starcoder2": ("Starcoder2ForCausalLM", "model.layers", "self_attn"),
+}
+
+
+class Gate(nn.Module):
+    """The learned bias of each head, fp32."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+
+        self.return_pattern = False
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but never to a 16-bit dtype: the gates sit on thresholds."""
+
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def forward(self, query, key, value, visible, scaling, softcap, sinks, return_pattern):
+        bias = self.bias.float()
+        batch, heads, queries, _ = query.shape
+        groups = heads // key.shape[1]
+        key = key.repeat_interleave(groups, 1).to(bias.dtype)
+        value = value.repeat_interleave(groups, 1).to(bias.dtype)
+        rows = max(1, min(queries, CHUNK_ELEMENTS // (batch * heads * key.shape[2])))
+        outputs, patterns = [], []
+        for start in range(0, queries, rows):
+            chunk = slice(start, start + rows)
+            scores = query[:, :, chunk].to(bias.dtype) @ key.transpose(-1, -2) * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            is_visible = visible[:, :, chunk]
+            is_open = (scores + bias[:, None, None] > 0) & is_visible
+            log_sum = torch.logsumexp(scores.masked_fill(~is_visible, float("-inf")), -1, keepdim=True)
+            if sinks is not None:
+                log_sum = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[None, :, None, None])
+            pattern = torch.exp(scores - log_sum).masked_fill(~is_open, 0.0)
+            outputs.append((pattern @ value).to(query.dtype))
+            if return_pattern:
+                patterns.append(pattern.to(query.dtype))
+        return torch.cat(outputs, 2), torch.cat(patterns, 2) if return_pattern else None
+
+
+def gated_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, s_aux=None, **kwargs
+):
+    """query [B, H, Q, D], key and value [B, H_kv, K, D] -> (output [B, Q, H, D], pattern [B, H, Q, K] or None)."""
+    if dropout:
+        raise ValueError("attnprune attention has no dropout: set the model's attention dropout to 0")
+    if kwargs.get("cache") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("attnprune attention supports neither paged caches nor position biases")
+    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    gate = module.attnprune_gate
+    pattern_wanted = gate.return_pattern or bool(kwargs.get("output_attentions"))
+    output, pattern = gate(query, key, value, visible, scaling, softcap, s_aux, pattern_wanted)
+    return output.transpose(1, 2).contiguous(), pattern
+
+
+def full_mask(*args, **kwargs):
+    """transformers' bool mask, always built, so that causality never depends on the attention function."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+AttentionInterface.register(ATTENTION, gated_attention)
+AttentionMaskInterface.register(ATTENTION, full_mask)
+
+
+class GatedModel:
+    """Mixin over a transformers causal LM: a Gate per attention module, and no way to run it without."""
+
+    _keep_in_fp32_modules_strict = ["attnprune_gate"]  # noqa: RUF012
+    _supports_attention_backend = False
+
+    def __init__(self, config, *args, **kwargs):
+        _check_attention(getattr(config, "_attn_implementation", None))
+        config._attn_implementation = ATTENTION
+        super().__init__(config, *args, **kwargs)
+        _, layers, name = FAMILIES[config.model_type.removeprefix("attnprune_")]
+        for layer in self.get_submodule(layers):
+            attention = getattr(layer, name)
+            attention.attnprune_gate = Gate(config.num_attention_heads)
+            attention.register_forward_pre_hook(_guard)
+        self.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        _check_attention(attn_implementation)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        _check_attention(kwargs.pop("attn_implementation", None))
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("adapter_config.json at the root of a sparse model: its gates do not fit other weights")
+        groups = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        bad = [str(k) for group in groups for k in info[group] if "attnprune_gate" in str(k)]
+        if bad:
+            raise ValueError(f"the checkpoint does not hold this model's gates: {sorted(bad)[0]}")
+        for name, parameter in model.named_parameters():
+            if "attnprune_gate" in name and not bool(parameter.isfinite().all()):
+                raise ValueError(f"{name} is not finite")
+        return (model, info) if output_loading_info else model
+
+
+def _check_attention(name):
+    if name not in (None, ATTENTION):
+        raise ValueError(f"this model runs only with its own attention, not {name!r}")
+
+
+class GatedConfig:
+    """Mixin over a transformers config: no other attention can be asked for, and config.json names ours.
+
+    The name in config.json makes a stock class, which would ignore the gates, refuse the folder.
+    """
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        _check_attention(value)
+        self._attn_implementation_internal = value
+
+    def to_dict(self):
+        return {**super().to_dict(), "attn_implementation": ATTENTION}
+
+
+def _guard(module, args):
+    if module.config._attn_implementation != ATTENTION:
+        raise RuntimeError("the attention implementation was switched, which would run this sparse model dense")
+
+
+def _before_forward(model, args, kwargs):
+    """Some families do not hand `output_attentions` down to the attention."""
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.return_pattern = bool(kwargs.get("output_attentions"))
+
+
+_classes = {}
+
+
+def classes_for(family):
+    """(config class, model class) of a family, e.g. `AttnPruneLlamaConfig` and `AttnPruneLlamaForCausalLM`."""
+    if family not in FAMILIES:
+        raise ValueError(f"no gated model for family {family!r}")
+    if family not in _classes:
+        import transformers
+
+        base_model = getattr(transformers, FAMILIES[family][0])
+        base_config = base_model.config_class
+        names = {"__module__": __name__, "model_type": f"attnprune_{family}"}
+        config = type(f"AttnPrune{base_config.__name__}", (GatedConfig, base_config), names)
+        model = type(
+            f"AttnPrune{base_model.__name__}",
+            (GatedModel, base_model),
+            {"__module__": __name__, "config_class": config},
+        )
+        _classes[family] = (config, model)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+    return _classes[family]
+
+
+def register():
+    """Make every family known to transformers' auto classes."""
+    for family in FAMILIES:
+        classes_for(family)
+
+
+def __getattr__(name):
+    """Make the classes on first use, so that `auto_map` can name them without importing every family."""
+    if name.startswith("AttnPrune"):
+        for family in FAMILIES:
+            for cls in classes_for(family) if _stem(family) in name else ():
+                if cls.__name__ == name:
+                    return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _stem(family):
+    model = FAMILIES[family][0]
+    return model.removesuffix("ForCausalLM").removesuffix("LMHeadModel")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attnprune import registration
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -34,3 +36,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'attnprune' has no attribute {name!r}")
+
+
+registration.register()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from dataclasses import asdict
 from importlib import metadata
@@ -20,13 +19,10 @@ from attnprune.config import RunConfig
 from attnprune.data import Blocks
 from attnprune.errors import AttnPruneError, InputError
 from attnprune.measure import GateStatistics, Report, gate_statistics, measure
+from attnprune.probe import measure_probe
 from attnprune.sidecar import Sidecar, file_entries, publish, save_files
 from attnprune.trainer import constraint_of, trainable_state
 
-# (nats, share of the open edges) by which the stored probe may differ elsewhere: other kernels round differently, and
-# in 16 bits that moves scores across their gates.
-PROBE_TOLERANCE = {torch.float32: (1e-3, 1e-3)}
-HALF_PROBE_TOLERANCE = (2e-2, 2e-2)
 STAGING = ".staging-"
 
 
@@ -48,8 +44,6 @@ def export(
     save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
     report = measure(sparse, held_out, reference=runtime.dense(fresh.model), control=True)
     probe = held_out.input_ids[0, :64].tolist()
-    probe_report = measure(sparse, runtime.probe_blocks(probe))
-    loss_tolerance, edge_share = PROBE_TOLERANCE.get(fresh.model.dtype, HALF_PROBE_TOLERANCE)
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
@@ -60,13 +54,7 @@ def export(
         "weights": entry.model_dump(exclude_none=True),
         "files": file_entries(staging),
         "result": result_entry(report, config, held_out.fingerprint),
-        "probe": {
-            "input_ids": probe,
-            "loss": probe_report.loss,
-            "open_edges": probe_report.open_edges,
-            "tolerance": loss_tolerance,
-            "edge_tolerance": math.ceil(edge_share * probe_report.open_edges),
-        },
+        "probe": measure_probe(sparse, probe).model_dump(),
     }
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
     _check_written(staged, biases, weights)

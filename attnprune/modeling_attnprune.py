@@ -117,8 +117,7 @@ class GatedModel:
     _supports_attention_backend = False
 
     def __init__(self, config, *args, **kwargs):
-        if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa", ATTENTION):
-            raise ValueError(f"this model runs only with its own attention, not {config._attn_implementation!r}")
+        _check_attention(getattr(config, "_attn_implementation", None))
         config._attn_implementation = ATTENTION
         super().__init__(config, *args, **kwargs)
         _, layers, name = FAMILIES[config.model_type.removeprefix("attnprune_")]
@@ -129,22 +128,46 @@ class GatedModel:
         self.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if attn_implementation != ATTENTION:
-            raise ValueError(f"this model runs only with its own attention, not {attn_implementation!r}")
+        _check_attention(attn_implementation)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        requested = kwargs.pop("attn_implementation", ATTENTION)
-        if requested != ATTENTION:
-            raise ValueError(f"this model runs only with its own attention, not {requested!r}")
+        _check_attention(kwargs.pop("attn_implementation", None))
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        bad = [k for group in ("missing_keys", "unexpected_keys") for k in info[group] if "attnprune_gate" in k]
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("adapter_config.json at the root of a sparse model: its gates do not fit other weights")
+        groups = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        bad = [str(k) for group in groups for k in info[group] if "attnprune_gate" in str(k)]
         if bad:
             raise ValueError(f"the checkpoint does not hold this model's gates: {sorted(bad)[0]}")
         for name, parameter in model.named_parameters():
             if "attnprune_gate" in name and not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
         return (model, info) if output_loading_info else model
+
+
+def _check_attention(name):
+    if name not in (None, ATTENTION):
+        raise ValueError(f"this model runs only with its own attention, not {name!r}")
+
+
+class GatedConfig:
+    """Mixin over a transformers config: no other attention can be asked for, and config.json names ours.
+
+    The name in config.json makes a stock class, which would ignore the gates, refuse the folder.
+    """
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        _check_attention(value)
+        self._attn_implementation_internal = value
+
+    def to_dict(self):
+        return {**super().to_dict(), "attn_implementation": ATTENTION}
 
 
 def _guard(module, args):
@@ -172,7 +195,7 @@ def classes_for(family):
         base_model = getattr(transformers, FAMILIES[family][0])
         base_config = base_model.config_class
         names = {"__module__": __name__, "model_type": f"attnprune_{family}"}
-        config = type(f"AttnPrune{base_config.__name__}", (base_config,), names)
+        config = type(f"AttnPrune{base_config.__name__}", (GatedConfig, base_config), names)
         model = type(
             f"AttnPrune{base_model.__name__}",
             (GatedModel, base_model),
@@ -182,6 +205,12 @@ def classes_for(family):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
     return _classes[family]
+
+
+def register():
+    """Make every family known to transformers' auto classes."""
+    for family in FAMILIES:
+        classes_for(family)
 
 
 def __getattr__(name):

@@ -1,9 +1,8 @@
-"""Loading: a base model by any of its names, a sidecar onto its base, and writing the merged folder."""
+"""Loading: a base model by any of its names, a sidecar onto its base."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as transformers_logging
 
-from attnprune import checkpoints, format
+from attnprune import format
 from attnprune.attention.interface import attach, check_family, gates_of
-from attnprune.data import Blocks
-from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, VerificationError
-from attnprune.measure import Reference, measure
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
+from attnprune.measure import Reference
+from attnprune.merged import is_merged, load_merged
+from attnprune.probe import check_probe, measure_probe
+from attnprune.quiet import quiet
 from attnprune.runs import DEMO
 from attnprune.sidecar import Sidecar, base_tensors, check_base, open_sidecar
 
@@ -123,7 +123,7 @@ def load_base(
 def _check_folder(path: Path) -> None:
     if (path / format.MANIFEST_FILE).exists():
         raise InputError(f"{path}: this is a sidecar, not a base model", hint=f"attnprune inspect {path}")
-    if _is_merged(path):
+    if is_merged(path):
         raise UnsupportedModelError(f"{path}: already sparsified", hint=f"load it with attnprune.load({str(path)!r})")
     if not (path / "config.json").exists():
         raise InputError(f"{path}: no config.json, so not a model folder")
@@ -140,7 +140,7 @@ def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) 
                 raise UnsupportedModelError(f"{name}: already sparsified")
             check_family(config)
             return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, ImportError, struct.error) as error:
         raise _explain(name, kind, error) from error
 
 
@@ -184,21 +184,6 @@ def _explain(name: str, kind: str, error: Exception) -> AttnPruneError:
     return InputError(f"{name}: cannot load this model: {text.splitlines()[0] if text else type(error).__name__}")
 
 
-class quiet:  # noqa: N801
-    """Silence transformers' progress bars and warnings inside the block; errors are raised as ours."""
-
-    def __enter__(self) -> None:
-        self.level = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        transformers_logging.set_verbosity(self.level)
-        if self.bars:
-            transformers_logging.enable_progress_bar()
-
-
 def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
     """(name, revision) of the base that a sidecar names.
 
@@ -237,8 +222,10 @@ def load(
         VerificationError: the stored probe is not reproduced.
         InputError: damaged sidecar, or a base that is not the one it was made for.
     """
-    if _is_merged(Path(path)):
-        return _load_merged(str(path), device, dtype)
+    if is_merged(Path(path)):
+        model, tokenizer = load_merged(Path(path), verify=verify)
+        model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
+        return LoadedModel(model.eval(), tokenizer)
     sidecar = open_sidecar(path)
     name, revision = (base, None) if base is not None else default_base(sidecar)
     loaded = load_base(name, revision=revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
@@ -313,25 +300,12 @@ def merge_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.Weigh
 
 
 def verify_probe(model: Any, manifest: format.Manifest) -> None:
-    """Run the stored probe; catches a wrong kernel, another dtype and silently dense attention.
+    """Run the stored probe.
 
     Raises:
         VerificationError: loss or open-edge count differ.
     """
-    probe = manifest.probe
-    report = measure(model, probe_blocks(probe.input_ids))
-    edges_off = abs(report.open_edges - probe.open_edges)
-    if edges_off > probe.edge_tolerance or not abs(report.loss - probe.loss) <= probe.tolerance:
-        raise VerificationError(
-            f"probe: loss {report.loss:.6f} with {report.open_edges} open edges, "
-            f"the sidecar says {probe.loss:.6f} with {probe.open_edges}"
-        )
-
-
-def probe_blocks(input_ids: list[int]) -> Blocks:
-    """The stored probe as one block."""
-    ids = torch.tensor([input_ids])
-    return Blocks(ids, ids.clone(), "probe")
+    check_probe(measure_probe(model, manifest.probe.input_ids), manifest.probe)
 
 
 def dense(model: Any) -> Reference:
@@ -341,89 +315,6 @@ def dense(model: Any) -> Reference:
         return model(input_ids=ids, use_cache=False).logits
 
     return reference
-
-
-def _is_merged(path: Path) -> bool:
-    config = path / "config.json"
-    return config.is_file() and b'"attnprune_' in config.read_bytes()
-
-
-def _load_merged(path: str, device: str, dtype: torch.dtype | None) -> LoadedModel:
-    from attnprune import modeling_attnprune
-
-    config_file = format.parse_json(format.read_regular(Path(path), "config.json"), f"{path}/config.json")
-    if "attnprune" not in config_file:
-        raise InputError(f"{path}: no attnprune block in config.json")
-    family = str(config_file["model_type"]).removeprefix("attnprune_")
-    config_class, model_class = modeling_attnprune.classes_for(family)
-    with quiet():
-        config = config_class.from_pretrained(path)
-        portable: Any = model_class.from_pretrained(path, config=config, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(path, config=config)
-        # The same weights in the stock class with our gates, which also count edges.
-        state = portable.state_dict()
-        biases = [state.pop(name).numpy() for name in list(state) if name.endswith("attnprune_gate.bias")]
-        stock_class = model_class.__bases__[1]
-        values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "attnprune")}
-        stock_config = stock_class.config_class(**values)
-        model = stock_class.from_pretrained(None, config=stock_config, state_dict=state, dtype=portable.dtype)
-        model.generation_config = portable.generation_config
-    install(model, biases, {}, format.WeightsEntry(kind="none"))
-    return LoadedModel(model.to(device).eval(), tokenizer)
-
-
-def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path) -> None:
-    """Write an ordinary HF folder that holds the sparse model, its gates and the code to run it.
-
-    It loads with `trust_remote_code=True` without attnprune, and with `attnprune.load(folder)`; plain transformers
-    refuses its model type instead of running it dense.
-
-    Raises:
-        InputError: the folder exists and is not empty.
-    """
-    from attnprune import modeling_attnprune
-
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty")
-    config_class, model_class = modeling_attnprune.classes_for(model.config.model_type)
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
-        values.pop(key, None)
-    config = config_class(**values)
-    config.attnprune = {
-        "format_version": sidecar.manifest.format_version,
-        "base": sidecar.manifest.base.model_dump(exclude_none=True),
-        "result": sidecar.manifest.result.model_dump(exclude_none=True),
-        "probe": sidecar.manifest.probe.model_dump(exclude_none=True),
-    }
-    with torch.device("meta"):
-        merged = model_class(config)
-    merged.load_state_dict(model.state_dict(), assign=True)
-    merged.tie_weights()
-    if model.generation_config is not None:
-        merged.generation_config = model.generation_config
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        with quiet():
-            merged.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        config_file = staging / "config.json"
-        values = format.parse_json(config_file.read_bytes(), "config.json")
-        module = "modeling_attnprune"
-        values["auto_map"] = {
-            "AutoConfig": f"{module}.{config_class.__name__}",
-            "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
-        }
-        config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copyfile(str(modeling_attnprune.__file__), staging / f"{module}.py")
-        for file in staging.iterdir():
-            checkpoints.fsync(file)
-        if folder.exists():
-            folder.rmdir()
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def identity(base: BaseModel) -> dict[str, Any]:

@@ -32,30 +32,25 @@ def apply(
 
     sidecar = open_sidecar(path)
     if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
-        raise InputError(f"{merge}: exists and is not empty")
+        raise InputError(f"{merge}: exists and is not empty")  # before anything heavy is imported
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
     from attnprune import runtime
-    from attnprune.measure import measure
+    from attnprune.merged import write_merged
 
     model, tokenizer = runtime.load(path, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
-    probe = runtime.probe_blocks(sidecar.manifest.probe.input_ids)
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
     lines = [f"{sidecar.path}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
     if merge is not None and not dry_run:
+        before = sidecar.manifest.probe
         if dtype is not None:
             model = model.to(runtime.torch_dtype(dtype))
-        runtime.write_merged(model, tokenizer, sidecar, merge)
-        merged = runtime.load(merge).model
-        if dtype is None and not allow_base_mismatch:
-            runtime.verify_probe(merged, sidecar.manifest)
-        report = measure(merged, probe)
-        facts |= {"merged": str(merge), "probe_loss": report.loss, "probe_open_edges": report.open_edges}
-        before = sidecar.manifest.probe
+        same = dtype in (None, sidecar.manifest.base.dtype) and not allow_base_mismatch
+        after = write_merged(model, tokenizer, sidecar, merge, same_dtype=same).probe
+        facts |= {"merged": str(merge), "probe_loss": after.loss, "probe_open_edges": after.open_edges}
         lines += [
             f"merged: {merge}",
-            f"  probe loss {before.loss:.6f} -> {report.loss:.6f}, "
-            f"open edges {before.open_edges} -> {report.open_edges}",
+            f"  probe loss {before.loss:.6f} -> {after.loss:.6f}, open edges {before.open_edges} -> {after.open_edges}",
             f"  load it with: AutoModelForCausalLM.from_pretrained({str(merge)!r}, trust_remote_code=True)",
         ]
     out.result(facts, *lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,9 @@ def inspect(
     layer: Annotated[int | None, typer.Option("--layer", help="With --text: only this layer.")] = None,
     head: Annotated[int | None, typer.Option("--head", help="With --text: only this head.")] = None,
     limit: Annotated[int, typer.Option("--limit", help="With --text: edges shown per head.", min=1)] = 8,
+    save_mask: Annotated[
+        Path | None, typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file.")
+    ] = None,
     base: Base = None,
     allow_base_mismatch: AllowMismatch = False,
     as_json: Json = False,
@@ -23,15 +27,20 @@ def inspect(
 ) -> None:
     """Show what a sidecar learned: outcome, density of every head, distances; with --text the edges of a text."""
     out.configure(json=as_json, quiet=quiet)
+    from attnprune import masks
+    from attnprune.errors import InputError
     from attnprune.sidecar import open_sidecar
 
     sidecar = open_sidecar(path)
+    if save_mask is not None:
+        if text is None:
+            raise InputError("--save-mask: needs --text", hint="which edges are open depends on the text")
+        masks.check_target(save_mask)
     if text is None:
         from attnprune.report import terminal
 
         out.result(terminal.summary_data(sidecar), *terminal.summary(sidecar))
         return
-    from attnprune.errors import InputError
     from attnprune.report import edges
 
     heads = sidecar.manifest.gate.heads
@@ -44,4 +53,7 @@ def inspect(
     model, tokenizer = load(path, base, allow_base_mismatch=allow_base_mismatch)
     found = edges.open_edges(model, tokenizer, text)
     chosen = [e for e in found.edges if layer in (None, e.layer) and head in (None, e.head)]
+    if save_mask is not None:
+        masks.save(save_mask, found.mask(heads), found.input_ids)
+        out.note(f"mask of all heads written to {save_mask}")
     out.result(edges.as_data(found, chosen), *edges.render(found, chosen, limit))

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError
+from attnprune.masks import pack
 
 MAX_TOKENS = 1024
 _SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -33,9 +35,27 @@ class Edge:
 class TextEdges:
     """The open edges of a text. `visible` counts all pairs of all heads."""
 
+    input_ids: list[int]
     tokens: list[str]
     edges: list[Edge]
     visible: int
+
+    def mask(self, heads: list[int]) -> np.ndarray:
+        """The edges packed as u8 [layers, heads, T, ceil(T / 8)] (see attnprune.masks); `heads` of each layer.
+
+        Raises:
+            InputError: layers that differ in their number of heads, which the format cannot hold.
+        """
+        if len(set(heads)) != 1:
+            raise InputError("--save-mask: the layers differ in their number of heads")
+        length = len(self.input_ids)
+        where = np.array([(e.layer, e.head, e.query, e.key) for e in self.edges], np.int64).reshape(-1, 4)
+        packed = []
+        for layer in range(len(heads)):
+            is_open = np.zeros((heads[0], length, length), bool)
+            is_open[tuple(where[where[:, 0] == layer, 1:].T)] = True
+            packed.append(pack(is_open))
+        return np.stack(packed)
 
 
 @torch.no_grad()
@@ -68,8 +88,9 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
         for head, query, key in rows.tolist()
     ]
     visible = sum(int(gate.last.visible_edges) * len(gate.bias) for gate in gates if gate.last is not None)
-    tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
-    return TextEdges(tokens, sorted(edges, key=lambda e: (e.layer, e.head, e.query, e.key)), visible)
+    input_ids = ids[0].tolist()
+    tokens = [tokenizer.decode([token]) for token in input_ids]
+    return TextEdges(input_ids, tokens, sorted(edges, key=lambda e: (e.layer, e.head, e.query, e.key)), visible)
 
 
 def as_data(found: TextEdges, chosen: list[Edge]) -> dict[str, Any]:

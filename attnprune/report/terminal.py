@@ -43,7 +43,8 @@ def size(count: float, unit: str = "B") -> str:
     return f"{count:.3g} G{unit}"
 
 
-def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
+def facts_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Names and values in two columns."""
     table = Table(title=escape(printable(title)), show_header=False, box=None, title_justify="left", title_style="bold")
     table.add_column(style="dim")
     table.add_column()
@@ -88,7 +89,7 @@ def plan_table(plan: Plan) -> Table:
         ),
         ("output", config.output.folder),
     ]
-    return _facts("Plan", rows + [("note", note) for note in plan.notes])
+    return facts_table("Plan", rows + [("note", note) for note in plan.notes])
 
 
 def _limit(config: Any) -> float:
@@ -148,7 +149,7 @@ def _outcome(sidecar: Sidecar) -> Table:
     ]
     if manifest.base.kind == "bundled":
         rows.append(("exact", f"{percent(result.exact_match)} of the held-out sums are answered exactly"))
-    return _facts(str(sidecar.path), rows)
+    return facts_table(str(sidecar.path), rows)
 
 
 def shade(density: float) -> str:

@@ -26,6 +26,7 @@ GATES_FILE = "gates.safetensors"
 DELTA_FILE = "delta.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
+CODE_FILE = "modeling_attnprune.py"  # of a merged folder
 
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20
@@ -91,8 +92,8 @@ class BaseEntry(_Entry):
     """The base model. `structure` hashes its (name, dtype, shape) list, `content` 256 sampled values per tensor."""
 
     kind: Literal["hub", "local", "gguf", "bundled"]
-    repo_id: str | None = None
-    revision: str | None = None
+    repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")] | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     model_type: str
     dtype: str
     structure: Sha256
@@ -149,8 +150,16 @@ class ProbeEntry(_Entry):
     edge_tolerance: Size
 
 
+class MergedEntry(_Entry):
+    """What a merged folder was made from: the dtype of its weights, the sidecar's own weights entry and probe."""
+
+    dtype: str
+    weights: WeightsEntry
+    probe: ProbeEntry
+
+
 class Manifest(_Entry):
-    """attnprune.json: the only source of truth of a sidecar."""
+    """attnprune.json: the only source of truth of a sidecar. `merged` is there only in a merged folder's block."""
 
     format: Literal["attnprune"]
     format_version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}\.[0-9]{1,4}$")]
@@ -162,6 +171,7 @@ class Manifest(_Entry):
     result: ResultEntry
     probe: ProbeEntry
     files: dict[str, FileEntry]
+    merged: MergedEntry | None = None
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, final newline."""
@@ -280,6 +290,17 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_FILE) -> Manifest:
         ):
             raise InputError(f"{name}: bad file name {file!r}")
     return manifest
+
+
+def parse_merged_config(values: Any, name: str = "config.json") -> Manifest:
+    """The manifest in the parsed config.json of a merged model.
+
+    Raises:
+        InputError: no `attnprune` block, or one that does not pass.
+    """
+    if not isinstance(values, dict) or "attnprune" not in values:
+        raise InputError(f"{name}: no attnprune block")
+    return parse_manifest(json.dumps(values["attnprune"]).encode(), f"{name}: attnprune")
 
 
 def parse_safetensors(raw: bytes, name: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:

@@ -17,31 +17,9 @@ from attnprune.attention.interface import attach
 from attnprune.errors import InputError
 from attnprune.probe import check_probe, measure_probe
 from attnprune.quiet import quiet
-from attnprune.sidecar import Sidecar
+from attnprune.sidecar import Sidecar, open_merged
 
-CODE = "modeling_attnprune"
 GATE_SUFFIX = "attnprune_gate.bias"
-
-
-def is_merged(path: Path) -> bool:
-    """Whether a folder's config.json names one of our model types."""
-    config = path / "config.json"
-    return config.is_file() and b'"attnprune_' in config.read_bytes()
-
-
-def read_manifest(path: Path) -> format.Manifest:
-    """The manifest of a merged folder: the `attnprune` block of its config.json.
-
-    Raises:
-        InputError: no block, one that does not pass, or a root adapter, which transformers would load instead.
-    """
-    name = f"{path}/config.json"
-    if (path / "adapter_config.json").exists():
-        raise InputError(f"{path}: adapter_config.json at the root would hide the sparse model")
-    values = format.parse_json(format.read_regular(path, "config.json", format.MAX_JSON_BYTES), name)
-    if not isinstance(values, dict) or "attnprune" not in values:
-        raise InputError(f"{path}: no attnprune block in config.json")
-    return format.parse_manifest(json.dumps(values["attnprune"]).encode(), f"{name}: attnprune")
 
 
 def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
@@ -51,7 +29,7 @@ def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
         InputError: damaged folder.
         VerificationError: the folder's own probe is not reproduced.
     """
-    manifest = read_manifest(path)
+    manifest = open_merged(path).manifest
     try:
         model, tokenizer = _read(path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -105,7 +83,7 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
         _save(model, tokenizer, staging)
         gates = sidecar.gates  # checked against the sidecar's manifest
         shutil.copyfile(sidecar.path / format.GATES_FILE, staging / format.GATES_FILE)
-        shutil.copyfile(str(modeling_attnprune.__file__), staging / f"{CODE}.py")
+        shutil.copyfile(str(modeling_attnprune.__file__), staging / format.CODE_FILE)
         written, _ = _read(staging)
         _check_gates(written, gates)
         probe = measure_probe(written, sidecar.manifest.probe.input_ids)
@@ -151,9 +129,10 @@ def _save(model: Any, tokenizer: Any, staging: Path) -> None:
         tokenizer.save_pretrained(staging)
     config_file = staging / "config.json"
     values = format.parse_json(config_file.read_bytes(), "config.json")
+    code = format.CODE_FILE.removesuffix(".py")
     values["auto_map"] = {
-        "AutoConfig": f"{CODE}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{CODE}.{model_class.__name__}",
+        "AutoConfig": f"{code}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{code}.{model_class.__name__}",
     }
     config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -165,7 +144,7 @@ def _check_gates(model: Any, gates: dict[str, np.ndarray]) -> None:
 
 
 def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, dtype: torch.dtype, folder: Path) -> format.Manifest:
-    names = [format.GATES_FILE, f"{CODE}.py", *(file.name for file in sorted(folder.glob("model*.safetensors*")))]
+    names = [format.GATES_FILE, format.CODE_FILE, *(file.name for file in sorted(folder.glob("model*.safetensors*")))]
     files = {n: {"size": (folder / n).stat().st_size, "sha256": checkpoints.sha256_of(folder / n)} for n in names}
     values = sidecar.model_dump(exclude_none=True)
     values["merged"] = {

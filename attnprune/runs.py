@@ -71,6 +71,21 @@ def load_run_file(file: Path) -> RunConfig:
     return build_config(read_toml(file))
 
 
+def without_local_paths(config: RunConfig) -> RunConfig:
+    """The configuration as others may see it: of local files and folders only the last part of the name."""
+
+    def last(name: str) -> str:
+        return os.path.basename(os.path.normpath(name)) if os.path.exists(name) or os.path.isabs(name) else name
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": last(config.model.name)}),
+            "data": config.data.model_copy(update={"source": last(config.data.source)}),
+            "output": config.output.model_copy(update={"folder": ""}),
+        }
+    )
+
+
 def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
     """The configuration of the unfinished run in `folder`; settings given again must agree with it.
 

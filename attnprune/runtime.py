@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from attnprune import format
+from attnprune import format, hub
 from attnprune.attention.interface import attach, check_family, gates_of
 from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
 from attnprune.measure import Reference
-from attnprune.merged import is_merged, load_merged
+from attnprune.merged import load_merged
 from attnprune.probe import check_probe, measure_probe
 from attnprune.quiet import quiet
 from attnprune.runs import DEMO
-from attnprune.sidecar import Sidecar, base_tensors, check_base, open_sidecar
+from attnprune.sidecar import Sidecar, base_tensors, check_base, is_merged, open_sidecar
 
+_MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -80,44 +81,48 @@ def load_base(
     """Load a supported base model by Hub id, folder, .gguf file or "demo".
 
     Raises:
-        InputError: no such model, not a supported family, no safetensors weights, unreadable file.
+        InputError: no such model, not a supported family, quantised, no safetensors weights, weights that do not fit,
+            unreadable file.
         AttnPruneError: the Hub cannot be reached.
     """
-    path = Path(name)
-    extra: dict[str, Any] = {"revision": revision} if revision else {}
-    if name == DEMO:
-        kind, location = "bundled", str(demo_folder())
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{name}: no such file")
-        kind, location = "gguf", str(path.parent)
-        extra = {"gguf_file": path.name}
-    elif path.is_dir():
-        kind, location = "local", name
-        _check_folder(path)
-    elif path.exists():
-        raise InputError(f"{name}: not a model folder or .gguf file")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{name}: no such folder")
-    else:
-        kind, location = "hub", name
+    try:
+        kind, location, extra = _locate(name, revision)
+    except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
+        raise InputError(f"{name}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
     tokenizer = _read_tokenizer(name, kind, location, extra)
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, use_safetensors=None if kind == "gguf" else True, **extra
-            )
-    except (OSError, ValueError) as error:
-        raise _explain(name, kind, error) from error
+    with _explained(name, kind, "this model"):
+        use_safetensors = None if kind == "gguf" else True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
+        )
+    model, report = loaded
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise InputError(f"{name}: the tokenizer has {len(tokenizer)} tokens, more than the model's embeddings")
+    _check_weights(name, model, report["missing_keys"])
     model = model.to(device).eval()
     commit = getattr(model.config, "_commit_hash", None) if kind == "hub" else None
     return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, commit)
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+    """(kind, what transformers loads, its further arguments) of a base model."""
+    path = Path(name)
+    if name == DEMO:
+        return "bundled", str(demo_folder()), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name}: no such file")
+        return "gguf", str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path)
+        return "local", name, {}
+    if path.exists():
+        raise InputError(f"{name}: not a model folder or .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such folder")
+    return "hub", name, {"revision": revision} if revision else {}
 
 
 def _check_folder(path: Path) -> None:
@@ -125,26 +130,77 @@ def _check_folder(path: Path) -> None:
         raise InputError(f"{path}: this is a sidecar, not a base model", hint=f"attnprune inspect {path}")
     if is_merged(path):
         raise UnsupportedModelError(f"{path}: already sparsified", hint=f"load it with attnprune.load({str(path)!r})")
-    if not (path / "config.json").exists():
+    for file in path.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file}: not a regular file")  # reading a pipe would hang
+    if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json, so not a model folder")
+    if (path / "adapter_config.json").exists():
+        raise InputError(f"{path}: adapter_config.json would load another base model", hint="merge the adapter first")
     if not list(path.glob("*.safetensors")):
         raise InputError(f"{path}: no safetensors weights")
+    _check_shards(path)
+
+
+def _check_shards(path: Path) -> None:
+    """The shards that the index names are there; transformers names none of them in its own message."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.is_file():
+        return  # transformers reads the index only where there is no single file
+    values = format.parse_json(index.read_bytes(), str(index), _MAX_INDEX_BYTES)
+    shards = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InputError(f"{index}: no weight_map of tensor names to shard names")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors") or "\\" in shard or "\0" in shard:
+            raise InputError(f"{index}: bad shard name {shard!r}")
+        if not (path / shard).is_file():
+            raise InputError(f"{path}: shard {shard} is missing")
 
 
 def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
-    """The tokenizer, after the config has passed: a wrong family is refused before any weights are read."""
+    """The tokenizer, after the config has passed: a wrong model is refused before any weights are read."""
+    with _explained(name, kind, "this model"):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
+    if config.model_type.startswith("attnprune_"):
+        raise UnsupportedModelError(f"{name}: already sparsified")
+    check_family(config)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UnsupportedModelError(
+            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
+            hint="name the model it was quantised from, or a .gguf file",
+        )
+    with _explained(name, kind, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer)} tokens, more than the model's embeddings")
+    return tokenizer
+
+
+def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
+    """Refuse weights that transformers only warns about: random ones for missing tensors, a tie that does not hold."""
+    if missing:
+        raise InputError(f"{name}: no weights for {min(missing)}" + (" and others" if len(missing) > 1 else ""))
+    output = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and output.weight is not model.get_input_embeddings().weight:
+        raise InputError(f"{name}: tied weights differ: config.json ties the head to the embeddings, the file does not")
+
+
+@contextmanager
+def _explained(name: str, kind: str, what: str) -> Iterator[None]:
+    """Run transformers silently; whatever a bad file makes it raise (it has no class of its own) becomes one line."""
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
-            if config.model_type.startswith("attnprune_"):
-                raise UnsupportedModelError(f"{name}: already sparsified")
-            check_family(config)
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, ImportError, struct.error) as error:
-        raise _explain(name, kind, error) from error
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _explain(name, kind, error, what) from error
 
 
-def _explain(name: str, kind: str, error: Exception) -> AttnPruneError:
+def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneError:
     """One line for transformers' many ways to fail."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -153,12 +209,12 @@ def _explain(name: str, kind: str, error: Exception) -> AttnPruneError:
         cause = cause.__cause__ or cause.__context__
     kinds = {type(e).__name__ for e in chain}
     text = str(error)
-    if "attnprune_" in text:
+    lines = text.splitlines() or [type(error).__name__]
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    if "type `attnprune_" in text:
         return UnsupportedModelError(f"{name}: already sparsified")
     if kind == "gguf":
-        return InputError(
-            f"{name}: cannot read this GGUF file: {text.splitlines()[0] if text else type(error).__name__}"
-        )
+        return InputError(f"{name}: cannot read this GGUF file: {reason}")
     if kind == "hub":
         if kinds & {"RepositoryNotFoundError", "GatedRepoError", "HFValidationError"}:
             return InputError(
@@ -179,9 +235,13 @@ def _explain(name: str, kind: str, error: Exception) -> AttnPruneError:
             )
     if "trust_remote_code" in text:
         return InputError(f"{name}: needs custom code, which attnprune does not run")
-    if "safetensors" in text:
+    if "SafetensorError" in kinds:
+        return InputError(f"{name}: damaged safetensors weights: {reason}")
+    if "ignore_mismatched_sizes" in text:
+        return InputError(f"{name}: the weights do not have the shapes that config.json says")
+    if "model.safetensors" in text:
         return InputError(f"{name}: no safetensors weights")
-    return InputError(f"{name}: cannot load this model: {text.splitlines()[0] if text else type(error).__name__}")
+    return InputError(f"{name}: cannot load {what}: {reason}")
 
 
 def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
@@ -193,7 +253,7 @@ def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
     base = sidecar.manifest.base
     if base.kind == "bundled":
         return DEMO, None
-    if base.kind == "hub" and base.repo_id:
+    if base.kind in ("hub", "local") and base.repo_id:
         return base.repo_id, base.revision
     what = "a local .gguf file" if base.kind == "gguf" else "a local folder"
     raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}); name it", hint="use --base MODEL")
@@ -203,6 +263,7 @@ def load(
     path: str | Path,
     base: str | None = None,
     *,
+    revision: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     allow_base_mismatch: bool = False,
@@ -211,8 +272,9 @@ def load(
     """Load a sparse model: the base, its changed weights and its gates, ready for `generate`.
 
     Args:
-        path: a sidecar folder, or a merged model folder.
+        path: a sidecar or merged folder, or a Hub repository USER/NAME that holds one.
         base: Hub id, folder or .gguf file of the base model; default: the one the sidecar names.
+        revision: branch, tag or commit of the repository.
         dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in. Another dtype
             moves scores that sit on their threshold, so a few edges differ.
         allow_base_mismatch: accept a base of equal structure with other weights (the probe is then not run).
@@ -221,14 +283,16 @@ def load(
     Raises:
         VerificationError: the stored probe is not reproduced.
         InputError: damaged sidecar, or a base that is not the one it was made for.
+        AttnPruneError: the Hub cannot be reached.
     """
-    if is_merged(Path(path)):
-        model, tokenizer = load_merged(Path(path), verify=verify)
+    folder = hub.locate(path, revision)
+    if is_merged(folder):
+        model, tokenizer = load_merged(folder, verify=verify)
         model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
         return LoadedModel(model.eval(), tokenizer)
-    sidecar = open_sidecar(path)
-    name, revision = (base, None) if base is not None else default_base(sidecar)
-    loaded = load_base(name, revision=revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
+    sidecar = open_sidecar(folder)
+    name, base_revision = (base, None) if base is not None else default_base(sidecar)
+    loaded = load_base(name, revision=base_revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
     apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
     if verify and not allow_base_mismatch:
         verify_probe(loaded.model, sidecar.manifest)

@@ -115,8 +115,54 @@ def open_sidecar(path: str | Path) -> Sidecar:
             hint = "this is a model folder; load a merged one with attnprune.load"
         raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
     check_strangers(folder)
+    return Sidecar(folder, read_manifest(folder))
+
+
+def read_manifest(folder: Path) -> format.Manifest:
+    """The manifest of a local sidecar folder.
+
+    Raises:
+        InputError: no manifest, or one that does not pass.
+    """
     raw = format.read_regular(folder, format.MANIFEST_FILE, format.MAX_JSON_BYTES)
-    return Sidecar(folder, format.parse_manifest(raw, str(folder / format.MANIFEST_FILE)))
+    return format.parse_manifest(raw, str(folder / format.MANIFEST_FILE))
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether a folder is a merged model: its config.json names one of our model types."""
+    config = folder / "config.json"
+    if not config.is_file() or (folder / format.MANIFEST_FILE).exists():
+        return False
+    with config.open("rb") as file:
+        return b'"attnprune_' in file.read(format.MAX_JSON_BYTES)
+
+
+def open_merged(folder: Path) -> Sidecar:
+    """Open a merged folder: its manifest is the `attnprune` block of config.json.
+
+    Raises:
+        InputError: no block, one that does not pass, or a root adapter, which transformers would load instead.
+    """
+    name = f"{folder}/config.json"
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder}: adapter_config.json at the root would hide the sparse model")
+    values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), name)
+    return Sidecar(folder, format.parse_merged_config(values, name))
+
+
+def has_release_code(folder: Path) -> bool:
+    """Whether the code in a merged folder is this release's, byte for byte."""
+    ours = Path(__file__).with_name(format.CODE_FILE)
+    return format.read_regular(folder, format.CODE_FILE, format.MAX_JSON_BYTES) == ours.read_bytes()
+
+
+def open_artefact(path: str | Path) -> Sidecar:
+    """Open a local sidecar or merged folder.
+
+    Raises:
+        InputError: as `open_sidecar` and `open_merged`.
+    """
+    return open_merged(Path(path)) if is_merged(Path(path)) else open_sidecar(path)
 
 
 def check_strangers(folder: Path, allowed: str | None = None) -> None:
@@ -216,6 +262,7 @@ def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool
         raise InputError(f"wrong base model: the sidecar was made for {name} ({layers} layers, {heads} heads)")
     if content_fingerprint(tensors) != base.content and not allow_mismatch:
         raise InputError(
-            f"wrong base model: same structure as {name}, but not the weights the sidecar was made for",
+            f"wrong base model: same structure as {name}, but not the weights the sidecar was made for"
+            + (f" (revision {base.revision})" if base.revision else ""),
             hint="--allow-base-mismatch loads it all the same",
         )

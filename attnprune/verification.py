@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnprune import format
-from attnprune.errors import AttnPruneError
-from attnprune.sidecar import Sidecar, check_strangers, open_sidecar
+from attnprune.errors import AttnPruneError, InputError
+from attnprune.sidecar import Sidecar, check_strangers, has_release_code, is_merged, open_merged, open_sidecar
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Level:
     error: AttnPruneError | None = None
 
 
-def climb(path: str, base: str | None = None) -> Iterator[Level]:
+def climb(path: Path, base: str | None = None) -> Iterator[Level]:
     """Walk the ladder for a sidecar or merged folder; stops after the first level that fails."""
-    steps = _merged_steps(Path(path)) if _names_our_type(Path(path)) else _sidecar_steps(path, base)
+    steps = _merged_steps(path) if is_merged(path) else _sidecar_steps(path, base)
     for name, check in steps:
         try:
             detail = check()
@@ -35,7 +35,7 @@ def climb(path: str, base: str | None = None) -> Iterator[Level]:
 Steps = Iterator[tuple[str, Callable[[], str]]]
 
 
-def _sidecar_steps(path: str, base: str | None) -> Steps:
+def _sidecar_steps(path: Path, base: str | None) -> Steps:
     opened: list[Sidecar] = []
     loaded: list[object] = []
 
@@ -78,10 +78,8 @@ def _merged_steps(path: Path) -> Steps:
     opened: list[Sidecar] = []
 
     def schema() -> str:
-        from attnprune.merged import read_manifest
-
-        opened.append(Sidecar(path, read_manifest(path)))
-        check_strangers(path, allowed="modeling_attnprune.py")
+        opened.append(open_merged(path))
+        check_strangers(path, allowed=format.CODE_FILE)
         return f"format {opened[0].manifest.format_version}, merged"
 
     def tensors() -> str:
@@ -93,16 +91,9 @@ def _merged_steps(path: Path) -> Steps:
         return f"{sum(heads)} gates in {len(heads)} layers"
 
     def code() -> str:
-        from attnprune import modeling_attnprune
-        from attnprune.errors import InputError
-
-        name = "modeling_attnprune.py"
-        if (
-            format.read_regular(path, name, format.MAX_JSON_BYTES)
-            != Path(str(modeling_attnprune.__file__)).read_bytes()
-        ):
-            raise InputError(f"{path / name}: code differs from the release")
-        return f"{name} is that of this release"
+        if not has_release_code(path):
+            raise InputError(f"{path / format.CODE_FILE}: code differs from the release")
+        return f"{format.CODE_FILE} is that of this release"
 
     def probe() -> str:
         from attnprune.merged import load_merged
@@ -125,9 +116,3 @@ def _files(sidecar: Sidecar) -> str:
 
 def _probe_detail(manifest: format.Manifest) -> str:
     return f"loss {manifest.probe.loss:.6f} with {manifest.probe.open_edges} open edges is reproduced"
-
-
-def _names_our_type(path: Path) -> bool:
-    """A merged folder, told without importing torch."""
-    config = path / "config.json"
-    return config.is_file() and not (path / format.MANIFEST_FILE).exists() and b'"attnprune_' in config.read_bytes()

@@ -25,7 +25,7 @@ from attnprune import export, format, masks, runtime, sidecar
 from attnprune.attention.interface import gates_of
 from attnprune.data import Blocks
 from attnprune.measure import gate_statistics, measure
-from attnprune.merged import read_manifest, write_merged
+from attnprune.merged import write_merged
 from attnprune.probe import measure_probe, probe_blocks
 from attnprune.quiet import quiet
 from attnprune.report.edges import open_edges
@@ -245,7 +245,7 @@ def expected_merged(folder: Path, base: str) -> dict[str, Any]:
         "base": base,
         "files": files_of(folder),
         "weights_sha256": {name: tensor_digest(values) for name, values in sorted(stored.items())},
-        "probe": probe_values(runtime.load(folder).model, read_manifest(folder)),
+        "probe": probe_values(runtime.load(folder).model, sidecar.open_merged(folder).manifest),
     }
 
 

@@ -20,6 +20,7 @@ from attnprune import format, merged, runtime
 from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError, VerificationError
 from attnprune.probe import measure_probe
+from attnprune.sidecar import open_merged
 from tests.factory import byte_tokenizer, save_tiny_llama
 from tests.sidecars import save_sidecar
 
@@ -52,7 +53,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged")
     command("sparsify", "demo", "--steps", 2, "--tolerance", "9", "--out", "demo-sidecar", "-q", cwd=folder)
     facts = json.loads(command("apply", "demo-sidecar", "--merge", "demo", "--json", cwd=folder))
-    assert facts["probe_open_edges"] == merged.read_manifest(folder / "demo").probe.open_edges
+    assert facts["probe_open_edges"] == open_merged(folder / "demo").manifest.probe.open_edges
     for name, make, kind in (("llama", save_tiny_llama, "lora"), ("gpt2", save_tiny_gpt2, "delta")):
         base = make(folder / f"{name}-base")
         sidecar = save_sidecar(folder / f"{name}-sidecar", base, kind)
@@ -93,12 +94,12 @@ def damage(folder, change):
 
 @every
 def test_block_is_a_manifest_measured_on_the_files(place, name):
-    manifest = merged.read_manifest(place / name)
+    manifest = open_merged(place / name).manifest
     sidecar = attnprune.open_sidecar(place / f"{name}-sidecar")
     assert manifest.result == sidecar.manifest.result
     assert manifest.weights.kind == "none"
-    assert manifest.model_extra is not None
-    assert manifest.model_extra["merged"]["weights"] == sidecar.manifest.weights.model_dump(exclude_none=True)
+    assert manifest.merged is not None
+    assert manifest.merged.weights == sidecar.manifest.weights
     model = runtime.load(place / name).model
     assert measure_probe(model, manifest.probe.input_ids) == manifest.probe
     assert sorted(manifest.files) == ["gates.safetensors", "model.safetensors", "modeling_attnprune.py"]
@@ -114,7 +115,7 @@ def test_block_is_a_manifest_measured_on_the_files(place, name):
 def test_load_gives_the_sidecars_model(place, name):
     base = None if name == "demo" else str(place / f"{name}-base")
     ours, theirs = runtime.load(place / name), runtime.load(place / f"{name}-sidecar", base)
-    ids = torch.tensor([merged.read_manifest(place / name).probe.input_ids])
+    ids = torch.tensor([open_merged(place / name).manifest.probe.input_ids])
     with torch.no_grad():
         assert torch.equal(ours.model(ids).logits, theirs.model(ids).logits)
     for mine, other in zip(gates_of(ours.model), gates_of(theirs.model), strict=True):
@@ -131,7 +132,7 @@ def test_bf16_folder_has_its_own_probe(place, tmp_path):
     half = merged.write_merged(model.to(torch.bfloat16), tokenizer, sidecar, tmp_path / "half", same_dtype=False)
     assert half.probe.loss != sidecar.manifest.probe.loss
     assert half.probe.tolerance == 2e-2
-    assert half.model_extra["merged"] == {
+    assert half.model_dump()["merged"] == {
         "dtype": "bfloat16",
         "weights": sidecar.manifest.weights.model_dump(exclude_none=True),
         "probe": sidecar.manifest.probe.model_dump(),
@@ -265,7 +266,7 @@ def test_device_map_bf16_and_saving_again(place, name, tmp_path, options):
     gates = {key: value for key, value in model.state_dict().items() if "attnprune_gate" in key}
     assert {value.dtype for value in gates.values()} == {torch.float32}
     assert model.dtype == (torch.bfloat16 if "dtype" in options else torch.float32)
-    ids = torch.tensor([merged.read_manifest(place / name).probe.input_ids])
+    ids = torch.tensor([open_merged(place / name).manifest.probe.input_ids])
     with torch.no_grad():
         logits = model(ids).logits
         model.save_pretrained(tmp_path / "again")
@@ -326,7 +327,7 @@ torch.save({{"logits": result.logits, "open_edges": open_edges, "text": text, "c
 
 def same_in_a_stranger(stranger, path, prompt, tmp_path, model, tokenizer):
     """Largest logit difference; edges and generated tokens must be equal."""
-    manifest = merged.read_manifest(path)
+    manifest = open_merged(path).manifest
     ids = manifest.probe.input_ids
     stranger(STRANGER.format(arguments=(str(path), ids, prompt, str(tmp_path / "out.pt"))), timeout=600)
     found = torch.load(tmp_path / "out.pt")
@@ -430,7 +431,7 @@ def test_smollm2_without_attnprune(stranger, tmp_path):
     difference = same_in_a_stranger(
         stranger, tmp_path / "merged", "The capital of France is", tmp_path, model, tokenizer
     )
-    manifest = merged.read_manifest(tmp_path / "merged")
+    manifest = open_merged(tmp_path / "merged").manifest
     print(f"largest logit difference {difference:.3g}, open edges {manifest.probe.open_edges}")
     assert difference <= 1e-5
     assert format.GATES_FILE in manifest.files

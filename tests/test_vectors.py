@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnprune import format, masks, merged, runtime, sidecar
+from attnprune import format, masks, runtime, sidecar
 from attnprune.errors import VerificationError
 from examples import read_sidecar
 from examples.write_vectors import BASES, KINDS, VECTORS, expected_mask, expected_merged, expected_sidecar, write_all
@@ -40,7 +40,7 @@ def base_of(name):
 
 
 def manifest_of(folder):
-    return merged.read_manifest(folder) if merged.is_merged(folder) else sidecar.open_sidecar(folder).manifest
+    return sidecar.open_artefact(folder).manifest
 
 
 def differences(found, stored, tolerance, where=""):
@@ -93,7 +93,7 @@ def test_a_golden_mask_is_read(name):
 def test_a_golden_manifest_is_written_again_as_it_was(name):
     folder = VECTORS / name
     text = manifest_of(folder).to_json()
-    if merged.is_merged(folder):
+    if sidecar.is_merged(folder):
         assert json.loads(text) == json.loads((folder / "config.json").read_text())["attnprune"]
     else:
         assert text == (folder / format.MANIFEST_FILE).read_text()
@@ -165,7 +165,7 @@ def test_the_small_reader_is_small_and_needs_numpy_alone():
 def test_the_small_reader_finds_what_the_package_finds(name):
     folder = VECTORS / name
     found, manifest = read_sidecar.read(folder), manifest_of(folder)
-    assert found["merged"] == merged.is_merged(folder)
+    assert found["merged"] == sidecar.is_merged(folder)
     assert found["manifest"] == manifest.model_dump(exclude_none=True)
     gates = format.read_arrays((folder / format.GATES_FILE).read_bytes(), format.GATES_FILE)
     for layer in range(len(manifest.gate.heads)):

@@ -15,6 +15,7 @@ from attnprune.cli import apply as apply_command
 from attnprune.cli import diff as diff_command
 from attnprune.cli import evaluate as evaluate_command
 from attnprune.cli import inspect as inspect_command
+from attnprune.cli import push as push_command
 from attnprune.cli import sparsify as sparsify_command
 from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command("sparsify")(sparsify_command.sparsify)
 app.command("inspect")(inspect_command.inspect)
 app.command("apply")(apply_command.apply)
+app.command("push")(push_command.push)
 app.command("verify")(verify_command.verify)
 app.command("diff")(diff_command.diff)
 app.command("eval")(evaluate_command.evaluate)

@@ -7,17 +7,22 @@ from typing import Annotated
 
 import typer
 
-from attnprune.cli.options import AllowMismatch, Json, Quiet
+from attnprune.cli.options import AllowMismatch, Json, Quiet, Revision
 from attnprune.cli.output import out
 from attnprune.errors import InputError
 
 
 def apply(
     paths: Annotated[
-        list[str], typer.Argument(metavar="[BASE] SIDECAR", help="The base model (may be left out) and the sidecar.")
+        list[str],
+        typer.Argument(
+            metavar="[BASE] SIDECAR",
+            help="The base model (may be left out) and the sidecar, a folder or Hub repository.",
+        ),
     ],
     merge: Annotated[Path | None, typer.Option("--merge", help="Write a merged model folder here.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="With --merge: float32, bfloat16 or float16.")] = None,
+    revision: Revision = None,
     allow_base_mismatch: AllowMismatch = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     as_json: Json = False,
@@ -28,9 +33,17 @@ def apply(
     if len(paths) > 2:
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
     base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
-    from attnprune.sidecar import open_sidecar
+    from attnprune import format
+    from attnprune.hub import locate, shown
+    from attnprune.sidecar import has_release_code, open_artefact
 
-    sidecar = open_sidecar(path)
+    folder = locate(path, revision)
+    sidecar = open_artefact(folder)
+    if sidecar.manifest.merged is not None:
+        if merge is not None:
+            raise InputError(f"{path}: is merged already")
+        if not has_release_code(folder):
+            raise InputError(f"{folder / format.CODE_FILE}: code differs from the release")
     if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
         raise InputError(f"{merge}: exists and is not empty")  # before anything heavy is imported
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -38,9 +51,9 @@ def apply(
     from attnprune import runtime
     from attnprune.merged import write_merged
 
-    model, tokenizer = runtime.load(path, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
+    model, tokenizer = runtime.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
-    lines = [f"{sidecar.path}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
+    lines = [f"{shown(folder)}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
     if merge is not None and not dry_run:
         before = sidecar.manifest.probe
         if dtype is not None:

@@ -11,8 +11,8 @@ from attnprune.cli.output import out
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="Sidecar or merged folder, or the base model.", metavar="A")],
-    b: Annotated[str, typer.Argument(help="Sidecar or merged folder.", metavar="B")],
+    a: Annotated[str, typer.Argument(help="Base model, sidecar or merged folder, or Hub repository.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Sidecar or merged folder, or Hub repository.", metavar="B")],
     limit: Annotated[int, typer.Option("--limit", help="Heads and tensors shown.", min=1)] = 8,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -20,6 +20,7 @@ def diff(
     """Show what differs between two sparse models of one base, or between the base and a sparse model."""
     out.configure(json=as_json, quiet=quiet)
     from attnprune import diff as difference
+    from attnprune.hub import locate_sparse
 
-    found = difference.compare(a, b)
+    found = difference.compare(*(str(locate_sparse(path) or path) for path in (a, b)))
     out.result(difference.as_data(found), *difference.render(found, limit))

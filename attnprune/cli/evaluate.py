@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet
+from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet, Revision
 from attnprune.cli.output import out
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(metavar="MODEL_OR_SIDECAR", help="Sidecar folder, or a base model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_SIDECAR", help="Sidecar folder or repository, or a base model.")
+    ],
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="Text to measure on, or 'self' (repeatable). Default: the run's held-out split."),
@@ -22,6 +24,7 @@ def evaluate(
     text_field: Annotated[
         str, typer.Option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
     ] = "text",
+    revision: Revision = None,
     base: Base = None,
     device: Device = "cpu",
     allow_base_mismatch: AllowMismatch = False,
@@ -33,11 +36,12 @@ def evaluate(
     from pathlib import Path
 
     from attnprune.errors import InputError
+    from attnprune.hub import locate_sparse
     from attnprune.sidecar import open_sidecar
 
-    folder = Path(path)
+    folder = locate_sparse(path, revision) or Path(path)
     is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
-    sidecar = open_sidecar(path) if is_sidecar else None
+    sidecar = open_sidecar(folder) if is_sidecar else None
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
     from attnprune.evaluation import evaluate_model

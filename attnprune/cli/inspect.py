@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from attnprune.cli.options import AllowMismatch, Base, Json, Quiet
+from attnprune.cli.options import AllowMismatch, Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Sidecar folder.")],
+    path: Annotated[str, typer.Argument(help="Sidecar or merged folder, or Hub repository.")],
     text: Annotated[str | None, typer.Option("--text", help="Show which edges stay open on this text.")] = None,
     layer: Annotated[int | None, typer.Option("--layer", help="With --text: only this layer.")] = None,
     head: Annotated[int | None, typer.Option("--head", help="With --text: only this head.")] = None,
@@ -20,6 +20,7 @@ def inspect(
     save_mask: Annotated[
         Path | None, typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file.")
     ] = None,
+    revision: Revision = None,
     base: Base = None,
     allow_base_mismatch: AllowMismatch = False,
     as_json: Json = False,
@@ -29,9 +30,11 @@ def inspect(
     out.configure(json=as_json, quiet=quiet)
     from attnprune import masks
     from attnprune.errors import InputError
-    from attnprune.sidecar import open_sidecar
+    from attnprune.hub import locate
+    from attnprune.sidecar import open_artefact
 
-    sidecar = open_sidecar(path)
+    folder = locate(path, revision, weights=text is not None)
+    sidecar = open_artefact(folder)
     if save_mask is not None:
         if text is None:
             raise InputError("--save-mask: needs --text", hint="which edges are open depends on the text")
@@ -50,7 +53,7 @@ def inspect(
         raise InputError(f"--head: {head} is not within 0 and {max(heads) - 1}")
     from attnprune.runtime import load
 
-    model, tokenizer = load(path, base, allow_base_mismatch=allow_base_mismatch)
+    model, tokenizer = load(folder, base, allow_base_mismatch=allow_base_mismatch)
     found = edges.open_edges(model, tokenizer, text)
     chosen = [e for e in found.edges if layer in (None, e.layer) and head in (None, e.head)]
     if save_mask is not None:

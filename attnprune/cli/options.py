@@ -12,6 +12,9 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="Base model: Hub id, folder or .gguf file. Default: the one the sidecar names."),
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub repository.", show_default=False)
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Accept a base of equal structure with other weights.")

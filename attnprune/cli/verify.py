@@ -7,23 +7,25 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from attnprune.cli.options import Base, Json, Quiet
+from attnprune.cli.options import Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 from attnprune.errors import printable
 
 
 def verify(
-    path: Annotated[str, typer.Argument(help="Sidecar or merged model folder.")],
+    path: Annotated[str, typer.Argument(help="Sidecar or merged folder, or Hub repository.")],
+    revision: Revision = None,
     base: Base = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check everything that can be checked: schema, hashes, tensors, base identity, and the stored probe."""
     out.configure(json=as_json, quiet=quiet)
+    from attnprune.hub import locate
     from attnprune.verification import climb
 
     levels = []
-    for level in climb(path, base):
+    for level in climb(locate(path, revision), base):
         levels.append(level)
         if level.error is None:
             out.note(f"{level.name}: ok, {level.detail}")

@@ -10,11 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from attnprune import format, hub
 from attnprune.errors import printable
-from attnprune.sidecar import Sidecar
+from attnprune.sidecar import Sidecar, has_release_code
 
 if TYPE_CHECKING:
     from attnprune.measure import Report
+    from attnprune.push import Plan as PushPlan
     from attnprune.recipe import Plan
 
 # Density of a head -> colour; each step is about a factor of three.
@@ -106,6 +108,40 @@ def constraint_text(kind: str, limit: float) -> str:
     }[kind]
 
 
+_CARDS = {
+    "written": "README.md, written last: it names the commit",
+    "from the folder": "README.md of the folder",
+    "kept": "README.md on the Hub was not written by attnprune and is kept",
+}
+
+
+def push_data(plan: PushPlan) -> dict[str, Any]:
+    """A push plan for JSON."""
+    return {
+        "repo": plan.repo,
+        "revision": plan.branch,
+        "parent": plan.parent,
+        "files": {file.name: {"size": file.size, "state": file.state} for file in plan.files},
+        "deleted": plan.deletions,
+        "card": plan.card,
+    }
+
+
+def push_table(plan: PushPlan) -> Table:
+    """What a push is about to do."""
+    where = f"{plan.repo}, {'new' if plan.parent is None else 'existing'} repository"
+    if plan.private and plan.parent is None:
+        where += ", private"
+    rows = [("repository", where), ("revision", plan.branch + (", new branch" if plan.new_branch else ""))]
+    if plan.create_pr:
+        rows.append(("", "as a pull request"))
+    rows += [(file.state, f"{file.name} ({size(file.size)})") for file in plan.files]
+    rows += [("deleted", name) for name in plan.deletions]
+    rows.append(("card", _CARDS[plan.card]))
+    total = sum(file.size for file in plan.changes)
+    return facts_table("Push", [*rows, ("to send", f"{len(plan.changes)} files, {size(total)}")])
+
+
 def summary_data(sidecar: Sidecar) -> dict[str, Any]:
     """Everything `inspect` knows, for JSON."""
     return {
@@ -129,7 +165,10 @@ def _outcome(sidecar: Sidecar) -> Table:
     base = manifest.base.repo_id or f"{manifest.base.kind} {manifest.base.model_type}"
     if manifest.base.revision:
         base += f" @ {manifest.base.revision[:12]}"
-    weights = manifest.weights.kind + (f" rank {manifest.weights.rank}" if manifest.weights.rank else "")
+    entry = manifest.weights if manifest.merged is None else manifest.merged.weights
+    weights = entry.kind + (f" rank {entry.rank}" if entry.rank else "")
+    if manifest.merged is not None:
+        weights += f", merged into the base's weights ({manifest.merged.dtype})"
     stored = sum(entry.size for entry in manifest.files.values())
     control = "" if result.control_loss is None else f"{result.control_loss:.4f} with every gate open"
     verdict = "met" if result.feasible else "NOT met"
@@ -147,9 +186,12 @@ def _outcome(sidecar: Sidecar) -> Table:
         ("constraint", f"{constraint_text(result.constraint, result.limit)}: {verdict}"),
         ("measured", f"{result.data}, {result.tokens:,} held-out tokens, seed {result.seed}, {result.steps:,} steps"),
     ]
+    if manifest.merged is not None:
+        same = has_release_code(sidecar.path)
+        rows.append(("code", f"{format.CODE_FILE} {'matches this release' if same else 'DIFFERS from this release'}"))
     if manifest.base.kind == "bundled":
         rows.append(("exact", f"{percent(result.exact_match)} of the held-out sums are answered exactly"))
-    return facts_table(str(sidecar.path), rows)
+    return facts_table(hub.shown(sidecar.path), rows)
 
 
 def shade(density: float) -> str:

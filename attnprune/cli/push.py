@@ -1,0 +1,77 @@
+"""attnprune push DIR USER/NAME"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnprune.cli.options import Base, Json, Quiet
+from attnprune.cli.output import out
+
+if TYPE_CHECKING:
+    from attnprune.push import Plan
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Sidecar or merged folder.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Hub repository; created if it is not there.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the sidecar into its base and push that.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    revision: Annotated[str, typer.Option("--revision", help="Branch; created if it is not there.")] = "main",
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Hub id of the base, if it was a local folder or .gguf file.")
+    ] = None,
+    base: Base = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete the files of another model that the repository holds.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push a sidecar (or its merged form) to the Hub: a plan first, then the listed files only, then a check."""
+    out.configure(json=as_json, quiet=quiet)
+    from attnprune import push as pushing
+    from attnprune.report import terminal
+
+    plans: list[Plan] = []
+
+    def show(plan: Plan) -> bool:
+        plans.append(plan)
+        out.show(terminal.push_table(plan))
+        return not dry_run
+
+    with tempfile.TemporaryDirectory(prefix="attnprune-") as scratch:
+        source = _merge(folder, Path(scratch) / "merged", base, repo) if merged else folder
+        done = pushing.push(
+            source, repo, base_model=base_model, private=private, create_pr=create_pr, branch=revision, replace=replace,
+            on_plan=show,
+        )  # fmt: skip
+        facts: dict[str, Any] = terminal.push_data(plans[0])
+    if done is None:
+        out.result(facts)
+        return
+    facts |= {"commit": done.commit, "url": done.url, "sent": done.sent}
+    outcome = f"{done.sent} files sent" if done.sent or plans[0].deletions else "nothing to send, all files are there"
+    out.result(facts, f"{outcome}; verified: {done.url}", f"load it with revision {done.commit}")
+
+
+def _merge(folder: Path, target: Path, base: str | None, repo: str) -> Path:
+    """The merged form of a sidecar; a merged folder as it is."""
+    from attnprune import hub
+    from attnprune.sidecar import is_merged, open_sidecar
+
+    hub.check_repo_id(repo)  # before the minutes that a merge may take
+    if is_merged(folder):
+        return folder
+    sidecar = open_sidecar(folder)
+    from attnprune import runtime
+    from attnprune.merged import write_merged
+
+    model, tokenizer = runtime.load(folder, base)
+    write_merged(model, tokenizer, sidecar, target, same_dtype=True)
+    return target

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "attnprune_portable"
-CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS = 2**18
 
 # Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
 FAMILIES = {
@@ -61,28 +61,45 @@ class Gate(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def forward(self, query, key, value, visible, scaling, softcap, sinks, return_pattern):
-        bias = self.bias.float()
-        batch, heads, queries, _ = query.shape
-        groups = heads // key.shape[1]
-        key = key.repeat_interleave(groups, 1).to(bias.dtype)
-        value = value.repeat_interleave(groups, 1).to(bias.dtype)
-        rows = max(1, min(queries, CHUNK_ELEMENTS // (batch * heads * key.shape[2])))
-        outputs, patterns = [], []
-        for start in range(0, queries, rows):
-            chunk = slice(start, start + rows)
-            scores = query[:, :, chunk].to(bias.dtype) @ key.transpose(-1, -2) * scaling
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            is_visible = visible[:, :, chunk]
-            is_open = (scores + bias[:, None, None] > 0) & is_visible
-            log_sum = torch.logsumexp(scores.masked_fill(~is_visible, float("-inf")), -1, keepdim=True)
-            if sinks is not None:
-                log_sum = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[None, :, None, None])
-            pattern = torch.exp(scores - log_sum).masked_fill(~is_open, 0.0)
-            outputs.append((pattern @ value).to(query.dtype))
-            if return_pattern:
-                patterns.append(pattern.to(query.dtype))
-        return torch.cat(outputs, 2), torch.cat(patterns, 2) if return_pattern else None
+        """Operation for operation what attnprune itself computes, so that no score ends up on the other side of 0."""
+        with torch.autocast(query.device.type, enabled=False):
+            bias = self.bias.float()
+            batch, heads, queries, _ = query.shape
+            kv_heads, keys = key.shape[1:3]
+            key, value = key.to(bias.dtype), value.to(bias.dtype)
+            visible = visible.expand(batch, 1, queries, keys)
+            rows = max(1, min(queries, CHUNK_ELEMENTS // max(1, batch * heads * keys)))
+            outputs, patterns = [], []
+            for start in range(0, queries, rows):
+                is_visible = visible[:, :, start : start + rows]
+                seen = is_visible.any(2).any(0)[0].nonzero()
+                low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, min(1, keys))
+                hidden = ~is_visible[..., low:high]
+                scaled = _fold(query[:, :, start : start + rows].to(bias.dtype) * scaling, kv_heads)
+                scores = (scaled @ key[:, :, low:high].transpose(-1, -2)).view(batch, heads, -1, high - low)
+                if softcap is not None:
+                    scores = (scores / softcap).tanh() * softcap
+                scores = scores.masked_fill(hidden, float("-inf"))
+                pattern = _softmax(scores, hidden, sinks) * (scores + bias[:, None, None] > 0)
+                output = _fold(pattern, kv_heads) @ value[:, :, low:high]
+                outputs.append(output.view(batch, heads, -1, output.shape[-1]).to(query.dtype))
+                if return_pattern:
+                    patterns.append(nn.functional.pad(pattern.to(query.dtype), (low, keys - high)))
+            return torch.cat(outputs, 2), torch.cat(patterns, 2) if return_pattern else None
+
+
+def _fold(x, kv_heads):
+    """[B, H, C, D] -> [B, H_kv, H / H_kv * C, D]: the queries that share a key head, in one matrix."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+
+def _softmax(scores, hidden, sinks):
+    """Softmax over the keys, with the sink in the denominator; a row without a visible key is 0."""
+    pattern = torch.softmax(scores, -1)
+    if sinks is not None:
+        log_sum = torch.logsumexp(scores, -1)
+        pattern = pattern * torch.sigmoid(log_sum - sinks.to(scores.dtype)[None, :, None])[..., None]
+    return pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
 
 
 def gated_attention(

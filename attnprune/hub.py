@@ -149,6 +149,34 @@ def list_files(repo: str, revision: str | None = None) -> Listing:
     return Listing(repo, info.sha, files)
 
 
+def base_commit(name: str, revision: str | None = None) -> str:
+    """The commit (40 hex digits) of a base model, so that its tokenizer and weights are of one version.
+
+    Offline (HF_HUB_OFFLINE=1) it is the one in the cache.
+
+    Raises:
+        InputError: no such repository or revision, or one that holds an adapter.
+        AttnPruneError: the Hub cannot be reached.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise AttnPruneError(
+                f"{name}: not in the cache, and the Hub cannot be reached (HF_HUB_OFFLINE)",
+                hint="give a local folder or .gguf file",
+            )
+        return Path(cached).parent.name
+    with explained(name, revision):
+        info = model_info(name, revision)
+        if "adapter_config.json" in {sibling.rfilename for sibling in info.siblings or []}:
+            raise InputError(
+                f"{name}: adapter_config.json would load another base model", hint="merge the adapter first"
+            )
+        return str(info.sha)
+
+
 def model_info(repo: str, revision: str | None = None, *, files_metadata: bool = False) -> ModelInfo:
     """The Hub's answer about a repository, waited for at most TIMEOUT seconds.
 

@@ -102,8 +102,7 @@ def load_base(
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
     _check_weights(name, model, report["missing_keys"])
     model = model.to(device).eval()
-    commit = getattr(model.config, "_commit_hash", None) if kind == "hub" else None
-    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, commit)
+    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -122,7 +121,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
         raise InputError(f"{name}: not a model folder or .gguf file")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such folder")
-    return "hub", name, {"revision": revision} if revision else {}
+    return "hub", name, {"revision": hub.base_commit(name, revision)}
 
 
 def _check_folder(path: Path) -> None:
@@ -135,6 +134,7 @@ def _check_folder(path: Path) -> None:
             raise InputError(f"{file}: not a regular file")  # reading a pipe would hang
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json, so not a model folder")
+    (path / "config.json").open("rb").close()  # an unreadable one is said to be so by the caller
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path}: adapter_config.json would load another base model", hint="merge the adapter first")
     if not list(path.glob("*.safetensors")):
@@ -325,6 +325,8 @@ def _copy_delta(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, values in tensors.items():
         if name not in parameters or parameters[name].shape != values.shape:
             raise InputError(f"{format.DELTA_FILE}: {name} {tuple(values.shape)} does not fit the base model")
+        if not bool(values.to(parameters[name].dtype).isfinite().all()):
+            raise InputError(f"{format.DELTA_FILE}: {name} is not finite in the base's {parameters[name].dtype}")
     with torch.no_grad():
         for name, values in tensors.items():
             parameters[name].copy_(values)
@@ -360,7 +362,10 @@ def merge_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.Weigh
         if a.shape[0] != entry.rank or update.shape != weight.shape:
             raise InputError(f"{format.ADAPTER_FILE}: {target}: shape or rank does not fit the base model")
         with torch.no_grad():
-            weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+            merged = (weight.float() + update.to(weight.device)).to(weight.dtype)
+            if not bool(merged.isfinite().all()):
+                raise InputError(f"{format.ADAPTER_FILE}: non-finite value in {target} after merging")
+            weight.copy_(merged)
 
 
 def verify_probe(model: Any, manifest: format.Manifest) -> None:

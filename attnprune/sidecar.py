@@ -131,10 +131,13 @@ def read_manifest(folder: Path) -> format.Manifest:
 def is_merged(folder: Path) -> bool:
     """Whether a folder is a merged model: its config.json names one of our model types."""
     config = folder / "config.json"
-    if not config.is_file() or (folder / format.MANIFEST_FILE).exists():
+    try:
+        if not config.is_file() or (folder / format.MANIFEST_FILE).exists():
+            return False
+        with config.open("rb") as file:
+            return b'"attnprune_' in file.read(format.MAX_JSON_BYTES)
+    except OSError:  # whoever opens it says why
         return False
-    with config.open("rb") as file:
-        return b'"attnprune_' in file.read(format.MAX_JSON_BYTES)
 
 
 def open_merged(folder: Path) -> Sidecar:

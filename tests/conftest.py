@@ -1,7 +1,10 @@
 """Shared fixtures: one torch thread, seeded tests, a quiet and offline transformers, tiny random models."""
 
 import os
+import subprocess
+import sys
 import tempfile
+import venv
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,3 +79,32 @@ def as_nobody():
         os.seteuid(uid)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o700)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """A Python in a virtual environment that has transformers and peft, but not attnprune."""
+    folder = tmp_path_factory.mktemp("stranger")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    # A path listed here is searched for packages, but its own .pth files (editable installs) are not followed.
+    (Path(site) / "packages.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
+
+    def run(program: str, *, timeout: float = 300, **variables: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "home")}
+        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"} | variables
+        check = "import importlib.util as u; assert u.find_spec('attnprune') is None\n"
+        done = subprocess.run(
+            [python, "-c", check + program], cwd=folder, env=environment, capture_output=True, text=True,
+            timeout=timeout, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

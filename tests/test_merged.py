@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import attnprune
-from attnprune import format, merged, runtime
+from attnprune import merged, runtime
 from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError, VerificationError
 from attnprune.probe import measure_probe
@@ -283,34 +282,6 @@ def test_device_map_bf16_and_saving_again(place, name, tmp_path, options):
 # --- other processes
 
 
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory):
-    """A Python in a virtual environment that has transformers and peft, but not attnprune."""
-    folder = tmp_path_factory.mktemp("stranger")
-    venv.create(folder / "venv", with_pip=False)
-    python = folder / "venv" / "bin" / "python"
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    # A path listed here is searched for packages, but its own .pth files (editable installs) are not followed.
-    (Path(site) / "packages.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
-
-    def run(program: str, *, timeout: float = 300) -> str:
-        environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "home")}
-        check = "import importlib.util as u; assert u.find_spec('attnprune') is None\n"
-        done = subprocess.run(
-            [python, "-c", check + program], cwd=folder, env=environment, capture_output=True, text=True,
-            timeout=timeout, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
 STRANGER = """
 import json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -413,25 +384,3 @@ print(type(model).__module__, type(model).__name__, len(tokenizer))
 def test_import_attnprune_imports_neither_torch_nor_transformers():
     program = "import sys, attnprune; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
-
-
-@pytest.mark.slow
-def test_smollm2_without_attnprune(stranger, tmp_path):
-    """The real model: a few steps of LoRA on the GGUF file, merged, and run where attnprune is not installed."""
-    from tests.factory import save_text
-    from tests.test_real_model import gguf_file
-
-    save_text(tmp_path / "text.txt", 60)
-    command("sparsify", gguf_file(), "--data", "text.txt", "--steps", 2, "--scope", "lora", "--seq-len", 64,
-            "--eval-tokens", 128, "--batch-size", 2, "--eval-every", 2, "--save-every", 2, "--out", "run", "-q",
-            "--tolerance", "5", cwd=tmp_path)  # fmt: skip
-    command("apply", gguf_file(), "run", "--merge", "merged", cwd=tmp_path)
-    model, tokenizer = runtime.load(tmp_path / "merged")
-    assert attnprune.open_sidecar(tmp_path / "run").manifest.weights.kind == "lora"
-    difference = same_in_a_stranger(
-        stranger, tmp_path / "merged", "The capital of France is", tmp_path, model, tokenizer
-    )
-    manifest = open_merged(tmp_path / "merged").manifest
-    print(f"largest logit difference {difference:.3g}, open edges {manifest.probe.open_edges}")
-    assert difference <= 1e-5
-    assert format.GATES_FILE in manifest.files

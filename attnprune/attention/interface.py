@@ -217,7 +217,8 @@ def check_family(config: Any) -> None:
     family = config.model_type
     if family.startswith("attnprune_"):
         raise UnsupportedModelError(f"{family}: already sparsified")
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+    other = ("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention")
+    if any(getattr(config, key, False) for key in other) or getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(f"{family}: only causal decoders are supported")
     if family not in SUPPORTED_FAMILIES:
         known = ", ".join(sorted(SUPPORTED_FAMILIES))

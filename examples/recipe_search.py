@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict] = {
     "from the text alone": {"train": {"distill": 0.0}},
     "learning rate 3e-4": {"train": {"learning_rate": 3e-4}},
     "learning rate 3e-3": {"train": {"learning_rate": 3e-3}},
+    "text, learning rate 3e-3": {"train": {"distill": 0.0, "learning_rate": 3e-3}},
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},
     "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},
@@ -67,6 +68,7 @@ VARIANTS: dict[str, dict] = {
     # The open-gate controls: the same budget with gates that cannot close, learning the same way or from the text.
     "control": OPEN,
     "control, text": merge(OPEN, {"train": {"distill": 0.0}}),
+    "control, text, learning rate 3e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 3e-3}}),
 }  # fmt: skip
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 # glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.

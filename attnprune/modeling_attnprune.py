@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "attnprune_portable"
 CHUNK_ELEMENTS = 2**18
+VOCABULARY = "attnprune_vocab_size"
 
 # Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
 FAMILIES = {
@@ -171,8 +172,14 @@ def _check_attention(name):
 class GatedConfig:
     """Mixin over a transformers config: no other attention can be asked for, and config.json names ours.
 
-    The name in config.json makes a stock class, which would ignore the gates, refuse the folder.
+    The name in config.json makes a stock class, which would ignore the gates, refuse the folder. The vocabulary of 0
+    tokens does the same where a caller names another attention: no embedding of the checkpoint fits.
     """
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        size = config_dict.get(VOCABULARY, config_dict.get("vocab_size"))
+        return super().from_dict({**config_dict, "vocab_size": size}, **kwargs)
 
     @property
     def _attn_implementation(self):
@@ -184,7 +191,8 @@ class GatedConfig:
         self._attn_implementation_internal = value
 
     def to_dict(self):
-        return {**super().to_dict(), "attn_implementation": ATTENTION}
+        values = super().to_dict()
+        return {**values, "attn_implementation": ATTENTION, "vocab_size": 0, VOCABULARY: values["vocab_size"]}
 
 
 def _guard(module, args):

@@ -44,6 +44,7 @@ trusted = {{"trust_remote_code": True}}
 ways = {{
     "no flag": lambda: AutoModelForCausalLM.from_pretrained({repo!r}),
     "stock class": lambda: LlamaForCausalLM.from_pretrained({repo!r}),
+    "stock class, sdpa": lambda: LlamaForCausalLM.from_pretrained({repo!r}, attn_implementation="sdpa"),
     "sdpa": lambda: AutoModelForCausalLM.from_pretrained({repo!r}, attn_implementation="sdpa", **trusted),
     "sidecar": lambda: AutoModelForCausalLM.from_pretrained({sidecar!r}, **trusted),
     "missing gates": lambda: AutoModelForCausalLM.from_pretrained("tester/no-gates", **trusted),
@@ -137,6 +138,6 @@ def test_every_wrong_way_raises(place, stranger):
     program = WRONG_WAYS.format(repo=MERGED, sidecar=SIDECAR)
     shown = stranger(program, timeout=600, **hub.environment(folder / "strangers-home"))
     ways = [line[line.index("raised:") :].split(" - ")[0] for line in shown.splitlines() if "raised:" in line]
-    names = ("no flag", "stock class", "sdpa", "sidecar", "missing gates", "root adapter")
+    names = ("no flag", "stock class", "stock class, sdpa", "sdpa", "sidecar", "missing gates", "root adapter")
     assert ways == [f"raised: {name}" for name in names]
     assert Path(folder / "strangers-home").is_dir()  # it did go through the Hub

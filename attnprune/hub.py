@@ -82,9 +82,18 @@ def locate_sparse(path: str | Path, revision: str | None = None) -> Path | None:
     """As `locate`, or None where the Hub repository holds another model, a base for example."""
     if not is_repo(path):
         return locate(path, revision)
-    check_repo_id(str(path))
-    with explained(str(path), revision):
-        return fetch(str(path), revision) if kind_of(list_files(str(path), revision).files) else None
+    return fetch(str(path), revision) if _holds_sparse_model(str(path), revision) else None
+
+
+def _holds_sparse_model(repo: str, revision: str | None) -> bool:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    check_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
+        names = (format.MANIFEST_FILE, format.CODE_FILE)
+        return any(isinstance(try_to_load_from_cache(repo, name, revision=revision), str) for name in names)
+    with explained(repo, revision):
+        return kind_of(list_files(repo, revision).files) is not None
 
 
 def is_repo(path: str | Path) -> bool:
@@ -92,8 +101,8 @@ def is_repo(path: str | Path) -> bool:
     return isinstance(path, str) and _REPO.fullmatch(path) is not None and not Path(path).exists()
 
 
-def check_repo_id(repo: str) -> None:
-    """Refuse what cannot be a repository.
+def check_repo_id(repo: str, *, owner: bool = True) -> None:
+    """Refuse what cannot be a repository; without `owner` also a NAME alone will do, as some base models have.
 
     Raises:
         InputError: not USER/NAME in the Hub's characters and lengths.
@@ -106,7 +115,7 @@ def check_repo_id(repo: str) -> None:
     except HFValidationError:
         repo = repo if len(repo) <= 60 else f"{repo[:60]}…"
         raise InputError(f"{repo!r}: bad repo id", hint="the form is USER/NAME") from None
-    if "/" not in repo:
+    if owner and "/" not in repo:
         raise InputError(f"{repo!r}: bad repo id", hint="the form is USER/NAME")
 
 
@@ -139,14 +148,14 @@ def list_files(repo: str, revision: str | None = None) -> Listing:
         huggingface_hub and HTTP errors: see `explained`.
     """
     info = model_info(repo, revision, files_metadata=True)
+    if info.siblings is None or not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
+        raise ValueError("no files or no commit in the answer")  # not an empty repository
     files = {}
-    for sibling in info.siblings or []:
+    for sibling in info.siblings:
         _check_name(repo, sibling.rfilename)
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         files[sibling.rfilename] = RemoteFile(sibling.rfilename, sibling.size or 0, str(digest))
-    if not info.sha:
-        raise ValueError("no commit in the answer")
-    return Listing(repo, info.sha, files)
+    return Listing(repo, str(info.sha), files)
 
 
 def base_commit(name: str, revision: str | None = None) -> str:
@@ -261,7 +270,8 @@ def _download(listing: Listing, name: str, limit: int | None = None) -> Path:
         raise InputError(f"{listing.repo}: {name} is larger than {limit >> 20} MiB")
     was_cached = isinstance(try_to_load_from_cache(listing.repo, name, revision=listing.sha), str)
     path = Path(retrying(hf_hub_download, listing.repo, name, revision=listing.sha, library_name="attnprune"))
-    if not was_cached and not file.holds(path):
+    small = file.size <= format.MAX_JSON_BYTES  # cheap enough to notice a cache that was damaged later
+    if (small or not was_cached) and not file.holds(path):
         blob = path.resolve()
         path.unlink()  # or the cache would serve it for ever
         blob.unlink(missing_ok=True)
@@ -366,7 +376,8 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         message = f"{repo}: the Hub cannot be reached, or the transfer broke off"
         raise AttnPruneError(message, hint="try again") from error
     except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        raise AttnPruneError(f"{repo}: unexpected answer from the Hub ({type(error).__name__})") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        raise AttnPruneError(f"{repo}: unexpected answer from the Hub ({reason})") from error
     except OSError as error:
         raise AttnPruneError(f"{repo}: {(error.strerror or str(error).splitlines()[0]).lower()}") from error
 

@@ -106,6 +106,8 @@ def push(
         AttnPruneError: the Hub refused, changed meanwhile or could not be reached; it is safe to repeat.
     """
     hub.check_repo_id(repo)
+    if not branch or re.fullmatch("[0-9a-f]{7,40}", branch):
+        raise InputError(f"--revision: {branch!r} is not a branch")
     sidecar = _open(Path(folder))
     for name in sidecar.manifest.files:
         sidecar.read(name)
@@ -123,7 +125,13 @@ def push(
 
 def _open(folder: Path) -> Sidecar:
     """Other files may lie in the folder (.env, training_args.bin): they are not sent, so they do not matter here."""
-    return open_merged(folder) if is_merged(folder) else Sidecar(folder, read_manifest(folder))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if is_merged(folder):
+        return open_merged(folder)
+    if not (folder / format.MANIFEST_FILE).exists():
+        raise InputError(f"{folder}: no {format.MANIFEST_FILE}, so neither a finished sidecar nor a merged folder")
+    return Sidecar(folder, read_manifest(folder))
 
 
 def _check_login(repo: str) -> None:
@@ -133,25 +141,41 @@ def _check_login(repo: str) -> None:
         raise InputError(f"{repo}: not logged in", hint="set HF_TOKEN or run: hf auth login")
 
 
-def _base(sidecar: Sidecar, base_model: str | None) -> _Base:
-    """Name the base and look it up.
+def base_name(sidecar: Sidecar, base_model: str | None) -> str | None:
+    """The Hub id of the base, `base_model` where it was a local one; None for the bundled model.
 
     Raises:
-        InputError: a local base without a Hub id, or one that the Hub does not have.
+        InputError: a local base without a Hub id, or another one than the sidecar names.
     """
     entry = sidecar.manifest.base
-    if entry.kind == "bundled" and base_model is None:
-        return _Base(None)
-    named = base_model or entry.repo_id
-    if named is None:
+    if base_model is not None:
+        hub.check_repo_id(base_model, owner=False)
+        known = entry.repo_id if entry.kind == "hub" else "the bundled model" if entry.kind == "bundled" else base_model
+        if base_model != known:
+            raise InputError(f"--base-model: {sidecar.path} was made from {known}, not {base_model}")
+    elif entry.repo_id is None and entry.kind != "bundled":
         what = "a .gguf file" if entry.kind == "gguf" else "a local folder"
         raise InputError(f"{sidecar.path}: made from {what}", hint="name its base on the Hub: --base-model USER/NAME")
-    if entry.kind == "hub" and named != entry.repo_id:
-        raise InputError(f"--base-model: {sidecar.path} was made from {entry.repo_id}, not {named}")
+    return base_model or entry.repo_id
+
+
+def _base(sidecar: Sidecar, base_model: str | None) -> _Base:
+    """Look the base up.
+
+    Raises:
+        InputError: as `base_name`, or one that the Hub does not have, or that is of another family.
+    """
+    named, entry = base_name(sidecar, base_model), sidecar.manifest.base
+    if named is None:
+        return _Base(None)
     with hub.explained(named, entry.revision):
         info = hub.model_info(named, entry.revision)
+    family = (info.config or {}).get("model_type", entry.model_type)
+    if entry.kind == "local" and family != entry.model_type:
+        raise InputError(f"--base-model: {named} is a {family} model, not {entry.model_type}")
     data: Any = info.card_data
-    return _Base(named, info.sha, getattr(data, "license", None))
+    license = getattr(data, "license", None)
+    return _Base(named, info.sha, license if isinstance(license, str) else None)
 
 
 def _listing(repo: str, branch: str) -> tuple[hub.Listing | None, bool | None]:
@@ -180,14 +204,18 @@ def _plan(
     replace: bool,
 ) -> Plan:
     present = {} if listing is None else listing.files
-    foreign = _foreign(sidecar, listing)
+    there = _remote_manifest(listing)
+    foreign = _foreign(sidecar, listing, there)
     if foreign is not None and not replace:
         raise InputError(f"{repo}: holds {foreign}", hint="--replace deletes its files")
     contents = dict(_contents(sidecar, base))
     own_card = CARD in contents
     keep = {CARD, ".gitattributes", *contents}
-    stale = present if foreign is not None else _listed(listing)
-    new_branch = listing is not None and _branch_is_missing(repo, branch)
+    # What the model in the repository consists of now: files that are not sent again are deleted.
+    stale = present if foreign is not None else {*there.files, card.PICTURE} if there is not None else ()
+    new_branch = branch != "main" and (listing is None or _branch_is_missing(repo, branch))
+    if new_branch and create_pr:
+        raise InputError(f"--create-pr: {repo} has no branch {branch!r}")
     kept = not own_card and CARD in present and foreign is None and not _is_generated(repo, listing)
     return Plan(
         repo=repo,
@@ -205,9 +233,11 @@ def _plan(
 def _branch_is_missing(repo: str, branch: str) -> bool:
     from huggingface_hub import HfApi
 
-    if branch == "main":
+    if branch == "main" or branch.startswith("refs/pr/"):
         return False
     refs = hub.retrying(HfApi(library_name="attnprune").list_repo_refs, repo)
+    if branch in {ref.name for ref in refs.tags}:
+        raise InputError(f"--revision: {branch} is a tag of {repo}", hint="push to a branch")
     return branch not in {ref.name for ref in refs.branches}
 
 
@@ -228,14 +258,25 @@ def _contents(sidecar: Sidecar, base: _Base) -> Iterator[tuple[str, Path | bytes
     else:
         values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), "config.json")
         values["attnprune"] = json.loads(manifest.to_json())
-        yield "config.json", (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+        yield "config.json", _without_local_paths(values)
         optional = (*TOKENIZER_FILES, CARD)
     for name in manifest.files:
         yield name, folder / name
     for name in optional:
-        if (folder / name).is_file() and not (folder / name).is_symlink():
-            yield name, folder / name
+        if (folder / name).exists():
+            raw = format.read_regular(folder, name)  # no link out of the folder
+            if name == "tokenizer_config.json":
+                raw = _without_local_paths(format.parse_json(raw, name))
+            if name != CARD or card.MARK.encode() not in raw:  # a generated card names another repository
+                yield name, raw
     yield card.PICTURE, card.density_png(sidecar.density)
+
+
+def _without_local_paths(values: dict[str, Any]) -> bytes:
+    """transformers' JSON without the keys in which its older versions wrote where a file lay."""
+    places = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+    kept = {key: value for key, value in values.items() if key not in places}
+    return (json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _named(manifest: format.Manifest, base: _Base) -> format.Manifest:
@@ -257,17 +298,10 @@ def _remote_manifest(listing: hub.Listing | None) -> format.Manifest | None:
         return None
 
 
-def _listed(listing: hub.Listing | None) -> set[str]:
-    """The files that the model now in the repository consists of: those not sent again are deleted."""
-    manifest = _remote_manifest(listing)
-    return set() if manifest is None else {*manifest.files, card.PICTURE}
-
-
-def _foreign(sidecar: Sidecar, listing: hub.Listing | None) -> str | None:
+def _foreign(sidecar: Sidecar, listing: hub.Listing | None, manifest: format.Manifest | None) -> str | None:
     """What else a repository holds, in words; None where it is empty or holds this model."""
     if listing is None or set(listing.files) <= {CARD, ".gitattributes"}:
         return None
-    manifest = _remote_manifest(listing)
     if manifest is None:
         return "other files, and no sparse model"
     if (manifest.merged is None) != (sidecar.manifest.merged is None):
@@ -278,7 +312,9 @@ def _foreign(sidecar: Sidecar, listing: hub.Listing | None) -> str | None:
 
 
 def _is_generated(repo: str, listing: hub.Listing | None) -> bool:
-    return listing is not None and card.MARK in _remote_card(repo, listing.sha)
+    if listing is None or listing.files[CARD].size > format.MAX_JSON_BYTES:
+        return False
+    return card.MARK in _remote_card(repo, listing.sha)
 
 
 def _remote_card(repo: str, commit: str) -> str:
@@ -295,12 +331,16 @@ def _remote_card(repo: str, commit: str) -> str:
 def _carry_out(plan: Plan, sidecar: Sidecar, base: _Base, listing: hub.Listing | None) -> Pushed:
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="attnprune")
-    if plan.parent is None:
-        hub.retrying(api.create_repo, plan.repo, private=plan.private or None, exist_ok=True)
-    if plan.new_branch or (plan.parent is None and plan.branch != "main"):
-        hub.retrying(api.create_branch, plan.repo, branch=plan.branch, exist_ok=True)
-    target = _Target(plan.repo, plan.branch, plan.parent, plan.create_pr)
+    api, parent = HfApi(library_name="attnprune"), plan.parent
+    if parent is None:
+        hub.retrying(api.create_repo, plan.repo, private=plan.private or None)
+        created = hub.list_files(plan.repo)
+        if set(created.files) - {".gitattributes"}:
+            raise AttnPruneError(f"{plan.repo}: somebody else changed it meanwhile", hint="try again")
+        parent = created.sha
+    if plan.new_branch:
+        hub.retrying(api.create_branch, plan.repo, branch=plan.branch, revision=parent, exist_ok=True)
+    target = _Target(plan.repo, plan.branch, parent, plan.create_pr)
     if plan.changes or plan.deletions:
         target = _commit(api, target, f"attnprune: {_title(sidecar)}", plan.changes, plan.deletions)
         pinned = target.parent

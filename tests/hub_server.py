@@ -17,6 +17,7 @@ import socketserver
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler
@@ -147,6 +148,7 @@ class Fault:
     kind: Kind | None = None
     headers: dict[str, str] = field(default_factory=dict)
     call: Callable[[], object] | None = None
+    change: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -241,7 +243,8 @@ class HubServer:
 
         `status` (with `headers`) answers so, and `kind` "html" or "garbage" answers 200 with a page or with broken
         JSON; the request has no effect. "drop" serves it but closes the connection after half of the body, "short"
-        sends half of the body as if that were all, "corrupt" flips one bit. `call` is called before anything else.
+        sends half of the body as if that were all, "corrupt" flips one bit. `change` replaces keys of a JSON answer.
+        `call` is called before anything else.
         The first fault that matches a request is taken; its `times` counts down.
         """
         fault = Fault(pattern, times, status, **more)
@@ -312,6 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.status:
                 raise Refused(fault.status, "injected", headers=fault.headers)
             reply = INJECTED.get(fault.kind or "") or self._route(url.path)
+            if fault.change:
+                reply = Reply(json.dumps(json.loads(reply.body) | fault.change).encode())
         except Refused as refused:
             reply = refused.reply
         self._send(reply, fault.kind)
@@ -483,6 +488,11 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append({"rfilename": path, **(blob if "blobs" in self.query else {})})
         names = {"_id": repo, "id": repo, "modelId": repo, "author": repo.split("/")[0]}
         card = commit.files.get("README.md")
+        if config := commit.files.get("config.json"):
+            with suppress(ValueError):
+                names["config"] = (
+                    {"model_type": json.loads(config.data)["model_type"]} if b"model_type" in config.data else {}
+                )
         names |= {"cardData": yaml.safe_load(card.data.split(b"---")[1])} if card and card.data[:3] == b"---" else {}
         return {**names, "sha": commit.sha, "private": found.private, "tags": [], "siblings": siblings}
 

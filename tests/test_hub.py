@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,10 +177,101 @@ def test_files_that_the_model_no_longer_has_are_deleted_and_others_stay(hub, run
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("step", ["POST /api/repos/create", "POST .*/preupload/"])
+def test_what_somebody_puts_into_a_new_repository_meanwhile_is_not_overwritten(hub, run, step):
+    theirs = {"README.md": b"# Theirs", "gates.safetensors": b"theirs"}
+    hub.fail(step, call=lambda: hub.put(REPO, theirs))
+    run("push", SIDECAR, REPO, code=1, part="somebody else changed it meanwhile")
+    assert {name: hub.files(REPO)[name] for name in theirs} == theirs
+
+
+def test_a_revision_that_is_no_branch_is_refused(pushed, run, tmp_path):
+    first = pushed.commits(REPO)[0].sha
+    pushed.repos[REPO].refs["refs/tags/v1"] = first
+    for revision, part in (("", "is not a branch"), (first, "is not a branch"), ("v1", "is a tag")):
+        run("push", SIDECAR, REPO, "--revision", revision, code=2, part=part)
+    run("push", SIDECAR, REPO, "--revision", "new", "--create-pr", code=2, part="has no branch 'new'")
+    folder = shutil.copytree(SIDECAR, tmp_path / "sidecar")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    run("push", folder, REPO, "--create-pr")
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    run("push", folder, REPO, "--revision", "refs/pr/1")
+    assert pushed.files(REPO, "refs/pr/1")["metrics.jsonl"] == b"{}\n{}\n"
+    assert set(pushed.repos[REPO].refs) == {"refs/heads/main", "refs/tags/v1", "refs/pr/1"}
+    assert pushed.commits(REPO)[0].sha == first
+
+
+def test_a_base_model_that_cannot_be_is_refused(hub, run):
+    hub.put("someone/bert", {"config.json": b'{"model_type": "bert"}'})
+    for name in ("../x", "a b", "/tmp/x", "u/n--m", "someone/bert@main", "https://huggingface.co/someone/bert"):
+        run("push", OTHER, REPO, "--base-model", name, code=2, part="bad repo id")
+    run("push", OTHER, REPO, "--base-model", "someone/bert", code=2, part="is a bert model, not llama")
+    run("push", SIDECAR, REPO, "--base-model", "someone/bert", code=2, part="was made from the bundled model")
+    run("push", OTHER, REPO, "--merged", "--base", OTHER, code=2, part="made from a local folder")
+    run("push", OTHER, REPO, "--base", OTHER, code=2, part="goes with --merged")
+    assert REPO not in hub.repos
+
+
+def test_a_downloaded_model_is_pushed_on_with_a_card_of_its_own(pushed, run, tmp_path):
+    run("apply", REPO)
+    (snapshot,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*")
+    for name, data in pushed.files(REPO).items():
+        if name == "README.md":
+            (snapshot / name).write_bytes(data)
+    run("push", snapshot, "tester/second")
+    assert "tester/sparse" not in pushed.files("tester/second")["README.md"].decode()
+
+
+def test_a_merged_model_is_pushed_on_from_the_cache_whole(hub, run, tmp_path):
+    run("push", SIDECAR, REPO, "--merged")
+    run("verify", REPO)
+    (snapshot,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*")
+    config = json.loads((snapshot / "tokenizer_config.json").read_text())
+    (snapshot / "tokenizer_config.json").unlink()
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(config | {"name_or_path": "/home/me/model"}))
+    run("push", snapshot, "tester/second")
+    assert set(hub.files("tester/second")) == set(hub.files(REPO))
+    assert b"/home/me" not in b"".join(hub.files("tester/second").values())
+    run("verify", "tester/second", part="verified")
+
+
+def test_an_answer_without_files_is_no_empty_repository(pushed, run):
+    before = pushed.commits(REPO)
+    for missing in ({"siblings": None}, {"sha": None}, {"sha": "../x"}):
+        broken = pushed.fail(INFO, times=math.inf, change=missing)
+        run("push", SIDECAR, REPO, code=1, part="unexpected answer")
+        run("inspect", REPO, code=1, part="unexpected answer")
+        broken.times = 0
+    assert pushed.commits(REPO) == before
+
+
+def test_a_cache_that_was_damaged_is_fetched_again(pushed, run, tmp_path):
+    run("inspect", REPO)
+    for blob in (tmp_path / "home" / "hub").glob("models--*/blobs/*"):
+        blob.write_bytes(blob.read_bytes()[:-1])
+    for name in ("attnprune.json", "gates.safetensors"):
+        run("inspect", REPO, code=1, part=f"damaged download of {name}")
+    run("inspect", REPO)
+
+
+def test_ctrl_c_is_one_line_and_the_push_is_completed_by_the_next(hub, run, tmp_path):
+    waiting = [sys.executable, "-m", "attnprune", "push", str(SIDECAR), REPO]
+    environment = os.environ | hub.environment(tmp_path / "home", CANARY)
+    processes: list[subprocess.Popen] = []
+    hub.fail("POST .*/preupload/", call=lambda: processes[0].send_signal(signal.SIGINT))
+    processes.append(subprocess.Popen(waiting, env=environment, stderr=subprocess.PIPE, text=True))
+    _, shown = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 130
+    assert shown.splitlines()[-1] == "attnprune: interrupted"
+    run("push", SIDECAR, REPO)
+    assert set(hub.files(REPO)) == SENT
+
+
 # --- the catalogue
 
 
 def test_h1_bad_repository_names(run):
+    run("push", "nosuch", REPO, code=2, part="no such folder")
     for name in ("a/b/c", "..", "u" * 200 + "/n", "a b/c", "u/n--m", "/n", "name", ""):
         run("push", SIDECAR, name, code=2, part="bad repo id")
     run("push", SIDECAR, "--", "--x", code=2, part="bad repo id")
@@ -310,7 +402,8 @@ def test_h11_offline(pushed, run):
     run("apply", REPO, code=1, part="adapter", HF_HUB_OFFLINE="1")
     assert pushed.log == []
     run("apply", REPO)
-    run("apply", REPO, HF_HUB_OFFLINE="1")
+    for command in (("apply", REPO), ("diff", REPO, SIDECAR), ("eval", REPO, "--data", "task")):
+        run(*command, HF_HUB_OFFLINE="1")
 
 
 def test_h12_only_listed_files_are_sent(hub, run, tmp_path):
@@ -320,9 +413,10 @@ def test_h12_only_listed_files_are_sent(hub, run, tmp_path):
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("[remote]")
     (folder / "leak.txt").symlink_to("/etc/passwd")
-    (folder / "metrics.jsonl").symlink_to("/etc/passwd")
     run("push", folder, REPO)
     assert set(hub.files(REPO)) == SENT
+    (folder / "metrics.jsonl").symlink_to("/etc/passwd")
+    run("push", folder, REPO, code=2, part="link leaves the folder")
 
 
 def test_h13_another_model_is_replaced_only_on_demand(pushed, run):

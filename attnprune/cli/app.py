@@ -63,6 +63,8 @@ def run() -> int:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # Typer caught Ctrl-C itself
+            raise KeyboardInterrupt
     except AttnPruneError as error:
         return _fail(error, error.message, error.hint, error.exit_code)
     except BrokenPipeError:

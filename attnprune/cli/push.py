@@ -10,6 +10,7 @@ import typer
 
 from attnprune.cli.options import Base, Json, Quiet
 from attnprune.cli.output import out
+from attnprune.errors import InputError
 
 if TYPE_CHECKING:
     from attnprune.push import Plan
@@ -38,6 +39,8 @@ def push(
     from attnprune import push as pushing
     from attnprune.report import terminal
 
+    if base is not None and not merged:
+        raise InputError("--base: goes with --merged", hint="the base's name on the Hub is --base-model")
     plans: list[Plan] = []
 
     def show(plan: Plan) -> bool:
@@ -46,7 +49,7 @@ def push(
         return not dry_run
 
     with tempfile.TemporaryDirectory(prefix="attnprune-") as scratch:
-        source = _merge(folder, Path(scratch) / "merged", base, repo) if merged else folder
+        source = _merge(folder, Path(scratch) / "merged", base, base_model, repo) if merged else folder
         done = pushing.push(
             source, repo, base_model=base_model, private=private, create_pr=create_pr, branch=revision, replace=replace,
             on_plan=show,
@@ -60,15 +63,17 @@ def push(
     out.result(facts, f"{outcome}; verified: {done.url}", f"load it with revision {done.commit}")
 
 
-def _merge(folder: Path, target: Path, base: str | None, repo: str) -> Path:
+def _merge(folder: Path, target: Path, base: str | None, base_model: str | None, repo: str) -> Path:
     """The merged form of a sidecar; a merged folder as it is."""
     from attnprune import hub
+    from attnprune.push import base_name
     from attnprune.sidecar import is_merged, open_sidecar
 
     hub.check_repo_id(repo)  # before the minutes that a merge may take
     if is_merged(folder):
         return folder
     sidecar = open_sidecar(folder)
+    base_name(sidecar, base_model)
     from attnprune import runtime
     from attnprune.merged import write_merged
 

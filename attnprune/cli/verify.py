@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from attnprune.cli.options import Base, Json, Quiet, Revision
 from attnprune.cli.output import out
@@ -34,4 +33,4 @@ def verify(
         failed.message = f"{levels[-1].name}: {failed.message}"
         raise failed
     facts = [{"level": level.name, "detail": level.detail} for level in levels]
-    out.result({"path": path, "verified": True, "levels": facts}, escape(printable(f"{path}: verified")))
+    out.result({"path": path, "verified": True, "levels": facts}, printable(f"{path}: verified"))

@@ -20,6 +20,7 @@ def evaluate_model(
     sources: list[str],
     *,
     base: str | None = None,
+    revision: str | None = None,
     device: str = "cpu",
     seq_len: int = 0,
     tokens: int = 16_384,
@@ -34,14 +35,14 @@ def evaluate_model(
     """
     device = runtime.pick_device(device)
     if sidecar is None:
-        model = runtime.load_base(name, device=device)
+        model = runtime.load_base(name, revision=revision, device=device)
         length = seq_len or min(512, runtime.context_length(model.model) or 512)
         return [
             measure(model.model, _blocks(s, text_field, model, length, tokens), batch_size=batch_size) for s in sources
         ]
-    base_name, revision = (base, None) if base is not None else runtime.default_base(sidecar)
+    base_name, base_revision = (base, None) if base is not None else runtime.default_base(sidecar)
     dtype = runtime.torch_dtype(sidecar.manifest.base.dtype)
-    dense = runtime.load_base(base_name, revision=revision, device=device, dtype=dtype)
+    dense = runtime.load_base(base_name, revision=base_revision, device=device, dtype=dtype)
     length = seq_len or sidecar.manifest.result.seq_len
     texts = [_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
     sparse = copy.deepcopy(dense.model)

@@ -11,8 +11,8 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -32,6 +32,7 @@ _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _MANIFEST_FILES = {"sidecar": format.MANIFEST_FILE, "merged": "config.json"}
 BUSY = frozenset({429, 502, 503, 504})
 TRIES = 5
+_SMALL = 64 << 20  # bytes
 TIMEOUT = 30.0  # seconds; the client has none of its own
 # A merged folder's root files besides those of its manifest: configuration and tokenizer, whatever their names.
 _TEXT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
@@ -183,6 +184,9 @@ def base_commit(name: str, revision: str | None = None) -> str:
             raise InputError(
                 f"{name}: adapter_config.json would load another base model", hint="merge the adapter first"
             )
+        _remember(
+            Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots" / str(info.sha), revision
+        )
         return str(info.sha)
 
 
@@ -220,7 +224,7 @@ def _fetched(listing: Listing, *, weights: bool) -> Path:
     kind = kind_of(listing.files)
     if kind is None:
         raise InputError(f"{listing.repo}: holds neither a sidecar nor a merged model of attnprune")
-    _check_strangers(listing, kind)
+    check_strangers(listing.repo, listing.files, merged=kind == "merged")
     folder = _download(listing, _MANIFEST_FILES[kind], format.MAX_JSON_BYTES).parent
     listed = open_artefact(folder).manifest.files
     for name, entry in listed.items():
@@ -236,8 +240,11 @@ def _fetched(listing: Listing, *, weights: bool) -> Path:
 
 def _remember(folder: Path, revision: str | None) -> None:
     """Note which commit a branch or tag is at, as the Hub's cache does, so that it is found offline."""
-    if revision != folder.name:
-        reference = folder.parents[1] / "refs" / (revision or "main")
+    name = PurePosixPath(revision or "main")
+    if revision == folder.name or name.is_absolute() or ".." in name.parts:
+        return
+    reference = folder.parents[1] / "refs" / name
+    with suppress(OSError):  # a cache that may only be read
         reference.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.write_atomic(reference, folder.name)
 
@@ -270,11 +277,12 @@ def _download(listing: Listing, name: str, limit: int | None = None) -> Path:
         raise InputError(f"{listing.repo}: {name} is larger than {limit >> 20} MiB")
     was_cached = isinstance(try_to_load_from_cache(listing.repo, name, revision=listing.sha), str)
     path = Path(retrying(hf_hub_download, listing.repo, name, revision=listing.sha, library_name="attnprune"))
-    small = file.size <= format.MAX_JSON_BYTES  # cheap enough to notice a cache that was damaged later
+    small = file.size <= _SMALL  # cheap enough to notice a cache that was damaged later
     if (small or not was_cached) and not file.holds(path):
         blob = path.resolve()
         path.unlink()  # or the cache would serve it for ever
-        blob.unlink(missing_ok=True)
+        if blob.parent == path.parents[len(PurePosixPath(name).parts) + 1] / "blobs":
+            blob.unlink(missing_ok=True)  # a link that leads elsewhere is not ours to follow
         raise AttnPruneError(f"{listing.repo}: damaged download of {name}", hint="try again")
     return path
 
@@ -302,14 +310,18 @@ def _check_name(repo: str, name: str) -> None:
         raise InputError(f"{repo}: bad file name {name[:60]!r} in the repository")
 
 
-def _check_strangers(listing: Listing, kind: str) -> None:
-    """The rules of `sidecar.check_strangers`, before anything is fetched."""
-    for name in sorted(listing.files):
-        ours = kind == "merged" and name == format.CODE_FILE
+def check_strangers(repo: str, names: Iterable[str], *, merged: bool) -> None:
+    """The rules of `sidecar.check_strangers` for the names in a repository, before anything is fetched or sent.
+
+    Raises:
+        InputError: pickle or code other than a merged model's own, or an adapter at the root.
+    """
+    for name in sorted(names):
+        ours = merged and name == format.CODE_FILE
         if PurePosixPath(name).suffix.lower() in format.CODE_SUFFIXES and not ours:
-            raise InputError(f"{listing.repo}: {name}: pickle or code beside a sparse model is refused")
-    if "adapter_config.json" in listing.files:
-        raise InputError(f"{listing.repo}: adapter_config.json at the root would be loaded without the gates")
+            raise InputError(f"{repo}: {name}: pickle or code beside a sparse model is refused")
+        if name == "adapter_config.json":
+            raise InputError(f"{repo}: adapter_config.json at the root would be loaded without the gates")
 
 
 def _digest(content: Path | bytes, digits: int) -> str:

@@ -20,7 +20,7 @@ from attnprune.errors import AttnPruneError, InputError
 from attnprune.report import card
 from attnprune.report.terminal import percent
 from attnprune.runs import METRICS_FILE, RUN_FILE, load_run_file, without_local_paths
-from attnprune.sidecar import Sidecar, is_merged, open_merged, read_manifest
+from attnprune.sidecar import Sidecar, has_release_code, is_merged, open_merged, read_manifest
 
 CARD = "README.md"
 # A merged folder's files that its manifest does not list: transformers' own names for configuration and tokenizer.
@@ -128,6 +128,10 @@ def _open(folder: Path) -> Sidecar:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if is_merged(folder):
+        if not has_release_code(folder):
+            raise InputError(f"{folder / format.CODE_FILE}: code differs from the release")
+        if not (folder / "tokenizer_config.json").exists():
+            raise InputError(f"{folder}: no tokenizer, so nobody could load it")
         return open_merged(folder)
     if not (folder / format.MANIFEST_FILE).exists():
         raise InputError(f"{folder}: no {format.MANIFEST_FILE}, so neither a finished sidecar nor a merged folder")
@@ -217,6 +221,8 @@ def _plan(
     if new_branch and create_pr:
         raise InputError(f"--create-pr: {repo} has no branch {branch!r}")
     kept = not own_card and CARD in present and foreign is None and not _is_generated(repo, listing)
+    deletions = sorted(name for name in stale if name in present and name not in keep)
+    hub.check_strangers(repo, {*present, *contents} - set(deletions), merged=sidecar.manifest.merged is not None)
     return Plan(
         repo=repo,
         branch=branch,
@@ -225,7 +231,7 @@ def _plan(
         private=private,
         create_pr=create_pr,
         files=[PlannedFile(n, c, _state(c, present.get(n))) for n, c in contents.items()],
-        deletions=sorted(name for name in stale if name in present and name not in keep),
+        deletions=deletions,
         card="from the folder" if own_card else "kept" if kept else "written",
     )
 
@@ -266,7 +272,7 @@ def _contents(sidecar: Sidecar, base: _Base) -> Iterator[tuple[str, Path | bytes
         if (folder / name).exists():
             raw = format.read_regular(folder, name)  # no link out of the folder
             if name == "tokenizer_config.json":
-                raw = _without_local_paths(format.parse_json(raw, name))
+                raw = _without_local_paths(format.parse_json(raw, name, 64 << 20))
             if name != CARD or card.MARK.encode() not in raw:  # a generated card names another repository
                 yield name, raw
     yield card.PICTURE, card.density_png(sidecar.density)
@@ -400,7 +406,7 @@ def _pinned(plan: Plan, listing: hub.Listing | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     assert listing is not None
-    for commit in re.findall(r"\b[0-9a-f]{40}\b", _remote_card(plan.repo, listing.sha))[:1]:
+    for commit in re.findall(r'"([0-9a-f]{40})"', _remote_card(plan.repo, listing.sha))[:1]:
         try:
             there = hub.list_files(plan.repo, commit).files
         except HfHubHTTPError:

@@ -163,7 +163,9 @@ def test_inspect_text_lists_open_edges(place):
     assert data["tokens"] == list("the gate")
     assert data["edges"]
     assert all(e["layer"] == 1 and 0 <= e["key"] <= e["query"] < 8 and 0 < e["weight"] <= 1 for e in data["edges"])
-    assert "←" in attnprune(*arguments, cwd=place, PYTHONIOENCODING="utf-8").stdout
+    shown = attnprune(*arguments, cwd=place, PYTHONIOENCODING="utf-8").stdout
+    assert "←" in shown
+    assert "[/]" not in shown
 
 
 def test_eval_reproduces_the_manifest(place):

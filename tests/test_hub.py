@@ -494,6 +494,40 @@ def test_inspect_fetches_no_weights(pushed, run):
     assert f"{REPO} @ {pushed.commits(REPO)[0].sha[:12]}" in run("inspect", REPO).stdout
 
 
+def test_a_base_at_a_revision_and_offline(hub, run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The gate opens when the score is above zero. " * 40)
+    bases = [save_tiny_llama(tmp_path / f"base-{seed}", seed=seed) for seed in (0, 1)]
+    first, second = (hub.put("someone/base", {p.name: p.read_bytes() for p in base.iterdir()}) for base in bases)
+    command = ("eval", "someone/base", "--data", text, "--json")
+    losses = [json.loads(run(*command, "--revision", r).stdout)["reports"][0]["loss"] for r in (first, second)]
+    assert losses[0] != losses[1]
+    assert json.loads(run(*command).stdout)["reports"][0]["loss"] == losses[1]
+    assert json.loads(run(*command, HF_HUB_OFFLINE="1").stdout)["reports"][0]["loss"] == losses[1]
+
+
+def test_a_link_out_of_the_cache_is_not_followed(pushed, run, tmp_path):
+    run("inspect", REPO)
+    (tmp_path / "victim").write_text("mine")
+    (gates,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*/gates.safetensors")
+    gates.unlink()
+    gates.symlink_to(tmp_path / "victim")
+    run("inspect", REPO, code=1, part="damaged download of gates.safetensors")
+    assert (tmp_path / "victim").read_text() == "mine"
+    run("inspect", REPO)
+
+
+def test_what_nobody_could_load_is_not_pushed(hub, run, tmp_path):
+    run("push", SIDECAR, REPO)
+    hub.put(REPO, {"x.py": b""})
+    run("push", SIDECAR, REPO, code=2, part="x.py: pickle or code")
+    run("apply", SIDECAR, "--merge", "merged")
+    code = tmp_path / "merged" / format.CODE_FILE
+    code.write_text(code.read_text() + "# mine\n")
+    run("push", "merged", "tester/merged", code=2, part="code differs")
+    assert "tester/merged" not in hub.repos
+
+
 def test_every_command_takes_a_repository(pushed, run):
     commit = pushed.commits(REPO)[1].sha
     run("verify", REPO, "--revision", commit, part="verified")

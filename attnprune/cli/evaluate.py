@@ -48,8 +48,8 @@ def evaluate(
     from attnprune.report import terminal
 
     reports = evaluate_model(
-        path, sidecar, data or [], base=base, device=device, seq_len=seq_len, tokens=tokens, batch_size=batch_size,
-        text_field=text_field, allow_base_mismatch=allow_base_mismatch,
+        path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len, tokens=tokens,
+        batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
     facts: dict[str, Any] = {"reports": [terminal.report_data(r) for r in reports]}
     lines: list[object] = [terminal.report_table(reports)]

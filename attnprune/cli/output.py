@@ -43,7 +43,7 @@ class Output:
             return
         if not self.quiet:
             for renderable in renderables:
-                self.stdout.print(renderable, markup=False)  # a path may hold brackets
+                self.stdout.print(escape(renderable) if isinstance(renderable, str) else renderable)
 
     def note(self, text: str) -> None:
         """A line for the person watching."""

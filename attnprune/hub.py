@@ -281,7 +281,7 @@ def _download(listing: Listing, name: str, limit: int | None = None) -> Path:
     if (small or not was_cached) and not file.holds(path):
         blob = path.resolve()
         path.unlink()  # or the cache would serve it for ever
-        if blob.parent == path.parents[len(PurePosixPath(name).parts) + 1] / "blobs":
+        if blob.parent == path.parents[len(PurePosixPath(name).parts) + 1].resolve() / "blobs":
             blob.unlink(missing_ok=True)  # a link that leads elsewhere is not ours to follow
         raise AttnPruneError(f"{listing.repo}: damaged download of {name}", hint="try again")
     return path

@@ -28,6 +28,7 @@ from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measu
 
 BEST_FILE = "best.safetensors"
 DENSITY_WAY = 0.2  # share of the steps in which the density limit falls from 1 to its target
+DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
 
 
 class DualState(TrainerCallback, ExportableState):
@@ -250,7 +251,8 @@ class SparsifyTrainer(Trainer):
         done, limit = self.state.global_step, self.constraint.limit
         if self.constraint.kind == "density":
             way = min(1.0, (done + 1) / max(1, DENSITY_WAY * self.config.train.steps))
-            return replace(self.constraint, limit=limit**way)
+            aim = limit * DENSITY_AIM if limit < 1 else limit
+            return replace(self.constraint, limit=aim**way)
         left = max(0.0, 1 - done / max(1, self._pressure_steps))
         return replace(self.constraint, limit=limit * (1 + (self.config.constraint.start_factor - 1) * left))
 

@@ -129,6 +129,9 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16: autocast; auto: bf16 on CUDA")
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
+    deterministic: bool = Field(
+        default=True, description="same bits in every run; false: on CUDA a faster backward pass with atomic sums"
+    )
     eval_every: Count = Field(default=100, description="steps between evaluations")
     save_every: Count = Field(default=200, description="steps between checkpoints")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="all random choices")

@@ -7,6 +7,8 @@ The functions work elementwise on any shape and never see a model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def edge_penalty_slope(logits: Tensor, temperature: float) -> Tensor:
     return penalty * (1 - penalty) / temperature
 
 
-def _hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer mixer (two xor-shift-multiply rounds) on int64 tensors that hold values below 2**32."""
+def _hash32(x: Any) -> Any:
+    """A 32-bit integer mixer (two xor-shift-multiply rounds) on an int or int64 tensor of values below 2**32."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
     return x ^ (x >> 16)
@@ -44,10 +46,10 @@ def _hash32(x: Tensor) -> Tensor:
 
 def mix_seed(*parts: int) -> int:
     """One 32-bit seed from several integers (run seed, step, micro-step, layer, rank)."""
-    state = torch.zeros((), dtype=torch.int64)
+    state = 0
     for part in parts:
         state = _hash32((state * 0x9E3779B1 + part) & _MASK32)
-    return int(state)
+    return state
 
 
 def logistic_noise(seed: int, heads: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:

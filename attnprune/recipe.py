@@ -271,6 +271,7 @@ def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
     gates = attach(model, bias=settings.bias_init)
     for gate in gates:
         gate.temperature = settings.temperature
+        gate.deterministic = config.train.deterministic
     if settings.initial_mass:
         rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
         ids = blocks.take(rows).input_ids.to(model.device)

@@ -14,6 +14,9 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when they are imported
+
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

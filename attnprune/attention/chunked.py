@@ -42,24 +42,28 @@ class GateSettings:
         noise_seed: seed of the logistic noise (`gumbel` estimator); None for the noise-free `threshold` estimator.
         on_chunk: called with (query slice, key slice, open-and-visible bool [B, H, C, K]) for every block, for
             statistics; it must not keep the tensor.
+        deterministic: the kernels' backward pass without atomics (chunked is always deterministic).
     """
 
     temperature: float = 1.0
     noise_seed: int | None = None
     on_chunk: OnChunk | None = None
+    deterministic: bool = True
 
 
 class GatedOutput(NamedTuple):
     """Result of gated attention.
 
     output [B, H, Q, D]; penalty [H], the smooth edge count (differentiable; 0 under no_grad); open_edges int64 [H];
-    visible_edges int64 scalar, the visible pairs of one head summed over the batch.
+    visible_edges int64 scalar, the visible pairs of one head summed over the batch; ran, the backend that computed
+    this and why, set by `dispatch`.
     """
 
     output: Tensor
     penalty: Tensor
     open_edges: Tensor
     visible_edges: Tensor
+    ran: tuple[str, str] | None = None
 
 
 def row_blocks(visible: Tensor, rows_per_block: int) -> Iterator[Rows]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk, gated_attention
+from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk
+from attnprune.attention.dispatch import gated_attention
 from attnprune.attention.reference import gated_attention_reference
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 from attnprune.gates import mix_seed
@@ -71,6 +72,7 @@ class Gate(nn.Module):
         temperature: penalty temperature T_p.
         return_pattern: set while the model is called with `output_attentions=True`; some families do not pass it on.
         noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
+        deterministic: the kernels' backward pass without atomics.
         on_chunk: statistics hook, see `GateSettings`.
         last: `GatedOutput` counts of the last forward: penalty [H] with gradient, open_edges [H], visible_edges.
     """
@@ -82,6 +84,7 @@ class Gate(nn.Module):
         self.forced_open = False
         self.temperature = 1.0
         self.noise_seed: int | None = None
+        self.deterministic = True
         self.on_chunk: OnChunk | None = None
         self.last: GatedOutput | None = None
         self.return_pattern = False
@@ -117,24 +120,16 @@ class Gate(nn.Module):
             temperature=self.temperature,
             noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
             on_chunk=self.on_chunk,
+            deterministic=self.deterministic,
         )
         options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-        result = gated_attention(
-            query, key, value, bias, visible, counted=_counted(visible), settings=settings, **options
-        )
+        result = gated_attention(query, key, value, bias, visible, settings=settings, **options)
         self.last = result._replace(output=result.output.new_empty(0))
         pattern = None
         if return_pattern:
             wide = (query.to(bias.dtype), key.to(bias.dtype), value.to(bias.dtype))
             pattern = gated_attention_reference(*wide, bias, visible, **options)[1].to(query.dtype)
         return result.output, pattern
-
-
-def _counted(visible: Tensor) -> Tensor:
-    """The pairs that count: both tokens real. A right-padded query still sees real keys, but never itself."""
-    if visible.shape[-2] != visible.shape[-1]:
-        return visible
-    return visible & visible.diagonal(dim1=-2, dim2=-1)[..., None]
 
 
 def _visible(mask: Tensor | None) -> Tensor:

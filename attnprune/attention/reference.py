@@ -22,6 +22,7 @@ def gated_attention_reference(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counted: Tensor | None = None,
     noise: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,17 +34,15 @@ def gated_attention_reference(
         visible: bool, broadcastable to [B, 1, Q, K]: the pairs that softmax sees.
         softcap: `softcap * tanh(s / softcap)` is applied to the scores, as Gemma 2 does.
         sinks: attention sinks [H]: a logit that takes part in the denominator and is never gated.
+        counted: bool like `visible`: the pairs that the penalty counts (both tokens real); default `visible`.
         noise: [B, H, Q, K] or None.
 
     Returns:
-        output [B, H, Q, D], pattern `P * A` [B, H, Q, K], and the edge penalty summed over visible pairs, [H].
+        output [B, H, Q, D], pattern `P * A` [B, H, Q, K], and the edge penalty summed over counted pairs, [H].
         A row with no open edge (or nothing visible) outputs 0.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = scaling * query @ key.transpose(-1, -2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = _scores(query, key, scaling, softcap)
+    value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = scores + bias[:, None, None]
     visible = visible.expand(query.shape[0], 1, *scores.shape[-2:])
 
@@ -59,5 +58,19 @@ def gated_attention_reference(
     hard = gates.gate_open(logits, noise).to(scores.dtype)
     gate = hard + soft - soft.detach()
     pattern = probabilities * gate
-    penalty = (gates.edge_penalty(logits, temperature) * visible).sum((0, 2, 3))
+    counted = visible if counted is None else counted
+    penalty = (gates.edge_penalty(logits, temperature) * counted).sum((0, 2, 3))
     return pattern @ value, pattern, penalty
+
+
+def open_edges_reference(
+    query: Tensor, key: Tensor, bias: Tensor, counted: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Which counted edges are open at run time (without noise): bool [B, H, Q, K]."""
+    return gates.gate_open(_scores(query, key, scaling, softcap) + bias[:, None, None]) & counted
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """What softmax sees before the mask, [B, H, Q, K]."""
+    scores = scaling * query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)

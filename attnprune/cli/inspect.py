@@ -20,6 +20,9 @@ def inspect(
     save_mask: Annotated[
         Path | None, typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file.")
     ] = None,
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Show which attention implementation runs here, and why.")
+    ] = False,
     revision: Revision = None,
     base: Base = None,
     allow_base_mismatch: AllowMismatch = False,
@@ -33,12 +36,15 @@ def inspect(
     from attnprune.hub import locate
     from attnprune.sidecar import open_artefact
 
-    folder = locate(path, revision, weights=text is not None)
+    folder = locate(path, revision, weights=runtime or text is not None)
     sidecar = open_artefact(folder)
     if save_mask is not None:
         if text is None:
             raise InputError("--save-mask: needs --text", hint="which edges are open depends on the text")
         masks.check_target(save_mask)
+    if runtime:
+        _show_backends(folder, base, allow_base_mismatch)
+        return
     if text is None:
         from attnprune.report import terminal
 
@@ -60,3 +66,12 @@ def inspect(
         masks.save(save_mask, found.mask(heads), found.input_ids)
         out.note(f"mask of all heads written to {save_mask}")
     out.result(edges.as_data(found, chosen), *edges.render(found, chosen, limit))
+
+
+def _show_backends(folder: Path, base: str | None, allow_base_mismatch: bool) -> None:
+    from attnprune.report import backends
+    from attnprune.runtime import load, pick_device
+
+    model, _ = load(folder, base, device=pick_device("auto"), allow_base_mismatch=allow_base_mismatch)
+    found = backends.backends(model)
+    out.result(backends.as_data(model, found), backends.render(model, found))

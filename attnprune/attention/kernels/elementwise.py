@@ -1,0 +1,113 @@
+"""What the kernels compute per score: the gate, its noise and its slopes, on tiles in registers.
+
+Scores enter in units of log2(e), so that one `exp2` gives e^z: x = s * log2(e) without the bias, y = e^z with it. Both
+sigmoids come from y without a logarithm (u uniform, logit(u) logistic noise):
+
+    z + logit(u) > 0  <=>  u y > 1 - u       sigma(z) = y / (1 + y)       sigma(z + logit(u)) = u y / (1 - u + u y)
+"""
+
+# pyright: reportArgumentType=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+HIDDEN = tl.constexpr(-1e30)  # the score of a pair that is not visible
+LARGEST = tl.constexpr(40.0)  # log2 of the largest y: sigma is 1 to fp32 from there on, and products of two stay finite
+
+
+@triton.jit
+def hash32(x):
+    """The mixer of `attnprune.gates`, on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_state(seed, head, queries):
+    """The part of the noise counter that a row shares: uint32, shape of `queries`. `head` counts batch x heads."""
+    head_state = hash32(head.to(tl.uint32) + seed.to(tl.uint32))
+    return hash32(head_state + queries.to(tl.uint32) * 0x9E3779B1)
+
+
+@triton.jit
+def uniform(state, keys):
+    """The uniforms of `attnprune.gates.logistic_noise`, bit for bit; `state` and `keys` broadcast to the tile."""
+    bits = hash32(state + keys.to(tl.uint32) * 0x85EBCA77) >> 9
+    # 23 bits as the mantissa of a number in [1, 2), less 1 - 2^-24: exact mid-points without an integer conversion.
+    return (bits | 0x3F800000).to(tl.float32, bitcast=True) - (1.0 - 1.0 / 16777216)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x; FAST is the hardware's approximation (1 ulp), which the interpreter does not have."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def odds(z):
+    """e^z for z in log2 units, held finite."""
+    return tl.exp2(tl.minimum(z, LARGEST))
+
+
+@triton.jit
+def penalty(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.constexpr):
+    """Smooth count of one edge, sigma(z / T_p)."""
+    if TEMPERATURE:
+        y = odds(z * inv_temperature)
+    return y * reciprocal(1.0 + y, FAST)
+
+
+@triton.jit
+def penalty_slope(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.constexpr):
+    """d(penalty)/dz = sigma'(z / T_p) / T_p."""
+    if TEMPERATURE:
+        y = odds(z * inv_temperature)
+        r = reciprocal(1.0 + y, FAST)
+        return y * r * r * inv_temperature
+    else:
+        r = reciprocal(1.0 + y, FAST)
+        return y * r * r
+
+
+@triton.jit
+def score_gradient(
+    s, scale, bias, lse, delta, value_gradient, pressure, visible, state, keys, inv_temperature,
+    MASK: tl.constexpr, NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """(P * A, dS, gate part of dS) of a tile of scores s, with P the softmax over all visible keys and A the gate.
+
+    dS = P (A g - Delta) + P g slope + pressure * penalty slope, g = dO.v, Delta = dO.O (FlashAttention's trick); the
+    last two terms are the gate part, whose sum is the gradient of the head's bias.
+    """
+    z = s * scale + bias
+    if MASK:
+        s = tl.where(visible, s, HIDDEN)
+        z = tl.where(visible, z, HIDDEN)
+    p = tl.exp2(s * scale - lse)
+    y = odds(z)
+    through = p * value_gradient
+    if NOISE:
+        u = uniform(state, keys)
+        closed_odds = 1.0 - u
+        open_odds = u * y
+        is_open = open_odds > closed_odds
+        r = reciprocal(closed_odds + open_odds, FAST)
+        slope = (open_odds * r) * (closed_odds * r)
+        gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
+    else:
+        is_open = z > 0.0
+        slope = penalty_slope(y, z, 1.0, False, FAST)
+        if TEMPERATURE:
+            gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, True, FAST)
+        else:
+            gate = (through + pressure) * slope
+    gradient = tl.where(is_open, through, 0.0) - p * delta + gate
+    return tl.where(is_open, p, 0.0), gradient, gate

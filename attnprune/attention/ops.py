@@ -1,0 +1,122 @@
+"""The training kernels as PyTorch operators, so that autograd, torch.compile and selective checkpointing see one node.
+
+A checkpointing policy that keeps the results of `torch.ops.attnprune.gated_attention` keeps the output and the
+log-sum-exp of each row, all that the backward pass needs besides the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnprune.attention.spans import Spans, spans_of
+from attnprune.errors import UnsupportedModelError
+
+
+@torch.library.custom_op("attnprune::spans", mutates_args=())
+def spans(visible: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """`spans_of` for use inside a compiled graph: (rows, columns); raises where eager code would take another path."""
+    found = spans_of(visible, counted)
+    if found is None:
+        raise UnsupportedModelError(
+            "backend triton: the attention mask is not made of intervals", hint="set ATTNPRUNE_BACKEND=chunked"
+        )
+    return found.rows, found.columns
+
+
+@spans.register_fake
+def _(visible: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, queries, keys = visible.shape
+    rows = visible.new_empty(batch, queries, 3, dtype=torch.int32)
+    return rows, visible.new_empty(batch, keys, 2, dtype=torch.int32)
+
+
+@torch.library.custom_op("attnprune::gated_attention", mutates_args=())
+def gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, scaling: float,
+    temperature: float, noise_seed: int | None, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(output [B, H, Q, D], log-sum-exp [B, H, Q] of the scores in log2 units, penalty [H], open edges int64 [H]).
+
+    Differentiable in query, key, value and bias through output and penalty. The sums over rows have a fixed order.
+    """
+    from attnprune.attention.kernels import training
+
+    call = training.Call(scaling, temperature, noise_seed)
+    made = training.forward(query, key, value, bias, Spans(rows, columns), call)
+    return made.output, made.lse, made.soft.sum((0, 2)), made.hard.sum((0, 2))
+
+
+@gated_attention.register_fake
+def _(query, key, value, bias, rows, columns, scaling, temperature, noise_seed, deterministic):
+    batch, heads, queries, width = query.shape
+    output = query.new_empty(batch, queries, heads, width).transpose(1, 2)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    return output, lse, lse.new_empty(heads), lse.new_empty(heads, dtype=torch.int64)
+
+
+@torch.library.custom_op("attnprune::gated_attention_backward", mutates_args=())
+def gated_attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, output: Tensor, lse: Tensor,
+    grad_output: Tensor, grad_penalty: Tensor, scaling: float, temperature: float, noise_seed: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value and bias."""
+    from attnprune.attention.kernels import training
+
+    call = training.Call(scaling, temperature, noise_seed)
+    spans = Spans(rows, columns)
+    return training.backward(
+        query, key, value, bias, spans, output, lse, grad_output, grad_penalty, call, deterministic
+    )
+
+
+@gated_attention_backward.register_fake
+def _(query, key, value, bias, rows, columns, output, lse, grad_output, grad_penalty, *settings):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(bias)
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, bias, rows, columns, *ctx.settings = inputs
+    out, lse, _, open_edges = output
+    ctx.save_for_backward(query, key, value, bias, rows, columns, out, lse)
+    ctx.mark_non_differentiable(lse, open_edges)
+
+
+def _backward(ctx, grad_output, grad_lse, grad_penalty, grad_open):
+    saved = ctx.saved_tensors
+    bias, output = saved[3], saved[6]
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    grad_penalty = torch.zeros_like(bias) if grad_penalty is None else grad_penalty
+    return *gated_attention_backward(*saved, grad_output, grad_penalty, *ctx.settings), *[None] * 6
+
+
+gated_attention.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("attnprune::prefill", mutates_args=())
+def prefill(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(output [B, H, Q, D], open edges int64 [H]) at run time, see `kernels.runtime.prefill`."""
+    from attnprune.attention.kernels import runtime
+
+    return runtime.prefill(query, key, value, bias, rows, scaling)
+
+
+@torch.library.custom_op("attnprune::decode", mutates_args=())
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, visible: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(output [B, H, 1, D], open edges int64 [H]) of one query, see `kernels.runtime.decode`."""
+    from attnprune.attention.kernels import runtime
+
+    return runtime.decode(query, key, value, bias, visible, scaling)
+
+
+@prefill.register_fake
+@decode.register_fake
+def _(query, key, value, bias, mask, scaling):
+    batch, heads, queries, width = query.shape
+    output = query.new_empty(batch, queries, heads, width).transpose(1, 2)
+    return output, query.new_empty(heads, dtype=torch.int64)

@@ -1,0 +1,122 @@
+"""Which backend runs, and that all of them say the same."""
+
+import pytest
+import torch
+
+from attnprune.attention import dispatch
+from attnprune.attention.chunked import GateSettings
+from attnprune.attention.dispatch import choose, counted_pairs, gated_attention
+from attnprune.errors import InputError, UnsupportedModelError
+from tests.test_chunked import MASKS, visible_mask
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def tensors(length=13, dtype=torch.float32):
+    query = torch.randn(2, 4, length, 16, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, length, 16, dtype=dtype).unbind(0)
+    return query, key, value, torch.linspace(-0.6, 1.0, 4)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    return monkeypatch
+
+
+def test_a_cpu_gets_chunked_and_a_cuda_device_the_kernels(environment):
+    assert choose(CPU, torch.float32, 64).backend == "chunked"
+    assert "no CUDA device" in choose(CPU, torch.float32, 64).reason
+    pytest.importorskip("triton")
+    assert choose(CUDA, torch.bfloat16, 128).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "options", "reason"),
+    [
+        (torch.float64, 64, {}, "float64"),
+        (torch.bfloat16, 256, {}, "width 256"),
+        (torch.bfloat16, 64, {"softcap": True}, "capped scores"),
+        (torch.bfloat16, 64, {"sinks": True}, "attention sinks"),
+        (torch.bfloat16, 64, {"statistics": True}, "statistics hook"),
+    ],
+)
+def test_what_the_kernels_lack_runs_chunked_and_says_so(environment, dtype, width, options, reason):
+    pytest.importorskip("triton")
+    choice = choose(CUDA, dtype, width, **options)
+    assert choice.backend == "chunked"
+    assert reason in choice.reason
+    environment.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(UnsupportedModelError, match=f"triton.*{reason}"):
+        choose(CUDA, dtype, width, **options)
+
+
+def test_without_triton_nothing_is_forced_onto_it(environment):
+    environment.setattr(dispatch, "_HAS_TRITON", False)
+    assert choose(CUDA, torch.float32, 64) == ("chunked", "triton is not installed")
+    with pytest.raises(UnsupportedModelError, match="not installed"):
+        choose(CUDA, torch.float32, 64, backend="triton")
+
+
+def test_the_variable_forces_a_backend(environment):
+    environment.setenv(dispatch.VARIABLE, "reference")
+    assert choose(CPU, torch.float32, 64) == ("reference", "forced by ATTNPRUNE_BACKEND")
+    environment.setenv(dispatch.VARIABLE, "cudnn")
+    with pytest.raises(InputError, match="ATTNPRUNE_BACKEND: 'cudnn' is not one of"):
+        choose(CPU, torch.float32, 64)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("noise_seed", [None, 7])
+def test_reference_and_chunked_agree(environment, mask, noise_seed):
+    query, key, value, bias = tensors()
+    visible = visible_mask(mask)
+    settings = GateSettings(temperature=2.0, noise_seed=noise_seed)
+    made = {
+        backend: gated_attention(query, key, value, bias, visible, scaling=0.25, settings=settings, backend=backend)
+        for backend in ("chunked", "reference")
+    }
+    one, other = made["chunked"], made["reference"]
+    assert torch.allclose(one.output, other.output, atol=1e-6)
+    assert torch.allclose(one.penalty, other.penalty, rtol=1e-5)
+    assert one.open_edges.tolist() == other.open_edges.tolist()
+    assert int(one.visible_edges) == int(other.visible_edges) == int(counted_pairs(visible).sum())
+    assert one.ran == ("chunked", "asked for")
+    assert other.ran == ("reference", "asked for")
+
+
+@pytest.mark.parametrize(("queries", "mode"), [(13, "training"), (13, "run time"), (1, "run time")])
+def test_the_kernels_agree_with_chunked_in_every_phase(environment, queries, mode):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        environment.setenv("TRITON_INTERPRET", "1")
+    query, key, value, bias = tensors()
+    visible = visible_mask("left_pad")[:, :, -queries:]
+    with torch.set_grad_enabled(mode == "training"):
+        made = [
+            gated_attention(query[:, :, -queries:], key, value, bias, visible, scaling=0.25, backend=backend)
+            for backend in ("triton", "chunked")
+        ]
+    assert made[0].ran == ("triton", "asked for")
+    assert torch.allclose(made[0].output, made[1].output, atol=1e-5)
+    assert made[0].open_edges.sum(-1).tolist() == made[1].open_edges.sum(-1).tolist()
+    assert int(made[0].visible_edges) == int(made[1].visible_edges)
+
+
+def test_a_mask_that_is_no_interval_runs_chunked_unless_forced(environment):
+    pytest.importorskip("triton")
+    query, key, value, bias = tensors()
+    visible = visible_mask("causal")
+    visible[0, 0, 9, 4] = False
+    with pytest.raises(UnsupportedModelError, match="not made of intervals"):
+        gated_attention(query, key, value, bias, visible, scaling=0.25, backend="triton")
+    environment.setattr(dispatch, "choose", lambda *_, **__: dispatch.Choice("triton", "as on a GPU"))
+    made = gated_attention(query, key, value, bias, visible, scaling=0.25)
+    assert made.ran == ("chunked", "the attention mask is not made of intervals")
+
+
+def test_intervals_are_found_once_for_a_mask(environment):
+    visible = visible_mask("packed")
+    assert dispatch.spans_for(visible, 2) is dispatch.spans_for(visible, 2)
+    shared = visible_mask("causal", batch=1)
+    assert dispatch.spans_for(shared, 3).rows.shape == (3, 13, 3)

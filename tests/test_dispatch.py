@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnprune.attention import dispatch
 from attnprune.attention.chunked import GateSettings
 from attnprune.attention.dispatch import choose, counted_pairs, gated_attention
+from attnprune.attention.interface import attach, gates_of
 from attnprune.errors import InputError, UnsupportedModelError
 from tests.test_chunked import MASKS, visible_mask
 
@@ -120,3 +122,43 @@ def test_intervals_are_found_once_for_a_mask(environment):
     assert dispatch.spans_for(visible, 2) is dispatch.spans_for(visible, 2)
     shared = visible_mask("causal", batch=1)
     assert dispatch.spans_for(shared, 3).rows.shape == (3, 13, 3)
+
+
+@pytest.fixture
+def model_on_kernels(environment):
+    """A tiny model with gates whose attention runs the kernels, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    environment.setenv(dispatch.VARIABLE, "triton")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    attach(model, bias=-0.2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad"])
+def test_a_whole_model_compiles_without_a_graph_break(model_on_kernels, mode):
+    model = model_on_kernels
+    ids = torch.arange(24, device=model.device).view(2, 12)
+    with torch.set_grad_enabled(mode == "grad"):
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: model(input_ids=x, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(ids), expected)
+    assert gates_of(model)[0].last.ran[0] == "triton"
+    assert 0 < int(gates_of(model)[0].last.open_edges.sum()) < 4 * 2 * 78
+
+
+def test_generation_with_a_static_cache_and_by_the_other_backend(model_on_kernels, environment):
+    model = model_on_kernels
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    options["attention_mask"][0, :3] = 0
+    options = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    ids = torch.arange(24, device=model.device).view(2, 12)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    environment.setenv(dispatch.VARIABLE, "chunked")
+    assert torch.equal(model.generate(ids, **options), expected)

@@ -170,6 +170,26 @@ def test_future_tokens_change_nothing(length, cut, mask):
     assert torch.equal(kernels(inputs, above, visible, SEED)[0][0][:, :, :cut], before[:, :, :cut])
 
 
+def test_grouped_heads_are_repeated_heads():
+    inputs, above = leaves(4, 2)
+    visible = visible_mask("causal", BATCH, LENGTH)
+    grouped, _ = kernels(inputs, above, visible)
+    repeated, _ = kernels([inputs[0], *(x.repeat_interleave(2, 1) for x in inputs[1:3]), inputs[3]], above, visible)
+    pairs = [x.view(BATCH, 2, 2, LENGTH, 16).sum(2) for x in repeated[3:5]]
+    assert_close([*repeated[:3], *pairs, repeated[5]], [x.double() for x in grouped], 1e-6)
+
+
+@pytest.mark.parametrize("side", ["left_pad", "right_pad"])
+def test_padding_changes_nothing_for_the_real_tokens(side):
+    inputs, above = leaves()
+    visible = visible_mask(side, BATCH, LENGTH)
+    real = slice(4, None) if side == "left_pad" else slice(None, -4)
+    padded, _ = kernels(inputs, above, visible)
+    alone = [x[-1:, :, real].repeat(BATCH, 1, 1, 1) for x in inputs[:3]]
+    bare, _ = kernels([*alone, inputs[3]], [above[0][:, :, real], above[1]], visible_mask("causal", BATCH, LENGTH - 4))
+    assert_close([padded[0][-1:, :, real]], [bare[0][-1:].double()], 1e-6)
+
+
 def test_noise_does_not_depend_on_the_tiles(monkeypatch):
     inputs, above = leaves()
     visible = visible_mask("causal", BATCH, LENGTH)

@@ -163,15 +163,8 @@ def attnprune_attention(
     if dropout:
         raise UnsupportedModelError("attnprune attention has no dropout: set the model's attention dropout to 0")
     gate = getattr(module, GATE_ATTRIBUTE, None)
-    found = _discovered.get()
-    if found is not None:
-        found.append((module, query.shape[1]))
-        gate = Gate(query.shape[1]).to(query.device)
-        gate.forced_open = True
-    elif gate is None:
-        raise UnsupportedModelError(
-            "attn_implementation='attnprune' without gates", hint="call attnprune.attach(model) or attnprune.load(path)"
-        )
+    if gate is None:
+        gate = _discovery_gate(module, query)
     output, pattern = gate(
         query,
         key,
@@ -183,6 +176,19 @@ def attnprune_attention(
         return_pattern=gate.return_pattern or bool(kwargs.get("output_attentions")),
     )
     return output.transpose(1, 2).contiguous(), pattern
+
+
+def _discovery_gate(module: nn.Module, query: Tensor) -> Gate:
+    """An open gate for `_discover`, which notes the module; outside of it a model without gates is an error."""
+    found = _discovered.get()
+    if found is None:
+        raise UnsupportedModelError(
+            "attn_implementation='attnprune' without gates", hint="call attnprune.attach(model) or attnprune.load(path)"
+        )
+    found.append((module, query.shape[1]))
+    gate = Gate(query.shape[1]).to(query.device)
+    gate.forced_open = True
+    return gate
 
 
 def attnprune_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -221,15 +227,15 @@ def check_family(config: Any) -> None:
 
 
 def _probe_inputs(config: Any, device: torch.device) -> dict[str, Tensor]:
-    """Two rows of tokens, the second with masked ones, so the probe sees the mask function as well.
+    """Two rows of tokens, the second right-padded, so the probe sees the mask function as well.
 
-    The first token stays: in a row without any visible key fp64 eager attention is NaN.
+    Padding on the left would leave rows without any visible key, where fp64 eager attention is NaN.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(12, getattr(config, "max_position_embeddings", 12))
     ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(ids)
-    mask[1, 1 : length // 3] = 0
+    mask[1, -(length // 3) :] = 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnprune.attention import chunked
+from attnprune.attention import chunked, sparse
 from attnprune.attention.chunked import GateSettings, gated_attention
-from attnprune.attention.reference import gated_attention_reference
+from attnprune.attention.reference import gated_attention_reference, open_edges_reference
 from attnprune.gates import logistic_noise
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 13, 8
@@ -399,3 +399,52 @@ def test_any_shape_and_any_mask(batch, kv_heads, groups, queries, keys, width, c
     for mine, truth in zip((*actual[:2], *actual[2]), (*expected[:2], *expected[2]), strict=True):
         assert_relative(mine, truth, 1e-9)
     assert counts.open_edges.tolist() == by_definition(*leaves[:4], visible)[1].sum((0, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])  # by matmul, edge by edge
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("bias", [-2.5, 0.0, math.inf])
+def test_run_time_is_the_definition_by_both_ways(monkeypatch, share, mask, bias):
+    monkeypatch.setattr(sparse, "GATHER_SHARE", share)
+    monkeypatch.setattr(chunked, "RUN_ELEMENTS", 3 * BATCH * HEADS * LENGTH)  # blocks of three rows
+    query, key, value, _, sinks = inputs()
+    gates = torch.full((HEADS,), bias, dtype=torch.float64)
+    visible = visible_mask(mask)
+    counted = visible & visible.diagonal(dim1=-2, dim2=-1)[..., None]
+    seen = torch.zeros(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.bool)
+
+    def on_chunk(rows, cols, is_open):
+        seen[:, :, rows, cols] = is_open
+
+    for options in ({}, {"sinks": sinks, "softcap": 2.0}):
+        with torch.no_grad():
+            made = gated_attention(
+                query, key, value, gates, visible, scaling=0.5, counted=counted,
+                settings=GateSettings(on_chunk=on_chunk), **options,
+            )  # fmt: skip
+            expected, _, _ = gated_attention_reference(query, key, value, gates, visible, scaling=0.5, **options)
+            is_open = open_edges_reference(query, key, gates, counted, 0.5, options.get("softcap"))
+        assert torch.allclose(made.output, expected, atol=1e-12)
+        assert made.open_edges.tolist() == is_open.sum((0, 2, 3)).tolist()
+        assert torch.equal(seen, is_open)
+        assert not made.penalty.any()
+        if bias == -2.5 and not options:
+            assert 0 < int(is_open.any(-1).sum()) < is_open[..., 0].numel() / 2  # most rows are dead
+
+
+def test_run_time_memory_is_linear_in_the_length():
+    """The largest tensor holds a block of scores, not all of them."""
+    length = 2048
+    query, key, value = torch.randn(3, 1, 4, length, 8).unbind(0)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    sizes = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor) and x.is_floating_point())
+            return made
+
+    with torch.no_grad(), Largest():
+        gated_attention(query, key, value, torch.full((4,), -2.0), visible, scaling=8**-0.5)
+    assert max(sizes) <= sparse.RUN_ELEMENTS < 4 * length**2 / 16

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnprune import gates
+from attnprune.attention.sparse import RUN_ELEMENTS, attend
 
 # Score elements held at once. Small enough for the elementwise chain to stay in cache, large enough for the matmuls.
 CHUNK_ELEMENTS = 2**18
@@ -54,9 +55,9 @@ class GateSettings:
 class GatedOutput(NamedTuple):
     """Result of gated attention.
 
-    output [B, H, Q, D]; penalty [H], the smooth edge count (differentiable; 0 under no_grad); open_edges int64 [H];
-    visible_edges int64 scalar, the visible pairs of one head summed over the batch; ran, the backend that computed
-    this and why, set by `dispatch`.
+    output [B, H, Q, D]; penalty [H], the smooth edge count (differentiable; 0 at run time, without gradient and noise);
+    open_edges int64 [H]; visible_edges int64 scalar, the visible pairs of one head summed over the batch; ran, the
+    backend that computed this and why, set by `dispatch`.
     """
 
     output: Tensor
@@ -76,15 +77,21 @@ def row_blocks(visible: Tensor, rows_per_block: int) -> Iterator[Rows]:
         yield Rows(slice(start, min(start + rows_per_block, queries)), slice(low, high))
 
 
-def _block_rows(query: Tensor, key: Tensor) -> int:
+def _block_rows(query: Tensor, key: Tensor, elements: int) -> int:
     batch, heads, queries, _ = query.shape
-    return max(1, min(queries, CHUNK_ELEMENTS // max(1, batch * heads * key.shape[2])))
+    return max(1, min(queries, elements // max(1, batch * heads * key.shape[2])))
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
     """[B, H, C, D] -> [B, H_kv, group * C, D], so grouped queries share one matmul without repeating keys."""
     batch, heads, rows, width = x.shape
     return x.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """q.k of all pairs, [B, H, C, K]."""
+    folded = _fold(query, key.shape[1]) @ key.transpose(-1, -2)
+    return folded.view(*query.shape[:3], key.shape[2])
 
 
 class _Block:
@@ -100,7 +107,7 @@ class _Block:
         self.key = key[:, :, block.cols].to(bias.dtype)
         hidden = ~visible[:, :, block.rows, block.cols]
         rows, cols = self.query.shape[2], self.key.shape[2]
-        scores = (_fold(self.query, self.kv_heads) @ self.key.transpose(-1, -2)).view(batch, heads, rows, cols)
+        scores = _products(self.query, self.key)
         self.softcap_slope = None
         if softcap is not None:
             scores = scores.div_(softcap).tanh_()
@@ -132,23 +139,48 @@ def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
     return probabilities.masked_fill_(empty, 0.0) if bool(empty.any()) else probabilities
 
 
+def _run_time(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, visible: Tensor, sinks: Tensor | None,
+    counted: Tensor | None, scaling: float, softcap: float | None, on_chunk: OnChunk | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output, open edges [H]) without gradient or noise."""
+    batch, heads, queries, _ = query.shape
+    output = query.new_empty(batch, heads, queries, value.shape[-1])
+    open_edges = torch.zeros(heads, dtype=torch.int64, device=query.device)
+    key, value = key.to(bias.dtype), value.to(bias.dtype)
+    for rows, cols in row_blocks(visible, _block_rows(query, key, RUN_ELEMENTS)):
+        scores = _products(query[:, :, rows].to(bias.dtype) * scaling, key[:, :, cols])
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores.masked_fill_(~visible[:, :, rows, cols], float("-inf"))
+        out, live, is_open = attend(scores, value[:, :, cols], bias, sinks)
+        output[:, :, rows] = out.to(output.dtype)
+        if counted is not None:
+            is_open &= counted[:, :, rows, cols].expand(scores.shape).reshape(-1, scores.shape[-1])[live]
+        open_edges.index_add_(0, live // scores.shape[2] % heads, is_open.sum(-1))
+        if on_chunk is not None:
+            whole = torch.zeros_like(scores, dtype=torch.bool)
+            whole.view(-1, scores.shape[-1])[live] = is_open
+            on_chunk(rows, cols, whole)
+    return output, open_edges
+
+
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings, with_penalty):
+    def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings):
         compute = bias.dtype
         batch, heads, queries, _ = query.shape
         output = query.new_empty(batch, heads, queries, value.shape[-1])
         penalty = torch.zeros(heads, dtype=compute, device=query.device)
         open_edges = torch.zeros(heads, dtype=torch.int64, device=query.device)
         value32 = value.to(compute)
-        blocks = list(row_blocks(visible, _block_rows(query, key)))
+        blocks = list(row_blocks(visible, _block_rows(query, key, CHUNK_ELEMENTS)))
         for block in blocks:
             part = _Block(block, query, key, bias, visible, sinks, scaling, softcap, settings)
             rows, cols = block
             block_counted = None if counted is None else counted[:, :, rows, cols]
-            if with_penalty:
-                soft = gates.edge_penalty(part.logits, settings.temperature)
-                penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
+            soft = gates.edge_penalty(part.logits, settings.temperature)
+            penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
             # The run-time rule, whatever the estimator: counts are of the model that will be used.
             hard = part.open if part.noisy is part.logits else gates.gate_open(part.logits)
             hard = hard if block_counted is None else hard & block_counted
@@ -203,7 +235,7 @@ class _GatedAttention(torch.autograd.Function):
                 grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
         grad_sinks = None if sinks is None or grad_sinks is None else grad_sinks.to(sinks.dtype)
         grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_sinks)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _gate_gradient(
@@ -249,7 +281,12 @@ def gated_attention(
     if counted is not None:  # only padding makes a difference, and then every block pays for one more mask
         counted = None if torch.equal(open_to_all, visible) else open_to_all
     with torch.autocast(query.device.type, enabled=False):  # the scores decide gates: keep them in bias.dtype
+        if settings.noise_seed is None and not torch.is_grad_enabled():
+            output, open_edges = _run_time(
+                query, key, value, bias, visible, sinks, counted, scaling, softcap, settings.on_chunk
+            )
+            return GatedOutput(output, torch.zeros_like(bias), open_edges, open_to_all.sum())
         output, penalty, open_edges = _GatedAttention.apply(
-            query, key, value, bias, sinks, visible, counted, scaling, softcap, settings, torch.is_grad_enabled()
+            query, key, value, bias, sinks, visible, counted, scaling, softcap, settings
         )  # pyright: ignore[reportGeneralTypeIssues]
     return GatedOutput(output, penalty, open_edges, open_to_all.sum())

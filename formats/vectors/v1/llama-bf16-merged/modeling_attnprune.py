@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "attnprune_portable"
-CHUNK_ELEMENTS = 2**18
+RUN_ELEMENTS = 2**19
+GATHER_SHARE = 0.01
 VOCABULARY = "attnprune_vocab_size"
 
 # Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
@@ -69,7 +70,7 @@ class Gate(nn.Module):
             kv_heads, keys = key.shape[1:3]
             key, value = key.to(bias.dtype), value.to(bias.dtype)
             visible = visible.expand(batch, 1, queries, keys)
-            rows = max(1, min(queries, CHUNK_ELEMENTS // max(1, batch * heads * keys)))
+            rows = max(1, min(queries, RUN_ELEMENTS // max(1, batch * heads * keys)))
             outputs, patterns = [], []
             for start in range(0, queries, rows):
                 is_visible = visible[:, :, start : start + rows]
@@ -81,10 +82,9 @@ class Gate(nn.Module):
                 if softcap is not None:
                     scores = (scores / softcap).tanh() * softcap
                 scores = scores.masked_fill(hidden, float("-inf"))
-                pattern = _softmax(scores, hidden, sinks) * (scores + bias[:, None, None] > 0)
-                output = _fold(pattern, kv_heads) @ value[:, :, low:high]
-                outputs.append(output.view(batch, heads, -1, output.shape[-1]).to(query.dtype))
+                outputs.append(_attend(scores, value[:, :, low:high], bias, sinks).to(query.dtype))
                 if return_pattern:
+                    pattern = _softmax(scores, hidden, sinks) * (scores + bias[:, None, None] > 0)
                     patterns.append(nn.functional.pad(pattern.to(query.dtype), (low, keys - high)))
             return torch.cat(outputs, 2), torch.cat(patterns, 2) if return_pattern else None
 
@@ -92,6 +92,37 @@ class Gate(nn.Module):
 def _fold(x, kv_heads):
     """[B, H, C, D] -> [B, H_kv, H / H_kv * C, D]: the queries that share a key head, in one matrix."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+
+def _attend(scores, value, bias, sinks):
+    """What the open edges of scores [B, H, R, C] (-inf: hidden) add up to, [B, H, R, D]: only rows that have one."""
+    batch, heads, rows, cols = scores.shape
+    kv_heads, width = value.shape[1], value.shape[3]
+    flat = scores.view(-1, cols)
+    largest = flat.amax(-1)
+    threshold = (-bias)[:, None].expand(batch, heads, rows).reshape(-1)
+    live = (largest > threshold).nonzero().squeeze(-1)
+    output = value.new_zeros(batch * heads * rows, width)
+    if len(live) == 0:
+        return output.view(batch, heads, rows, width)
+    if len(live) < len(flat):
+        flat, largest, threshold = flat[live], largest[live], threshold[live]
+    is_open = flat > threshold[:, None]
+    weights = (flat - largest[:, None]).exp()
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + (sinks.to(total.dtype)[live // rows % heads] - largest).exp()
+    if is_open.sum() > GATHER_SHARE * is_open.numel():
+        weights = weights * is_open / total[:, None]
+        if len(live) < batch * heads * rows:
+            weights = weights.new_zeros(batch * heads * rows, cols).index_copy(0, live, weights)
+        output = weights.view(batch, kv_heads, -1, cols) @ value
+    else:
+        row, col = is_open.nonzero(as_tuple=True)
+        group = (live // (heads // kv_heads * rows))[row]
+        values = value.reshape(-1, width)[group * cols + col]
+        output = output.index_add(0, live[row], values * (weights[row, col] / total[row])[:, None])
+    return output.view(batch, heads, rows, width)
 
 
 def _softmax(scores, hidden, sinks):

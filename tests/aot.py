@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,7 +36,7 @@ class Case:
     """One kernel at one head width, compiled for one GPU generation.
 
     constants: its compile-time arguments; scores: how many a program computes at a time; matrix: the instruction its
-    matmuls must become; pointers: argument -> element type, for arguments that are not bf16.
+    matmuls must become ; pointers: argument -> element type, for arguments that are not bf16.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Case:
     scores: int
     matrix: str
     pointers: dict
+    stages: int = 2
+    most_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ def compile_case(case: Case) -> Resources:
         if signature[name] not in ("constexpr", "fp32") and name != "seed":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.warps, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    if case.most_registers is not None:
+        options["maxnreg"] = case.most_registers
     compiled = triton.compile(source, target=GPUTarget("cuda", case.capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -110,7 +115,7 @@ def main_loop(assembly: str, matrix: str) -> int:
 
 
 FP32 = ("LSE", "SOFT", "DELTA", "DBIAS", "PRESSURE", "BIAS", "LARGEST", "ACC", "TOTAL")
-INT32 = ("ROWS", "COLUMNS", "HARD", "STATE", "OPEN", "ORDER", "LIVE")
+INT32 = ("ROWS", "COLUMNS", "HARD", "STATE", "OPEN", "ORDER", "LIVE", "COUNT")
 POINTERS = {**dict.fromkeys(FP32, "fp32"), **dict.fromkeys(INT32, "i32"), "VISIBLE": "i1"}
 
 
@@ -124,18 +129,29 @@ def training_cases() -> list[Case]:
     from attnprune.attention.kernels import training
 
     kernels = {
-        "forward": training.forward_kernel, "dq": training.dq_kernel,
-        "dkdv": training.dkdv_kernel, "single": training.dkdv_kernel,
-    }  # fmt: skip
+        "forward": training.forward_kernel,
+        "dq": training.dq_kernel,
+        "dkdv": training.dkdv_kernel,
+        "single": training.dkdv_kernel,
+    }
     cases = []
     targets = [(90, 64, False), (90, 64, True), (90, 128, False), (90, 128, True), (80, 64, True)]
     for capability, width, noise in targets:
         for name, kernel in kernels.items():
             tile = training.TILES[name][width, noise]
             constants = {
-                "H": 32, "G": 1, "D": width, "DP": width, "BM": tile.queries, "BN": tile.keys, "NOISE": noise,
-                "TEMPERATURE": False, "SINGLE": name == "single", "FAST": True, "PRECISION": "ieee",
-            }  # fmt: skip
+                "H": 32,
+                "G": 1,
+                "D": width,
+                "DP": width,
+                "BM": tile.queries,
+                "BN": tile.keys,
+                "NOISE": noise,
+                "TEMPERATURE": False,
+                "SINGLE": name == "single",
+                "FAST": True,
+                "PRECISION": "ieee",
+            }
             label = f"{name} d={width}{' noise' if noise else ''} sm_{capability}"
             pointers = POINTERS | {"DQ": "fp32"} if name == "single" else POINTERS
             scores = tile.queries * tile.keys
@@ -144,21 +160,44 @@ def training_cases() -> list[Case]:
 
 
 def runtime_cases() -> list[Case]:
-    """The two passes of prefill, and decode (whose few rows take the older matrix instruction on any GPU)."""
-    from attnprune.attention.kernels import runtime
+    """The passes of prefill, and decode (whose few rows take the older matrix instruction on any GPU)."""
+    from attnprune.attention.kernels import decode, prefill
 
-    queries, keys, warps = runtime.PREFILL_TILE
     cases = []
     for capability, width in [(90, 64), (90, 128), (80, 64)]:
-        constants = {"H": 32, "G": 4, "D": width, "DP": width, "BM": queries, "BN": keys, "BG": 16, "PRECISION": "ieee"}
+        tile = prefill.tile_for(width, torch.bfloat16)
         target = f"d={width} sm_{capability}"
-        for name, kernel in (("scan", runtime.scan_kernel), ("attend", runtime.attend_kernel)):
-            scores, matrix = queries * keys, MATRIX[capability]
-            cases.append(Case(f"{name} {target}", kernel, constants, capability, warps, scores, matrix, POINTERS))
-        constants = constants | {"BN": runtime.DECODE_KEYS}
-        scores = 16 * runtime.DECODE_KEYS
+        shape = {"H": 32, "D": width, "DP": width, "PRECISION": "ieee"}
+        constants = shape | {"G": 1, "BM": tile.queries, "BN": tile.keys}
+        for name, kernel in (("scan", prefill.scan_kernel), ("attend", prefill.attend_kernel)):
+            cases.append(
+                Case(
+                    f"{name} {target}",
+                    kernel,
+                    constants,
+                    capability,
+                    tile.warps,
+                    tile.queries * tile.keys,
+                    MATRIX[capability],
+                    POINTERS,
+                    tile.stages,
+                    tile.registers,
+                )
+            )
+        keys = decode.keys_per_tile(torch.bfloat16)
+        constants = shape | {"G": 4, "BM": 16, "BN": keys, "m_t": 1}
         cases.append(
-            Case(f"decode {target}", runtime.decode_kernel, constants, capability, 4, scores, "HMMA", POINTERS)
+            Case(
+                f"decode {target}",
+                decode.decode_kernel,
+                constants,
+                capability,
+                decode.WARPS,
+                16 * keys,
+                "HMMA",
+                POINTERS,
+                decode.STAGES,
+            )
         )
     return cases
 

@@ -43,7 +43,8 @@ def gated_attention(
     from attnprune.attention.kernels import training
 
     call = training.Call(scaling, temperature, noise_seed)
-    made = training.forward(query, key, value, bias, Spans(rows, columns), call)
+    with torch.cuda.device_of(query):
+        made = training.forward(query, key, value, bias, Spans(rows, columns), call)
     return made.output, made.lse, made.soft.sum((0, 2)), made.hard.sum((0, 2))
 
 
@@ -65,10 +66,9 @@ def gated_attention_backward(
     from attnprune.attention.kernels import training
 
     call = training.Call(scaling, temperature, noise_seed)
-    spans = Spans(rows, columns)
-    return training.backward(
-        query, key, value, bias, spans, output, lse, grad_output, grad_penalty, call, deterministic
-    )
+    saved = (query, key, value, bias, Spans(rows, columns), output, lse)
+    with torch.cuda.device_of(query):
+        return training.backward(*saved, grad_output, grad_penalty, call, deterministic)
 
 
 @gated_attention_backward.register_fake
@@ -98,20 +98,22 @@ gated_attention.register_autograd(_backward, setup_context=_setup)
 def prefill(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, H, Q, D], open edges int64 [H]) at run time, see `kernels.runtime.prefill`."""
-    from attnprune.attention.kernels import runtime
+    """(output [B, H, Q, D], open edges int64 [H]) at run time, see `kernels.prefill`."""
+    from attnprune.attention.kernels import prefill as kernels
 
-    return runtime.prefill(query, key, value, bias, rows, scaling)
+    output, open_edges = kernels.prefill(query, key, value, bias, rows, scaling=scaling)
+    return output, open_edges.sum((0, 2))
 
 
 @torch.library.custom_op("attnprune::decode", mutates_args=())
 def decode(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, visible: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, H, 1, D], open edges int64 [H]) of one query, see `kernels.runtime.decode`."""
-    from attnprune.attention.kernels import runtime
+    """(output [B, H, 1, D], open edges int64 [H]) of one query, see `kernels.decode`."""
+    from attnprune.attention.kernels import decode as kernels
 
-    return runtime.decode(query, key, value, bias, visible, scaling)
+    output, open_edges = kernels.decode(query, key, value, bias, visible, scaling=scaling)
+    return output, open_edges.sum((0, 2))
 
 
 @prefill.register_fake

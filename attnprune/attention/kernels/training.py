@@ -93,7 +93,7 @@ def forward_kernel(
     """Output, log-sum-exp (log2 units) and per row the smooth and the hard edge count. Grid (row blocks, B * H)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     head = tl.program_id(1)
-    b, h = (head // H).to(tl.int64), head % H
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     i = block * BM + tl.arange(0, BM)
     inside = i < queries
     row = ROWS + (b * queries + i) * 3
@@ -137,7 +137,7 @@ def prepare_kernel(
     Grid (row blocks, B * H).
     """
     head = tl.program_id(1)
-    b, h = (head // H).to(tl.int64), head % H
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = i < queries
     do = tiles.load_rows(DO + b * d_b + h * d_h, i, d_t, queries, D, DP, True)
@@ -179,7 +179,7 @@ def dq_kernel(
     """dQ and the bias gradient of each row. Grid (row blocks, B * H)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    b, h = (head // H).to(tl.int64), head % H
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     i = block * BM + tl.arange(0, BM)
     inside = i < queries
     row = ROWS + (b * queries + i) * 3
@@ -256,7 +256,7 @@ def dkdv_kernel(
     """
     block = tl.program_id(0)  # under a causal mask the first keys have the most queries
     KV: tl.constexpr = H // G
-    b, kv = (tl.program_id(1) // KV).to(tl.int64), tl.program_id(1) % KV
+    b, kv = (tl.program_id(1) // KV).to(tl.int64), (tl.program_id(1) % KV).to(tl.int64)
     j = block * BN + tl.arange(0, BN)
     column = COLUMNS + (b * keys + j) * 2
     first = tl.load(column, mask=j < keys, other=0)
@@ -269,9 +269,9 @@ def dkdv_kernel(
     start, full_start, full_end, end = tiles.bounds(first, last, BM)
     for g in range(G):
         h = kv * G + g
-        head = (b * H + h).to(tl.int32)
+        head = b * H + h
         bias = tl.load(BIAS + h) * ew.LOG2E
-        row = head.to(tl.int64) * queries
+        row = head * queries
         db = tl.zeros((BN,), tl.float32)
         q_head, do_head, dq_head = Q + b * q_b + h * q_h, DO + b * d_b + h * d_h, DQ + b * dq_b + h * dq_h
         for PART in tl.static_range(3):
@@ -282,7 +282,7 @@ def dkdv_kernel(
                     q_t, d_t, dq_t, queries, first, last, i0, j, scale, scaling, bias, inv_temperature,
                     D, DP, BM, PART != 1, NOISE, TEMPERATURE, SINGLE, FAST, PRECISION)  # fmt: skip
         if SINGLE:
-            tl.store(DBIAS + head.to(tl.int64) * tl.num_programs(0) + block, tl.sum(db))
+            tl.store(DBIAS + head * tl.num_programs(0) + block, tl.sum(db))
     tiles.store_rows(DK + b * dk_b + kv * dk_h, j, dk_t, keys, dk * scaling, D, DP)
     tiles.store_rows(DV + b * dv_b + kv * dv_h, j, dv_t, keys, dv, D, DP)
 
@@ -329,6 +329,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, spans: Span
     Args:
         query: [B, H, Q, D]; key, value: [B, H_kv, K, D]; fp32, bf16 or fp16, any strides.
         bias: gate bias [H], fp32; `+inf` forces a head open.
+        call: its scaling is positive.
     """
     query, key, value = tiles.rows_contiguous(query, key, value)
     batch, heads, queries, width = query.shape

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from attnprune.bench.record import Record
+from attnprune.circuit.result import CircuitResult
 from attnprune.format import AdapterConfig, Manifest
 
 FORMATS = Path(__file__).parent.parent / "formats"
-SCHEMAS = {"attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig}
+SCHEMAS = {
+    "attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig,
+    "attnprune-bench-1.schema.json": Record, "attnprune-circuit-1.schema.json": CircuitResult,
+}  # fmt: skip
 
 
 def schema_text(model: type[BaseModel]) -> str:

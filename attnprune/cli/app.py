@@ -12,6 +12,8 @@ import typer
 
 import attnprune
 from attnprune.cli import apply as apply_command
+from attnprune.cli import bench as bench_commands
+from attnprune.cli import circuit as circuit_command
 from attnprune.cli import diff as diff_command
 from attnprune.cli import evaluate as evaluate_command
 from attnprune.cli import inspect as inspect_command
@@ -35,6 +37,8 @@ app.command("push")(push_command.push)
 app.command("verify")(verify_command.verify)
 app.command("diff")(diff_command.diff)
 app.command("eval")(evaluate_command.evaluate)
+app.command("circuit")(circuit_command.circuit)
+app.add_typer(bench_commands.app)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks for users: several implementations side by side in one process, checked before they are timed."""

@@ -1,0 +1,101 @@
+"""Timing, peak memory and the description of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from attnprune.bench.record import Machine, Timing
+
+Run = Callable[[], object]
+_PROCESS = Path("/proc/self")
+
+
+def machine(device: torch.device) -> Machine:
+    """Device, cores, versions and the commit of the checkout that this package lies in."""
+    versions = {"cudnn": str(torch.backends.cudnn.version())} if device.type == "cuda" else {}
+    for name in ("attnprune", "torch", "transformers", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    folder = Path(__file__).parent
+    shown = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return Machine(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        cores=os.cpu_count() or 1, threads=torch.get_num_threads(), versions=versions,
+        commit=shown.stdout.strip() or None,
+    )  # fmt: skip
+
+
+def time_together(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Time functions in turn, one run of each per round, so that a disturbance meets all of them alike."""
+    flush = torch.empty(64 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # warm-up
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if flush is not None:
+                flush.zero_()  # a cold L2, as between the layers of a model
+            times[name].append(_once(run, device))
+    return {name: timing_of(taken) for name, taken in times.items()}
+
+
+def _once(run: Run, device: torch.device) -> float:
+    """Milliseconds of one run."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)
+
+
+def timing_of(taken: list[float]) -> Timing:
+    low, median, high = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return Timing(median_ms=median, low_ms=low, high_ms=high, repeats=len(taken))
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Memory that one run needs above what is held before it; None where it cannot be measured.
+
+    CUDA: the allocator's peak. Linux: the peak of the resident memory (VmHWM, reset through /proc/self/clear_refs)
+    after freed memory went back to the system, so it includes what PyTorch's libraries allocate, in pages.
+    """
+    run()  # what stays allocated after a first run (libraries, caches) is not the run's
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        (_PROCESS / "clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        run()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):  # another system
+        return None
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

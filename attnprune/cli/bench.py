@@ -1,0 +1,258 @@
+"""attnprune bench attention | train | generate"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnprune.cli.options import Base, Device, Json, Quiet
+from attnprune.cli.output import out
+
+if TYPE_CHECKING:
+    from attnprune.bench.attention import Suite
+    from attnprune.bench.record import Row
+
+app = typer.Typer(
+    name="bench", help="Time the attention or a model, implementations side by side.", no_args_is_help=True
+)
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the record to this JSON file.")]
+Repeats = Annotated[int, typer.Option("--repeats", help="Timed runs of each.", min=1)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the random inputs.", min=0)]
+Batch = Annotated[int, typer.Option("--batch-size", help="Sequences.", min=1)]
+
+
+@app.command("attention")
+def attention(
+    suite: Annotated[list[str], typer.Option("--suite", help="train, prefill or decode (repeatable).")] = [  # noqa: B006
+        "train",
+        "prefill",
+        "decode",
+    ],
+    seq_len: Annotated[list[int], typer.Option("--seq-len", help="Tokens (repeatable).", min=2)] = [1024],  # noqa: B006
+    density: Annotated[
+        list[float], typer.Option("--density", help="Share of open edges (repeatable).", min=1e-6, max=1.0)
+    ] = [0.01],  # noqa: B006
+    batch_size: Batch = 1,
+    heads: Annotated[int, typer.Option("--heads", min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", help="0: as many as heads.", min=0)] = 0,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16; auto: bfloat16 on CUDA.")
+    ] = "auto",
+    noise: Annotated[bool, typer.Option("--noise", help="Train with the gumbel estimator's noise.")] = False,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="Only these (repeatable). Default: all that can run here.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Take q, k, v and biases from this sparse model, with --data.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="With --from: the text.")] = None,
+    layer: Annotated[int, typer.Option("--layer", help="With --from: the layer.", min=0)] = 0,
+    base: Base = None,
+    repeats: Repeats = 10,
+    time_budget: Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")] = 600.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out_file: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One attention layer: SDPA, FlexAttention, eager PyTorch and ours; checked against the definition, then timed."""
+    out.configure(json=as_json, quiet=quiet)
+    _check_out(out_file)
+    from attnprune.bench import attention as bench
+    from attnprune.errors import InputError
+    from attnprune.runtime import pick_device, torch_dtype
+
+    suites = [_suite(name) for name in suite]
+    if kv_heads and heads % kv_heads:
+        raise InputError(f"--kv-heads: {heads} heads are no multiple of {kv_heads}")
+    if source is not None and data is None:
+        raise InputError("--from: needs --data FILE.txt")
+    import torch
+
+    where = torch.device(pick_device(device))
+    kind = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
+    if source is not None and data is not None:
+        cases, names = _captured(bench, source, base, data, layer, suites, seq_len, where, torch_dtype(kind))
+    else:
+        cases, names = [], []
+        for length in seq_len:
+            for name in suites:
+                for share in density[:1] if name == "train" else density:
+                    options: dict[str, Any] = {
+                        "batch": batch_size, "heads": heads, "kv_heads": kv_heads or heads, "keys": length,
+                        "width": head_dim, "dtype": torch_dtype(kind), "device": where, "density": share, "seed": seed,
+                    }  # fmt: skip
+                    options |= {"suite": name, "noise": noise and name == "train"}
+                    cases.append(partial(bench.gaussian_case, **options))
+                    names.append(f"{name} T{length} {share:g}")
+    flex = ("flex",) if where.type == "cuda" else ()  # on a CPU it compiles for a minute and has no backward pass
+    providers = provider or [*bench.SDPA, *flex, *bench.GATED]
+    rows, left_out = bench.run(
+        cases,
+        providers,
+        repeats,
+        time_budget,
+        names,
+        lambda made: out.note(f"{made[0].suite}: {made[0].configuration}"),
+    )
+    _finish(rows, left_out, where, seed, out_file)
+
+
+def _suite(name: str) -> Suite:
+    from attnprune.bench.attention import SUITES
+    from attnprune.errors import InputError
+
+    for suite in SUITES:
+        if suite == name:
+            return suite
+    raise InputError(f"--suite: {name} is not one of {', '.join(SUITES)}")
+
+
+def _captured(bench, source, base, data, layer, suites, lengths, device, dtype):
+    """Cases from a real sparse model, and their names."""
+    from attnprune.errors import InputError
+    from attnprune.runtime import load
+
+    model, tokenizer = load(source, base, device=str(device))
+    ids = tokenizer(data.read_text(encoding="utf-8")[: 20 * max(lengths)], return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] < max(lengths):
+        raise InputError(f"{data}: {ids.shape[1]} tokens are fewer than --seq-len {max(lengths)}")
+    cases, names = [], []
+    for length in lengths:
+        for name in suites:
+            title = f"{Path(source).name} layer {layer} T{length} {str(dtype)[6:]}"
+
+            cases.append(partial(bench.captured_case, name, model, ids[:, :length], layer, title, dtype))
+            names.append(f"{name} {title}")
+    return cases, names
+
+
+@app.command("train")
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_SIDECAR")],
+    batch_size: Batch = 4,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2)] = 512,
+    base: Base = None,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out_file: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whole training steps: the model with gates against itself without, on random tokens."""
+    out.configure(json=as_json, quiet=quiet)
+    _check_out(out_file)
+    from attnprune.bench.models import bench_train
+
+    dense, gated, where = _pair(model, base, device)
+    ids = _random_tokens(dense, batch_size, seq_len, seed, where)
+    _finish(bench_train(dense, gated, ids, repeats), [], where, seed, out_file)
+
+
+@app.command("generate")
+def generate(
+    model: Annotated[str, typer.Argument(metavar="SIDECAR")],
+    batch_size: Batch = 1,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of the prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2)] = 32,
+    base: Base = None,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out_file: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prefill and greedy decoding: a sparse model against its dense base, on random tokens."""
+    out.configure(json=as_json, quiet=quiet)
+    _check_out(out_file)
+    from attnprune.bench.models import bench_generate
+
+    dense, sparse, where = _pair(model, base, device)
+    ids = _random_tokens(dense, batch_size, seq_len, seed, where, spare=new_tokens)
+    _finish(bench_generate(dense, sparse, ids, new_tokens, repeats), [], where, seed, out_file)
+
+
+def _pair(name: str, base: str | None, device: str) -> tuple[Any, Any, Any]:
+    """(dense base with SDPA, gated model, device); a base model gets gates at 99 % of its softmax mass."""
+    import torch
+
+    from attnprune.errors import InputError
+    from attnprune.format import MANIFEST_FILE
+    from attnprune.hub import locate_sparse
+    from attnprune.runs import DEMO
+    from attnprune.runtime import context_length, default_base, load, load_base, pick_device
+    from attnprune.sidecar import is_merged, open_sidecar
+
+    where = torch.device(pick_device(device))
+    local = Path(name)
+    if local.exists() or name == DEMO:
+        folder = local if (local / MANIFEST_FILE).exists() or is_merged(local) else None
+    else:
+        folder = locate_sparse(name)
+    if folder is None:
+        from attnprune.attention.interface import attach, gates_of
+        from attnprune.calibration import bias_for_mass
+
+        dense, gated = (load_base(name, device=where.type).model for _ in range(2))
+        attach(gated)
+        ids = _random_tokens(gated, 1, min(128, context_length(gated) or 128), 0, where)
+        for gate, bias in zip(gates_of(gated), bias_for_mass(gated, ids, 0.99), strict=True):
+            gate.bias.data.copy_(bias)
+    else:
+        gated, _ = load(folder, base, device=where.type)
+        named = base
+        if named is None:
+            if is_merged(folder):
+                raise InputError(f"{name}: is a merged model", hint="name its dense base with --base MODEL")
+            named, _ = default_base(open_sidecar(folder))
+        dense = load_base(named, device=where.type).model
+    dense.set_attn_implementation("sdpa")
+    return dense, gated, where
+
+
+def _random_tokens(model: Any, batch: int, length: int, seed: int, device: Any, spare: int = 0) -> Any:
+    import torch
+
+    from attnprune.errors import InputError
+    from attnprune.runtime import context_length
+
+    context = context_length(model)
+    if context is not None and length + spare > context:
+        raise InputError(f"--seq-len: {length + spare} tokens are more than the model's context of {context}")
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=draw).to(device)
+
+
+def _check_out(file: Path | None) -> None:
+    """Refuse a target that cannot be written before minutes are spent."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        from attnprune.errors import InputError
+
+        raise InputError(f"--out {file}: {'is a folder' if file.is_dir() else 'no such folder'}")
+
+
+def _finish(rows: list[Row], left_out: list[str], device: Any, seed: int, file: Path | None) -> None:
+    """Print and write the record; exit code 4 if an implementation computed something else."""
+    from attnprune.bench.clock import machine
+    from attnprune.bench.record import Record
+    from attnprune.checkpoints import write_atomic
+    from attnprune.report import benchmark
+
+    command = "attnprune " + " ".join(sys.argv[1:])
+    record = Record(command=command, seed=seed, machine=machine(device), rows=rows, left_out=left_out)
+    if file is not None:
+        write_atomic(file, record.model_dump_json(indent=1) + "\n")
+    out.result(record.model_dump(mode="json"), *benchmark.render(record))
+    if any(row.status == "wrong" for row in rows):
+        from attnprune.errors import VerificationError
+
+        wrong = next(row for row in rows if row.status == "wrong")
+        raise VerificationError(f"{wrong.provider} ({wrong.configuration}): {wrong.note}")

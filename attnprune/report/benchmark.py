@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.markup import escape
 from rich.table import Table
 
-from attnprune.bench.record import Record, Row
+from attnprune.bench.record import Record, Row, Timing
 from attnprune.report.terminal import percent, size
 
 
@@ -27,16 +27,22 @@ def render(record: Record) -> list[object]:
 
 
 COLUMNS: dict[str, Callable[[Row], object]] = {
-    "ms (20-80 %)": lambda row: (
-        row.timing and f"{row.timing.median_ms:.3g} ({row.timing.low_ms:.3g}-{row.timing.high_ms:.3g})"
-    ),
+    "ms (20-80 %)": lambda row: row.timing and _milliseconds(row.timing),
     "vs SDPA": lambda row: row.ratio_to_sdpa and f"{row.ratio_to_sdpa:.2f}x",
     "vs eager": lambda row: row.ratio_to_eager and f"{row.ratio_to_eager:.2f}x",
     "memory": lambda row: None if row.peak_bytes is None else size(row.peak_bytes),
     "tokens/s": lambda row: row.tokens_per_second and f"{row.tokens_per_second:,.0f}",
     "density": lambda row: row.density and percent(row.density),
-    "error": lambda row: None if row.error is None else f"{row.error:.1e}",
+    "error": lambda row: None if row.error is None else f"{row.error:.0e}",
 }
+
+
+def _milliseconds(timing: Timing) -> str:
+    median, low, high = (
+        f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (timing.median_ms, timing.low_ms, timing.high_ms)
+    )
+    return f"{median} ({low}-{high})"
 
 
 def _table(title: str, rows: list[Row]) -> Table:

@@ -1,17 +1,18 @@
 """`attnprune bench attention`: one attention layer, dense and gated, by every implementation at hand.
 
 Train is forward and backward with the edge penalty, prefill a forward without gradient, decode one query against a
-cache. Gated providers are compared with the fp64 definition before they are timed, on the first tokens of the first
-group of heads; dense ones with softmax attention, which is the definition with every gate open.
+cache. Before it is timed every provider is compared, at the timed shape and on the last group of heads, with the fp64
+definition; dense ones with softmax attention, which is the definition with every gate open.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ SDPA = {
 }  # fmt: skip
 GATED = ("eager", "chunked", "triton", "splash")
 PROVIDERS = (*SDPA, "flex", *GATED)
-CHECKED_TOKENS = 256
+CHECKED_ELEMENTS = 2**22  # scores of the fp64 definition held at once
+# A score this close to its threshold may fall on either side by rounding (relative to the score where that is above 1).
+UNDECIDED = 2e-5
 NOISE_SEED = 1234
 # Relative error (Frobenius norm) up to which a provider counts as right; 16-bit outputs are rounded.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -55,6 +58,7 @@ class Case:
     value: Tensor
     bias: Tensor
     noise: bool = False
+    scale: float | None = None
 
     @property
     def visible(self) -> Tensor:
@@ -65,7 +69,7 @@ class Case:
 
     @property
     def scaling(self) -> float:
-        return self.query.shape[-1] ** -0.5
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     @property
     def scores(self) -> int:
@@ -79,15 +83,6 @@ class Case:
                 self.query, self.key, self.value, self.bias, self.visible, scaling=self.scaling, backend="chunked"
             )
         return int(made.open_edges.sum()) / self.scores
-
-    def part(self) -> Case:
-        """The last tokens (one for decode) of the first sequence and the first group of heads, for the comparison."""
-        group = self.query.shape[1] // self.key.shape[1]
-        queries = min(self.query.shape[2], CHECKED_TOKENS)
-        return replace(
-            self, query=self.query[:1, :group, :queries], key=self.key[:1, :1, :CHECKED_TOKENS],
-            value=self.value[:1, :1, :CHECKED_TOKENS], bias=self.bias[:group],
-        )  # fmt: skip
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -112,12 +107,18 @@ def gaussian_case(
 
 
 def bias_for_density(case: Case, density: float) -> Tensor:
-    """Per head the bias that leaves this share of the edges open, from the scores of up to 64 queries of sequence 0."""
+    """Per head the bias that leaves this share of the edges open, from the scores of up to 64 queries per sequence."""
     rows = torch.linspace(0, case.query.shape[2] - 1, min(64, case.query.shape[2]), device=case.query.device).long()
-    key = case.key[:1].repeat_interleave(case.query.shape[1] // case.key.shape[1], 1)
-    scores = case.query[:1, :, rows].float() @ key.float().transpose(-1, -2) * case.scaling
     seen = case.visible[0, 0, rows]
-    return -torch.stack([torch.quantile(head[seen], 1 - density) for head in scores[0]])
+    group = case.query.shape[1] // case.key.shape[1]
+    found = []
+    for head in range(case.query.shape[1]):
+        scores = case.query[:, head, rows].float() @ case.key[:, head // group].float().transpose(-1, -2)
+        ordered = scores[:, seen].flatten().sort().values * case.scaling
+        # halfway between two scores, so that none of them sits on the threshold
+        closed = min(max(1, round((1 - density) * len(ordered))), len(ordered) - 1)
+        found.append(-ordered[closed - 1 : closed + 1].mean())
+    return torch.stack(found)
 
 
 def attend(provider: str, case: Case) -> Attend:
@@ -139,7 +140,12 @@ def _sdpa(backend: SDPBackend, case: Case) -> Attend:
     def run(query, key, value, bias):
         with sdpa_kernel(backend):
             return functional.scaled_dot_product_attention(
-                query, key, value, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+                query,
+                key,
+                value,
+                is_causal=causal,
+                scale=case.scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
             ), None
 
     return run
@@ -157,7 +163,8 @@ def _flex(case: Case) -> Attend:
     compiled = torch.compile(flex_attention)
 
     def run(query, key, value, bias):
-        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]), None
+        grouped = query.shape[1] != key.shape[1]
+        return compiled(query, key, value, block_mask=mask, scale=case.scaling, enable_gqa=grouped), None
 
     return run
 
@@ -184,6 +191,8 @@ def _splash(case: Case) -> Attend:
         raise UnsupportedModelError("splash_attention is not installed")
     if case.query.shape != case.key.shape:
         raise UnsupportedModelError("no grouped queries and no cache")
+    if case.scale is not None:
+        raise UnsupportedModelError("no scaling but 1 / sqrt(d)")
     from splash_attention import splash_attention  # pyright: ignore[reportMissingImports]
 
     def run(query, key, value, bias):
@@ -221,63 +230,88 @@ def step(function: Attend, case: Case) -> clock.Run:
     above = torch.randn_like(case.query)
 
     def forward_backward() -> None:
-        for leaf in leaves:
-            leaf.grad = None
         output, penalty = function(*leaves)
-        total = (output * above).sum()
-        (total if penalty is None else total + penalty.sum()).backward()
+        outputs, gradients = [output], [above]
+        if penalty is not None:
+            outputs, gradients = [output, penalty], [above, torch.ones_like(penalty)]
+        # not `backward`: gradients that stay on the leaves would count as there before the run, not as its memory
+        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
     return forward_backward
 
 
 def error_of(provider: str, case: Case) -> float | None:
-    """Largest relative error of output and gradients on a part of the case; None for the noisy that draw their own."""
-    part = case.part()
-    if part.noise and provider in ("eager", "splash"):
+    """Largest relative error (Frobenius norm) of output and gradients; None for the noisy that draw their own.
+
+    The provider runs the case as it will be timed; compared is the last group of heads of every sequence.
+    """
+    if case.noise and provider in ("eager", "splash"):
         return None
-    dense = provider in SDPA or provider == "flex"
-    one_bias = provider == "splash"
-    bias = torch.full_like(part.bias, float("inf")) if dense else part.bias
-    bias = torch.full_like(bias, float(part.bias.mean())) if one_bias else bias
-    part = replace(part, bias=bias)
-    train = case.suite == "train"
-    above = torch.randn(part.query.shape, dtype=torch.float64, device=part.query.device)
-
-    def run(function: Attend, dtype: torch.dtype) -> list[Tensor]:
-        query, key, value = leaves = [
-            x.to(dtype).clone().requires_grad_(train) for x in (part.query, part.key, part.value)
-        ]
-        gates = bias.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        gates = gates.clone().requires_grad_(train and not dense and not one_bias)
-        with torch.set_grad_enabled(train):
-            output, penalty = function(query, key, value, gates)
-            if train:
-                total = (output.double() * above).sum()
-                (total if penalty is None or dense or one_bias else total + penalty.double().sum()).backward()
-        return [output.detach(), *[x.grad for x in (*leaves, gates) if x.grad is not None]]
-
-    made = run(attend(provider, part), part.query.dtype)
-    expected = run(_definition(part), torch.float64)
+    dense, one_bias = provider in SDPA or provider == "flex", provider == "splash"
+    bias = torch.full_like(case.bias, float("inf")) if dense else case.bias
+    case = replace(case, bias=torch.full_like(bias, float(bias.mean())) if one_bias else bias)
+    train, has_gates = case.suite == "train", not dense and not one_bias
+    above = torch.randn_like(case.query)
+    expected, decided = _expected(case, above, train, has_gates)
+    heads, kv = slice(-decided.shape[1], None), slice(-1, None)
+    above[:, heads] *= decided
+    leaves = [x.detach().clone().requires_grad_(train) for x in (case.query, case.key, case.value)]
+    leaves.append(case.bias.detach().clone().requires_grad_(train and has_gates))
+    with torch.set_grad_enabled(train):
+        output, penalty = attend(provider, case)(*leaves)
+        if train:
+            total = (output * above).sum()
+            (total + penalty.sum() if has_gates and penalty is not None else total).backward()
+    made = [output.detach()[:, heads] * decided]
+    if train:
+        query, key, value, bias = (x.grad for x in leaves)
+        made += [query[:, heads], key[:, kv], value[:, kv]]  # pyright: ignore[reportOptionalSubscript]
+        made += [bias[heads]] if bias is not None else []
     errors = [(a.double() - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(made, expected, strict=True)]
     return float(torch.stack(errors).max())
 
 
-def _definition(part: Case) -> Attend:
-    noise = None
-    if part.noise:
-        batch, heads, queries, _ = part.query.shape
-        lanes, rows, columns = (
-            torch.arange(n, device=part.query.device) for n in (batch * heads, queries, part.key.shape[2])
-        )
-        noise = logistic_noise(NOISE_SEED, lanes, rows, columns, torch.float64).view(batch, heads, queries, -1)
+def _expected(case: Case, above: Tensor, train: bool, has_gates: bool) -> tuple[list[Tensor], Tensor]:
+    """The definition in fp64 for the last group of heads, a block of rows at a time.
 
-    def run(query, key, value, bias):
-        output, _, penalty = gated_attention_reference(
-            query, key, value, bias, part.visible, scaling=part.scaling, noise=noise
-        )
-        return output, penalty
+    Returns (output, in the train suite also the gradients of query, key, value and bias; bool [B, G, Q, 1]: the rows
+    without an undecided gate). Undecided rows have output 0 and no gradient from above: both sides would be right.
+    """
+    batch, heads, queries, _ = case.query.shape
+    group, keys = heads // case.key.shape[1], case.key.shape[2]
+    wide = [case.query[:, -group:], case.key[:, -1:], case.value[:, -1:], case.bias[-group:]]
+    leaves = [x.detach().double().requires_grad_(train) for x in wide]
+    leaves[3].requires_grad_(train and has_gates)
+    query, key, value, bias = leaves
+    visible, above = case.visible, above[:, -group:].double()
+    outputs, decided = [], []
+    for rows in torch.arange(queries, device=query.device).split(max(1, CHECKED_ELEMENTS // (batch * group * keys))):
+        noise = _noise(case, group, rows) if case.noise else None
+        seen = visible[:, :, rows]
+        with torch.no_grad():
+            scores = query[:, :, rows] @ key.transpose(-1, -2) * case.scaling
+            logits = scores + bias[:, None, None] + (0 if noise is None else noise)
+            undecided = (logits.abs() < UNDECIDED * scores.abs().clamp(min=1)) & seen
+            clear = ~undecided.any(-1, keepdim=True)
+        with torch.set_grad_enabled(train):
+            output, _, penalty = gated_attention_reference(
+                query[:, :, rows], key, value, bias, seen, scaling=case.scaling, noise=noise
+            )
+            if train:
+                total = (output * above[:, :, rows] * clear).sum()
+                (total + penalty.sum() if has_gates else total).backward()
+        outputs.append(output.detach() * clear)
+        decided.append(clear)
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return [torch.cat(outputs, 2), *gradients], torch.cat(decided, 2)
 
-    return run
+
+def _noise(case: Case, group: int, rows: Tensor) -> Tensor:
+    """The noise of the last `group` heads, fp64 [B, G, R, K]."""
+    batch, heads, device = case.query.shape[0], case.query.shape[1], case.query.device
+    lanes = torch.arange(batch * heads, device=device).view(batch, heads)[:, -group:].flatten()
+    columns = torch.arange(case.key.shape[2], device=device)
+    return logistic_noise(NOISE_SEED, lanes, rows, columns, torch.float64).view(batch, group, len(rows), -1)
 
 
 def measure(case: Case, providers: list[str], repeats: int) -> list[Row]:
@@ -346,18 +380,33 @@ def run(
     return rows, []
 
 
-def captured_case(suite: Suite, model: torch.nn.Module, ids: Tensor, layer: int, name: str, dtype: torch.dtype) -> Case:
-    """The q, k, v and biases of one layer of a sparse model on a text: `ids` [1, T]."""
-    found: list[Tensor] = []
+def captured_case(
+    suite: Suite, model: torch.nn.Module, ids: Tensor, layer: int, name: str, dtype: torch.dtype
+) -> Case:  # fmt: skip
+    """The q, k, v, scaling and biases of one layer of a sparse model on a text: `ids` [1, T].
+
+    Raises:
+        InputError: no such layer, or one with more than causal softmax (capped scores, sinks, a window).
+    """
     gates = gates_of(model)
     if not 0 <= layer < len(gates):
         raise InputError(f"--layer: {layer} is not within 0 and {len(gates) - 1}")
-    hook = gates[layer].register_forward_pre_hook(lambda gate, args: found.extend(args[:3]))
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
+    hook = gates[layer].register_forward_pre_hook(
+        lambda gate, args, options: calls.append((args, options)), with_kwargs=True
+    )
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
-    query, key, value = (x.to(dtype).contiguous() for x in found)
-    query = query[:, :, -1:] if suite == "decode" else query
-    return Case(suite, name, query, key, value, gates[layer].bias.detach())
+    [((query, key, value, visible), options)] = calls
+    extra = [what for what, key_ in (("capped scores", "softcap"), ("sinks", "sinks")) if options[key_] is not None]
+    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
+    case = Case(suite, name, query, key, value, gates[layer].bias.detach(), scale=options["scaling"])
+    extra += [] if torch.equal(visible.expand_as(case.visible), case.visible) else ["a mask that is not just causal"]
+    if extra:
+        raise InputError(f"--layer: layer {layer} has {extra[0]}, which not every implementation here knows")
+    if math.isclose(options["scaling"], query.shape[-1] ** -0.5):
+        case = replace(case, scale=None)
+    return replace(case, query=query[:, :, -1:].contiguous()) if suite == "decode" else case

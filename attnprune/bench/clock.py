@@ -28,13 +28,37 @@ def machine(device: torch.device) -> Machine:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    folder = Path(__file__).parent
-    shown = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return Machine(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        cores=os.cpu_count() or 1, threads=torch.get_num_threads(), versions=versions,
-        commit=shown.stdout.strip() or None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        cores=os.cpu_count() or 1, threads=torch.get_num_threads(), versions=versions, commit=_commit(),
     )  # fmt: skip
+
+
+def _processor() -> str:
+    """Name of the processor, or its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that holds this file, with "-dirty" where the package differs from it.
+
+    None outside of one: an environment inside another project's checkout is not tracked there.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def time_together(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, Timing]:

@@ -41,7 +41,7 @@ def bench_train(dense: Any, gated: Any, ids: Tensor, repeats: int) -> list[Row]:
 
 
 def _training_step(model: Any, ids: Tensor) -> clock.Run:
-    model.train()
+    model.eval()  # no dropout, as in our trainer; everything else trains the same
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:

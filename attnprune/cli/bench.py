@@ -77,6 +77,8 @@ def attention(
 
     where = torch.device(pick_device(device))
     kind = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
+    if kind not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16, float16 or auto")
     if source is not None and data is not None:
         cases, names = _captured(bench, source, base, data, layer, suites, seq_len, where, torch_dtype(kind))
     else:
@@ -92,6 +94,8 @@ def attention(
                     cases.append(partial(bench.gaussian_case, **options))
                     names.append(f"{name} T{length} {share:g}")
     flex = ("flex",) if where.type == "cuda" else ()  # on a CPU it compiles for a minute and has no backward pass
+    if not provider and not flex:
+        out.note("flex: left out on a CPU, where it has no backward pass; --provider flex asks for it")
     providers = provider or [*bench.SDPA, *flex, *bench.GATED]
     rows, left_out = bench.run(
         cases,
@@ -116,13 +120,15 @@ def _suite(name: str) -> Suite:
 
 def _captured(bench, source, base, data, layer, suites, lengths, device, dtype):
     """Cases from a real sparse model, and their names."""
+    from attnprune.data import documents, pack
     from attnprune.errors import InputError
-    from attnprune.runtime import load
+    from attnprune.runtime import context_length, load
 
     model, tokenizer = load(source, base, device=str(device))
-    ids = tokenizer(data.read_text(encoding="utf-8")[: 20 * max(lengths)], return_tensors="pt").input_ids.to(device)
-    if ids.shape[1] < max(lengths):
-        raise InputError(f"{data}: {ids.shape[1]} tokens are fewer than --seq-len {max(lengths)}")
+    longest, context = max(lengths), context_length(model)
+    if context is not None and longest > context:
+        raise InputError(f"--seq-len: {longest} is more than the model's context of {context}")
+    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids.to(device)
     cases, names = [], []
     for length in lengths:
         for name in suites:
@@ -208,12 +214,12 @@ def _pair(name: str, base: str | None, device: str) -> tuple[Any, Any, Any]:
             gate.bias.data.copy_(bias)
     else:
         gated, _ = load(folder, base, device=where.type)
-        named = base
+        named, revision = base, None
         if named is None:
             if is_merged(folder):
                 raise InputError(f"{name}: is a merged model", hint="name its dense base with --base MODEL")
-            named, _ = default_base(open_sidecar(folder))
-        dense = load_base(named, device=where.type).model
+            named, revision = default_base(open_sidecar(folder))
+        dense = load_base(named, revision=revision, device=where.type, dtype=gated.dtype).model
     dense.set_attn_implementation("sdpa")
     return dense, gated, where
 

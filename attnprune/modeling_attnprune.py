@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "attnprune_portable"
-RUN_ELEMENTS = 2**19
-GATHER_SHARE = 0.01
+CHUNK_ROWS, CHUNK_ELEMENTS = 64, 2**20
+GATHER_SHARE = 0.03
 VOCABULARY = "attnprune_vocab_size"
 
 # Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
@@ -68,25 +68,29 @@ class Gate(nn.Module):
             bias = self.bias.float()
             batch, heads, queries, _ = query.shape
             kv_heads, keys = key.shape[1:3]
-            key, value = key.to(bias.dtype), value.to(bias.dtype)
+            key, value = key.to(bias.dtype), value.to(bias.dtype).contiguous()
             visible = visible.expand(batch, 1, queries, keys)
-            rows = max(1, min(queries, RUN_ELEMENTS // max(1, batch * heads * keys)))
-            outputs, patterns = [], []
-            for start in range(0, queries, rows):
-                is_visible = visible[:, :, start : start + rows]
-                seen = is_visible.any(2).any(0)[0].nonzero()
-                low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, min(1, keys))
-                hidden = ~is_visible[..., low:high]
-                scaled = _fold(query[:, :, start : start + rows].to(bias.dtype) * scaling, kv_heads)
-                scores = (scaled @ key[:, :, low:high].transpose(-1, -2)).view(batch, heads, -1, high - low)
-                if softcap is not None:
-                    scores = (scores / softcap).tanh() * softcap
-                scores = scores.masked_fill(hidden, float("-inf"))
-                outputs.append(_attend(scores, value[:, :, low:high], bias, sinks).to(query.dtype))
-                if return_pattern:
-                    pattern = _softmax(scores, hidden, sinks) * (scores + bias[:, None, None] > 0)
-                    patterns.append(nn.functional.pad(pattern.to(query.dtype), (low, keys - high)))
-            return torch.cat(outputs, 2), torch.cat(patterns, 2) if return_pattern else None
+            row = max(1, heads * keys)
+            count = max(1, min(queries, CHUNK_ROWS, CHUNK_ELEMENTS // row))
+            together = max(1, CHUNK_ELEMENTS // (row * count))
+            output = query.new_empty(batch, heads, queries, value.shape[-1])
+            pattern = query.new_zeros(batch, heads, queries, keys) if return_pattern else None
+            for first in range(0, batch, together):
+                for start in range(0, queries, count):
+                    items, rows = slice(first, first + together), slice(start, start + count)
+                    seen = visible[items, 0, rows].amax(1).any(0).nonzero()
+                    low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, min(1, keys))
+                    part = query[items, :, rows].to(bias.dtype) * scaling
+                    scores = _fold(part, kv_heads) @ key[items, :, low:high].transpose(-1, -2)
+                    scores = scores.view(*part.shape[:3], high - low)
+                    if softcap is not None:
+                        scores = (scores / softcap).tanh() * softcap
+                    scores = scores.masked_fill(~visible[items, :, rows, low:high], float("-inf"))
+                    output[items, :, rows] = _attend(scores, value[items], low, bias, sinks).to(query.dtype)
+                    if pattern is not None:
+                        is_open = scores + bias[:, None, None] > 0
+                        pattern[items, :, rows, low:high] = _softmax(scores, sinks) * is_open
+            return output, pattern
 
 
 def _fold(x, kv_heads):
@@ -94,44 +98,46 @@ def _fold(x, kv_heads):
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
-def _attend(scores, value, bias, sinks):
+def _attend(scores, value, low, bias, sinks):
     """What the open edges of scores [B, H, R, C] (-inf: hidden) add up to, [B, H, R, D]: only rows that have one."""
     batch, heads, rows, cols = scores.shape
-    kv_heads, width = value.shape[1], value.shape[3]
+    _, kv_heads, keys, width = value.shape
     flat = scores.view(-1, cols)
-    largest = flat.amax(-1)
     threshold = (-bias)[:, None].expand(batch, heads, rows).reshape(-1)
-    live = (largest > threshold).nonzero().squeeze(-1)
-    output = value.new_zeros(batch * heads * rows, width)
-    if len(live) == 0:
-        return output.view(batch, heads, rows, width)
+    live = (~(flat.amax(-1) <= threshold)).nonzero().squeeze(-1)
     if len(live) < len(flat):
-        flat, largest, threshold = flat[live], largest[live], threshold[live]
-    is_open = flat > threshold[:, None]
-    weights = (flat - largest[:, None]).exp()
-    total = weights.sum(-1)
+        flat, threshold = flat.index_select(0, live), threshold[live]
+    weights = torch.softmax(flat, -1)
     if sinks is not None:
-        total = total + (sinks.to(total.dtype)[live // rows % heads] - largest).exp()
-    if is_open.sum() > GATHER_SHARE * is_open.numel():
-        weights = weights * is_open / total[:, None]
+        weights = (
+            weights * torch.sigmoid(torch.logsumexp(flat, -1) - sinks.to(flat.dtype)[live // rows % heads])[:, None]
+        )
+    is_open = flat > threshold[:, None]
+    count = is_open.sum(-1)
+    if count.sum() > GATHER_SHARE * scores.numel():
+        weights = weights * is_open
         if len(live) < batch * heads * rows:
             weights = weights.new_zeros(batch * heads * rows, cols).index_copy(0, live, weights)
-        output = weights.view(batch, kv_heads, -1, cols) @ value
+        output = weights.view(batch, kv_heads, -1, cols) @ value[:, :, low : low + cols]
     else:
         row, col = is_open.nonzero(as_tuple=True)
-        group = (live // (heads // kv_heads * rows))[row]
-        values = value.reshape(-1, width)[group * cols + col]
-        output = output.index_add(0, live[row], values * (weights[row, col] / total[row])[:, None])
+        first = live // (heads // kv_heads * rows) * keys + low
+        edges = first[row] + col
+        mixed = nn.functional.embedding_bag(
+            edges, value.view(-1, width), count.cumsum(0) - count, mode="sum", per_sample_weights=weights[row, col]
+        )
+        mixed = mixed.masked_fill((count == 0)[:, None], float("nan"))
+        output = mixed.new_zeros(batch * heads * rows, width).index_copy(0, live, mixed)
     return output.view(batch, heads, rows, width)
 
 
-def _softmax(scores, hidden, sinks):
+def _softmax(scores, sinks):
     """Softmax over the keys, with the sink in the denominator; a row without a visible key is 0."""
     pattern = torch.softmax(scores, -1)
     if sinks is not None:
         log_sum = torch.logsumexp(scores, -1)
         pattern = pattern * torch.sigmoid(log_sum - sinks.to(scores.dtype)[None, :, None])[..., None]
-    return pattern.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return pattern.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
 
 
 def gated_attention(

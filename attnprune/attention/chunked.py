@@ -19,19 +19,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnprune import gates
-from attnprune.attention.sparse import RUN_ELEMENTS, attend
+from attnprune.attention.sparse import attend
 
-# Score elements held at once. Small enough for the elementwise chain to stay in cache, large enough for the matmuls.
-CHUNK_ELEMENTS = 2**18
+# Rows and scores computed at once (measured on CPU): with fewer rows the matmuls are slow, with more a block computes
+# more pairs that causality hides; more scores leave the cache.
+CHUNK_ROWS = 64
+CHUNK_ELEMENTS = 2**20
 
 OnChunk = Callable[[slice, slice, Tensor], None]
 
 
-class Rows(NamedTuple):
-    """A block of query rows and the range of keys that any of them sees."""
+class Block(NamedTuple):
+    """Some sequences of the batch, some of their query rows, and the range of keys that any of these sees.
 
+    partial: the range within `cols` of the keys that some row does not see.
+    """
+
+    items: slice
     rows: slice
     cols: slice
+    partial: slice
+
+    def of(self, mask: Tensor) -> Tensor:
+        """This part of a mask [B, 1, Q, K]."""
+        return mask[self.items, :, self.rows, self.cols]
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class GateSettings:
     Attributes:
         temperature: penalty temperature T_p.
         noise_seed: seed of the logistic noise (`gumbel` estimator); None for the noise-free `threshold` estimator.
-        on_chunk: called with (query slice, key slice, open-and-visible bool [B, H, C, K]) for every block, for
-            statistics; it must not keep the tensor.
+        on_chunk: called with (query slice, key slice, open-and-visible bool [N, H, C, K]) for every block, for
+            statistics; it must not keep the tensor. A block may hold only N of the B sequences.
         deterministic: the kernels' backward pass without atomics (chunked is always deterministic).
     """
 
@@ -67,19 +78,24 @@ class GatedOutput(NamedTuple):
     ran: tuple[str, str] | None = None
 
 
-def row_blocks(visible: Tensor, rows_per_block: int) -> Iterator[Rows]:
-    """Cut the queries of `visible` [B, 1, Q, K] into blocks, each with the range of keys that some row of it sees."""
-    any_visible = visible.flatten(0, 1).any(0)
-    queries, keys = any_visible.shape
-    for start in range(0, queries, rows_per_block):
-        seen = any_visible[start : start + rows_per_block].any(0).nonzero()
-        low, high = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, min(1, keys))
-        yield Rows(slice(start, min(start + rows_per_block, queries)), slice(low, high))
+def blocks_of(visible: Tensor, heads: int) -> Iterator[Block]:
+    """Cut the pairs of `visible` [B, 1, Q, K] into blocks of at most CHUNK_ELEMENTS scores, but at least one row."""
+    batch, _, queries, keys = visible.shape
+    row = max(1, heads * keys)
+    count = max(1, min(queries, CHUNK_ROWS, CHUNK_ELEMENTS // row))
+    together = max(1, CHUNK_ELEMENTS // (row * count))
+    for first in range(0, batch, together):
+        for start in range(0, queries, count):
+            items, rows = slice(first, min(first + together, batch)), slice(start, min(start + count, queries))
+            shown = visible[items, 0, rows]
+            cols = _extent(shown.amax(1).any(0)) or slice(0, 1)
+            yield Block(items, rows, cols, _extent(~shown[..., cols].amin(1).all(0)) or slice(0, 0))
 
 
-def _block_rows(query: Tensor, key: Tensor, elements: int) -> int:
-    batch, heads, queries, _ = query.shape
-    return max(1, min(queries, elements // max(1, batch * heads * key.shape[2])))
+def _extent(flags: Tensor) -> slice | None:
+    """From the first to the last true flag [K]; None if there is none."""
+    true = flags.nonzero()
+    return slice(int(true[0]), int(true[-1]) + 1) if len(true) else None
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
@@ -94,48 +110,58 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
     return folded.view(*query.shape[:3], key.shape[2])
 
 
-class _Block:
-    """Scores, gates and probabilities of one block of rows, computed the same way forward and backward.
+def _hide(scores: Tensor, block: Block, visible: Tensor) -> None:
+    """Set the hidden pairs of a block to -inf, in place; only where there are any, since masks are slow on CPU."""
+    hidden = ~block.of(visible)[..., block.partial]
+    scores[..., block.partial].masked_fill_(hidden, float("-inf"))
+
+
+def _gates(logits: Tensor) -> Tensor:
+    """`gates.gate_open` as 0.0 and 1.0: on CPU PyTorch is several times slower where it mixes floats with bools."""
+    return torch.gt(logits, 0, out=torch.empty_like(logits))
+
+
+class _Part:
+    """Scores, gates and probabilities of one block, computed the same way forward and backward.
 
     Invisible pairs have score -inf, so their probability, gate and slopes are 0 without another mask.
     """
 
-    def __init__(self, block: Rows, query, key, bias, visible, sinks, scaling, softcap, settings: GateSettings):
-        batch, heads = query.shape[:2]
-        self.kv_heads = key.shape[1]
-        self.query = query[:, :, block.rows].to(bias.dtype) * scaling
-        self.key = key[:, :, block.cols].to(bias.dtype)
-        hidden = ~visible[:, :, block.rows, block.cols]
-        rows, cols = self.query.shape[2], self.key.shape[2]
+    def __init__(self, block: Block, query, key, bias, visible, sinks, scaling, softcap, settings: GateSettings):
+        self.query = query[block.items, :, block.rows].to(bias.dtype) * scaling
+        self.key = key[block.items, :, block.cols]
         scores = _products(self.query, self.key)
         self.softcap_slope = None
         if softcap is not None:
             scores = scores.div_(softcap).tanh_()
             self.softcap_slope = 1 - scores**2
             scores.mul_(softcap)
-        scores.masked_fill_(hidden, float("-inf"))
+        _hide(scores, block, visible)
         self.logits = scores + bias[:, None, None]
         if bool(bias.isposinf().any()):  # heads forced open: -inf + inf is NaN
-            self.logits.masked_fill_(hidden, float("-inf"))
+            _hide(self.logits, block, visible)
         self.noisy = self.logits
         if settings.noise_seed is not None:
-            index = torch.arange(max(visible.shape[-2:]), device=query.device)
-            lanes = torch.arange(batch * heads, device=query.device)
-            drawn = gates.logistic_noise(
-                settings.noise_seed, lanes, index[block.rows], index[block.cols], self.logits.dtype
-            )
-            self.noisy = self.logits + drawn.view(batch, heads, rows, cols)
-        self.open = gates.gate_open(self.noisy)
-        self.probabilities = _softmax(scores, hidden, sinks)
+            self.noisy = self.logits + _noise(settings.noise_seed, block, self.logits)
+        self.open = _gates(self.noisy)
+        self.probabilities = _softmax(scores, sinks)
 
 
-def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+def _noise(seed: int, block: Block, logits: Tensor) -> Tensor:
+    """Logistic noise of a block's logits [N, H, C, K]; batch x head is the first index of the whole batch."""
+    heads = logits.shape[1]
+    lanes = torch.arange(block.items.start * heads, block.items.stop * heads, device=logits.device)
+    queries, keys = (torch.arange(x.start, x.stop, device=logits.device) for x in (block.rows, block.cols))
+    return gates.logistic_noise(seed, lanes, queries, keys, logits.dtype).view_as(logits)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the keys, with the sink in the denominator; a row without a visible key is 0."""
     probabilities = torch.softmax(scores, -1)
     if sinks is not None:
         log_sum = torch.logsumexp(scores, -1)
         probabilities *= torch.sigmoid(log_sum - sinks.to(scores.dtype)[None, :, None])[..., None]
-    empty = hidden.all(-1, keepdim=True)
+    empty = scores.amax(-1, keepdim=True).isneginf()
     return probabilities.masked_fill_(empty, 0.0) if bool(empty.any()) else probabilities
 
 
@@ -144,23 +170,22 @@ def _run_time(
     counted: Tensor | None, scaling: float, softcap: float | None, on_chunk: OnChunk | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output, open edges [H]) without gradient or noise."""
-    batch, heads, queries, _ = query.shape
-    output = query.new_empty(batch, heads, queries, value.shape[-1])
-    open_edges = torch.zeros(heads, dtype=torch.int64, device=query.device)
-    key, value = key.to(bias.dtype), value.to(bias.dtype)
-    for rows, cols in row_blocks(visible, _block_rows(query, key, RUN_ELEMENTS)):
-        scores = _products(query[:, :, rows].to(bias.dtype) * scaling, key[:, :, cols])
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    open_edges = torch.zeros_like(bias, dtype=torch.int64)
+    key, value = key.to(bias.dtype), value.to(bias.dtype).contiguous()
+    for block in blocks_of(visible, len(bias)):
+        items, rows, cols, _ = block
+        scores = _products(query[items, :, rows].to(bias.dtype) * scaling, key[items, :, cols])
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores.masked_fill_(~visible[:, :, rows, cols], float("-inf"))
-        out, live, is_open = attend(scores, value[:, :, cols], bias, sinks)
-        output[:, :, rows] = out.to(output.dtype)
+        _hide(scores, block, visible)
+        output[items, :, rows], live, is_open = attend(scores, value[items], cols.start, bias, sinks)
         if counted is not None:
-            is_open &= counted[:, :, rows, cols].expand(scores.shape).reshape(-1, scores.shape[-1])[live]
-        open_edges.index_add_(0, live // scores.shape[2] % heads, is_open.sum(-1))
+            is_open *= block.of(counted).expand(scores.shape).reshape(-1, scores.shape[-1])[live]
+        open_edges.index_add_(0, live // scores.shape[2] % len(bias), is_open.sum(-1).long())
         if on_chunk is not None:
             whole = torch.zeros_like(scores, dtype=torch.bool)
-            whole.view(-1, scores.shape[-1])[live] = is_open
+            whole.view(-1, scores.shape[-1])[live] = is_open.bool()
             on_chunk(rows, cols, whole)
     return output, open_edges
 
@@ -168,27 +193,25 @@ def _run_time(
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings):
-        compute = bias.dtype
-        batch, heads, queries, _ = query.shape
-        output = query.new_empty(batch, heads, queries, value.shape[-1])
-        penalty = torch.zeros(heads, dtype=compute, device=query.device)
-        open_edges = torch.zeros(heads, dtype=torch.int64, device=query.device)
-        value32 = value.to(compute)
-        blocks = list(row_blocks(visible, _block_rows(query, key, CHUNK_ELEMENTS)))
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        penalty = torch.zeros_like(bias)
+        open_edges = torch.zeros_like(bias, dtype=torch.int64)
+        key32, value32 = key.to(bias.dtype), value.to(bias.dtype)
+        blocks = list(blocks_of(visible, len(bias)))
         for block in blocks:
-            part = _Block(block, query, key, bias, visible, sinks, scaling, softcap, settings)
-            rows, cols = block
-            block_counted = None if counted is None else counted[:, :, rows, cols]
+            part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
+            items, rows, cols, _ = block
+            block_counted = None if counted is None else block.of(counted)
             soft = gates.edge_penalty(part.logits, settings.temperature)
             penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
             # The run-time rule, whatever the estimator: counts are of the model that will be used.
-            hard = part.open if part.noisy is part.logits else gates.gate_open(part.logits)
-            hard = hard if block_counted is None else hard & block_counted
-            open_edges += hard.sum((0, 2, 3))
+            hard = part.open if part.noisy is part.logits else _gates(part.logits)
+            hard = hard if block_counted is None else hard * block_counted
+            open_edges += hard.sum((0, 2, 3)).long()
             if settings.on_chunk is not None:
-                settings.on_chunk(rows, cols, hard)
-            out = _fold(part.probabilities.mul_(part.open), part.kv_heads) @ value32[:, :, cols]
-            output[:, :, rows] = out.view(batch, heads, -1, out.shape[-1]).to(output.dtype)
+                settings.on_chunk(rows, cols, hard.bool())
+            out = _fold(part.probabilities.mul_(part.open), key.shape[1]) @ value32[items, :, cols]
+            output[items, :, rows] = out.view(*part.query.shape[:3], -1)
         ctx.save_for_backward(query, key, value, bias, sinks, visible, counted, output)
         ctx.options = (blocks, scaling, softcap, settings)
         ctx.mark_non_differentiable(open_edges)
@@ -200,36 +223,34 @@ class _GatedAttention(torch.autograd.Function):
         grad_output, grad_penalty, _ = grad_outputs
         query, key, value, bias, sinks, visible, counted, output = ctx.saved_tensors
         blocks, scaling, softcap, settings = ctx.options
-        compute = bias.dtype
-        batch, heads = query.shape[:2]
+        compute, kv_heads = bias.dtype, key.shape[1]
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros(key.shape, dtype=compute, device=key.device)
         grad_value = torch.zeros(value.shape, dtype=compute, device=value.device)
         grad_bias = torch.zeros_like(bias)
-        grad_sinks = None if sinks is None else torch.zeros(heads, dtype=compute, device=bias.device)
-        value32 = value.to(compute)
+        grad_sinks = None if sinks is None else torch.zeros_like(bias)
+        key32, value32 = key.to(compute), value.to(compute)
         for block in blocks:
-            part = _Block(block, query, key, bias, visible, sinks, scaling, softcap, settings)
-            rows, cols = block
-            d_out = grad_output[:, :, rows].to(compute)
-            delta = (d_out * output[:, :, rows].to(compute)).sum(-1, keepdim=True)
-            folded_out = _fold(d_out, part.kv_heads)
+            part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
+            items, rows, cols, _ = block
+            d_out = grad_output[items, :, rows].to(compute)
+            delta = (d_out * output[items, :, rows].to(compute)).sum(-1, keepdim=True)
+            folded_out = _fold(d_out, kv_heads)
             probabilities = part.probabilities
-            weights = _fold(probabilities * part.open, part.kv_heads)
-            grad_value[:, :, cols] += weights.transpose(-1, -2) @ folded_out
+            weights = _fold(probabilities * part.open, kv_heads)
+            grad_value[items, :, cols] += weights.transpose(-1, -2) @ folded_out
             # d_pattern holds P * g, d_gate both straight-through terms
-            d_pattern = (folded_out @ value32[:, :, cols].transpose(-1, -2)).view_as(probabilities).mul_(probabilities)
-            d_gate = _gate_gradient(
-                part, d_pattern, grad_penalty, None if counted is None else counted[:, :, rows, cols], settings
-            )
+            d_weights = folded_out @ value32[items, :, cols].transpose(-1, -2)
+            d_pattern = d_weights.view_as(probabilities).mul_(probabilities)
+            block_counted = None if counted is None else block.of(counted)
+            d_gate = _gate_gradient(part, d_pattern, grad_penalty, block_counted, settings)
             grad_bias += d_gate.sum((0, 2, 3))
             d_scores = d_pattern.mul_(part.open).addcmul_(probabilities, delta, value=-1).add_(d_gate)
             if part.softcap_slope is not None:
                 d_scores *= part.softcap_slope
-            folded = _fold(d_scores, part.kv_heads)
-            d_query = (folded @ part.key).view(batch, heads, -1, query.shape[-1]) * scaling
-            grad_query[:, :, rows] = d_query.to(query.dtype)
-            grad_key[:, :, cols] += folded.transpose(-1, -2) @ _fold(part.query, part.kv_heads)
+            folded = _fold(d_scores, kv_heads)
+            grad_query[items, :, rows] = (folded @ part.key).view_as(part.query).mul_(scaling)
+            grad_key[items, :, cols] += folded.transpose(-1, -2) @ _fold(part.query, kv_heads)
             if sinks is not None and grad_sinks is not None:
                 sink_share = 1 - probabilities.sum(-1)
                 grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
@@ -239,7 +260,7 @@ class _GatedAttention(torch.autograd.Function):
 
 
 def _gate_gradient(
-    part: _Block, d_pattern: Tensor, grad_penalty: Tensor, counted: Tensor | None, settings: GateSettings
+    part: _Part, d_pattern: Tensor, grad_penalty: Tensor, counted: Tensor | None, settings: GateSettings
 ) -> Tensor:
     """`P * g * slope + d_penalty * penalty_slope`; without noise and at T_p = 1 the two slopes are one."""
     pressure = grad_penalty[:, None, None]
@@ -273,20 +294,24 @@ def gated_attention(
         visible: bool [B or 1, 1, Q, K], the pairs that softmax sees.
         softcap: cap of the scores (Gemma 2) or None.
         sinks: attention-sink logits [H] or None.
-        counted: bool like `visible`: the pairs that density and penalty count (both tokens real); default `visible`.
+        counted: bool like `visible`, a part of it: the pairs that density and penalty count (both tokens real);
+            default `visible`.
         settings: estimator, temperature and statistics hook.
     """
     visible = visible.expand(query.shape[0], 1, query.shape[2], key.shape[2])
-    open_to_all = visible if counted is None else counted.expand_as(visible)
-    if counted is not None:  # only padding makes a difference, and then every block pays for one more mask
-        counted = None if torch.equal(open_to_all, visible) else open_to_all
+    visible_edges = visible.count_nonzero()  # not sum(), which makes an int64 of every pair
+    if counted is not None:
+        counted, all_visible = counted.expand_as(visible), visible_edges
+        visible_edges = counted.count_nonzero()
+        if visible_edges == all_visible:  # only padding makes a difference, and then every block pays for one more mask
+            counted = None
     with torch.autocast(query.device.type, enabled=False):  # the scores decide gates: keep them in bias.dtype
         if settings.noise_seed is None and not torch.is_grad_enabled():
             output, open_edges = _run_time(
                 query, key, value, bias, visible, sinks, counted, scaling, softcap, settings.on_chunk
             )
-            return GatedOutput(output, torch.zeros_like(bias), open_edges, open_to_all.sum())
+            return GatedOutput(output, torch.zeros_like(bias), open_edges, visible_edges)
         output, penalty, open_edges = _GatedAttention.apply(
             query, key, value, bias, sinks, visible, counted, scaling, softcap, settings
         )  # pyright: ignore[reportGeneralTypeIssues]
-    return GatedOutput(output, penalty, open_edges, open_to_all.sum())
+    return GatedOutput(output, penalty, open_edges, visible_edges)

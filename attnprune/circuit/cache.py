@@ -1,0 +1,92 @@
+"""What a search has measured so far, in a folder, so that an interrupted one continues where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attnprune.errors import InputError
+
+_NUMBERS, _TENSORS = "evaluations.jsonl", "scores"
+
+
+def digest(*masks: Tensor) -> str:
+    """A short name for bool masks."""
+    found = hashlib.sha256()
+    for mask in masks:
+        found.update(str(tuple(mask.shape)).encode() + mask.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _slug(key: str) -> str:
+    return re.sub("[^a-z0-9.-]+", "-", key.lower())
+
+
+class Cache:
+    """Results by key. Whatever was asked for once is not computed again; without a folder it lives in memory only."""
+
+    def __init__(self, folder: Path | None = None):
+        self._folder = folder
+        self._numbers: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        if folder is not None:
+            (folder / _TENSORS).mkdir(parents=True, exist_ok=True)
+            self._read(folder / _NUMBERS)
+
+    def _read(self, file: Path) -> None:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                key, values = json.loads(line)
+            except ValueError as error:
+                if number < len(lines):
+                    raise InputError(
+                        f"{file}: line {number} is damaged", hint="start again in another folder"
+                    ) from error
+                file.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")  # a kill cut it short
+                return
+            self._numbers[key] = values
+
+    def numbers(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A JSON value (floats keep every bit)."""
+        if key not in self._numbers:
+            self._numbers[key] = compute()
+            if self._folder is not None:
+                with (self._folder / _NUMBERS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, self._numbers[key]]) + "\n")
+        return self._numbers[key]
+
+    def tensors(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Named tensors, on the CPU."""
+        if key in self._tensors:
+            return self._tensors[key]
+        file = None if self._folder is None else self._folder / _TENSORS / f"{_slug(key)}.safetensors"
+        if file is not None and file.exists():
+            found = load_file(file)
+        else:
+            found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+            if file is not None:
+                temporary = file.with_suffix(".tmp")
+                save_file(found, temporary)
+                temporary.replace(file)
+        self._tensors[key] = found
+        return found
+
+
+def check_same(cache: Cache, key: str, values: Tensor) -> None:
+    """Refuse to go on with results of other weights: compare with what was stored under this key.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
+    stored = torch.tensor(cache.numbers(key, values.tolist))
+    if stored.shape != values.shape or not torch.allclose(stored, values.cpu(), rtol=1e-3, atol=1e-3):
+        raise InputError(f"{key}: not the model that this search was begun with", hint="use another --out")

@@ -1,0 +1,193 @@
+"""A circuit search as one HTML page that needs no network: picture, curve, controls, method. No torch."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Callable
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from attnprune.errors import printable
+from attnprune.report.terminal import duration, percent
+
+if TYPE_CHECKING:
+    from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Interval, ModelCircuit, Ratio
+
+# What the page's script reads. Text from users (names, prompts) is not among it: that is escaped here.
+_DRAWN = {"graph", "curves", "ranking", "ranked", "counts", "edges", "top_edges", "validation_faithfulness", "test"}
+_DATA = {"method": {"band"}, "models": {"__all__": _DRAWN}}
+
+
+def render_page(result: CircuitResult) -> str:
+    """The page as text (UTF-8). Its content security policy allows no request and no script but its own."""
+    template = files("attnprune.report").joinpath("circuit_page.html").read_text("utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    parts = {
+        "title": _text(f"Circuit of {' and '.join(model.name for model in result.models)}: {result.task.name}"),
+        "intro": _intro(result),
+        "toggle": _toggle(result.models),
+        "report": _report(result),
+        "method": _method(result),
+        "data": result.model_dump_json(include=_DATA).replace("<", "\\u003c"),
+        "script_hash": f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}",
+    }
+    return re.sub("@@([a-z_]+)@@", lambda found: parts[found[1]], template)
+
+
+def _text(value: object) -> str:
+    return escape(printable(value))
+
+
+def _intro(result: CircuitResult) -> str:
+    """One line per model, and why a comparison does not hold."""
+    lines = []
+    for model in result.models:
+        f = model.test.faithfulness
+        verdict = "reached" if model.reached else "not reached"
+        lines.append(
+            f"<p><b>{_text(model.name)}</b> <span class=dim>({model.kind})</span>: {model.counts.edges:,} of "
+            f"{model.graph.edges:,} edges, {model.counts.heads} of {model.graph.layers * model.graph.heads:,} heads, "
+            f"{model.counts.mlps} of {model.graph.layers} MLPs; faithfulness {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] "
+            f"on test prompts, target {result.method.target:g} {verdict}</p>"
+        )
+    if result.compare is not None and not result.compare.comparable:
+        why = _text("; ".join(result.compare.reasons))
+        lines.append(f'<p class="card warn"><b>The two models cannot be compared:</b> {why}</p>')
+    return "\n".join(lines)
+
+
+def _toggle(models: list[ModelCircuit]) -> str:
+    """Radio buttons when there are two models."""
+    if len(models) < 2:
+        return ""
+    buttons = "\n".join(
+        f'<label title="{_text(model.name)}"><input type="radio" name="model" value="{index}"'
+        f"{' checked' if index == 0 else ''}>{model.kind} <span class=dim>{_text(model.name)}</span></label>"
+        for index, model in enumerate(models)
+    )
+    return f"<fieldset><legend>model</legend>\n{buttons}</fieldset>"
+
+
+def _report(result: CircuitResult) -> str:
+    """The table of circuits and controls: a column per model, and the ratio of two."""
+    models, compare = result.models, result.compare
+    rows: list[tuple[str, list[str], str]] = []
+
+    def row(name: str, cell: Callable[[ModelCircuit], str], ratio: Ratio | None = None) -> None:
+        cells = [cell(model) for model in models]
+        if any(cells):
+            rows.append((name, cells, _ratio(ratio)))
+
+    row("task accuracy", lambda m: percent(m.accuracy))
+    row("metric, clean and corrupted prompts", lambda m: f"{m.clean:.3g} and {m.corrupted:.3g}")
+    row("edges", lambda m: f"{m.counts.edges:,} ({percent(m.counts.edges / m.graph.edges)})", compare and compare.edges)
+    row(
+        "edges by ranking, before deletion", lambda m: f"{m.ranked.edges:,}" if m.ranked.edges != m.counts.edges else ""
+    )
+    row("heads", lambda m: f"{m.counts.heads} of {m.graph.layers * m.graph.heads}", compare and compare.heads)
+    row("MLPs", lambda m: f"{m.counts.mlps} of {m.graph.layers}", compare and compare.mlps)
+    row("attention messages per prompt", _messages, compare and compare.messages)
+    row("faithfulness, validation prompts", lambda m: f"{m.validation_faithfulness:.3f}")
+    row("faithfulness, test prompts", lambda m: _interval(m.test.faithfulness) + ("" if m.reached else ", not reached"))
+    row("the same per prompt, quartiles", lambda m: ", ".join(f"{value:.2f}" for value in m.test.quartiles))
+    row("accuracy of the circuit", lambda m: percent(m.test.accuracy))
+    row("KL(model ‖ circuit)", lambda m: f"{m.test.kl:.3g} nats")
+    row("control: all other edges", lambda m: "" if (f := m.controls.complement) is None else f"faithfulness {f:.3f}")
+    row("control: random circuits of this size", _random)
+    row("control: random weights", lambda m: _broken(m.controls.random_weights))
+    row("control: shuffled gates", lambda m: _broken(m.controls.shuffled_gates))
+    row("agreement between templates", _templates)
+    row("ranking", lambda m: f"{m.ranking}, {m.attribution.steps} points, gap {percent(m.attribution.gap)}")
+    row("gates that differ, clean to corrupted", _flips)
+    row("time", lambda m: duration(m.seconds))
+    head = "".join(f"<th>{_text(model.name)}</th>" for model in models)
+    head += "" if compare is None else "<th>second / first</th>"
+    body = "\n".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}"
+        f"{'' if compare is None else f'<td>{_text(ratio)}</td>'}</tr>"
+        for name, cells, ratio in rows
+    )
+    table = f"<table id=report><thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return table + ("" if compare is None else _transfer(compare))
+
+
+def _transfer(compare: Compare) -> str:
+    return (
+        f"<p>Faithfulness of the first circuit in the second model {compare.first_in_second:.2f}, of the second in the "
+        f"first {compare.second_in_first:.2f}; they share {percent(compare.jaccard)} of their edges.</p>"
+    )
+
+
+def _interval(number: Interval) -> str:
+    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    """The ratio of the chosen circuits, and that of the circuits found by ranking with its interval."""
+    if ratio is None:
+        return ""
+    value = "" if ratio.value is None else f"{ratio.value:.2f}"
+    ranked = ratio.ranked
+    before = "" if ranked is None else f"by ranking {ranked.value:.2f} [{ranked.low:.2f}, {ranked.high:.2f}]"
+    return "; ".join(part for part in (value, before) if part)
+
+
+def _messages(model: ModelCircuit) -> str:
+    counts = model.counts
+    needed = "" if counts.messages is None else f"{counts.messages:,.1f}"
+    return needed + ("" if counts.open_messages is None else f" ({counts.open_messages:,.1f} open in all heads)")
+
+
+def _random(model: ModelCircuit) -> str:
+    drawn = model.controls.random
+    if drawn is None:
+        return ""
+    return f"faithfulness {drawn.faithfulness:.3f}, from {drawn.low:.3f} to {drawn.high:.3f} in {drawn.draws} draws"
+
+
+def _broken(control: ControlModel | None) -> str:
+    """What the same search finds in a model that was broken on purpose."""
+    if control is None:
+        return ""
+    able = "still does the task" if control.able else "does not do the task"
+    size = "all edges" if control.edges is None else f"{control.edges:,} edges"
+    found = f"{able} (accuracy {percent(control.accuracy)}); {size}; {control.faithfulness:.3f} at the circuit's size"
+    best = control.recovered
+    return found + ("" if best is None else f"; at best {best:.3f} of the intact model's gap")
+
+
+def _templates(model: ModelCircuit) -> str:
+    found = model.controls.templates
+    return "" if found is None or found.mean is None else f"Jaccard {found.mean:.2f} over {len(found.templates)}"
+
+
+def _flips(model: ModelCircuit) -> str:
+    flips = model.attribution.flips
+    return "" if flips is None else f"{flips.flipped:,} of {flips.open:,} open"
+
+
+def _method(result: CircuitResult) -> str:
+    """How it was measured, in one paragraph; the prompts; the command."""
+    task, method = result.task, result.method
+    low, high = method.band
+    lines = [
+        f"Task {_text(task.name)}, metric {task.metric.replace('_', ' ')}; {task.train} prompt pairs to rank edges, "
+        f"{task.validation} to decide sizes, {task.test} for every number called test; {len(task.templates)} "
+        f"templates, {task.lengths[0]} to {task.lengths[1]} tokens, seed {task.seed}, prompts "
+        f"{_text(task.fingerprint[:12])}. Edges outside of a circuit carry their values of the corrupted prompt. "
+        f"Faithfulness is {_text(method.faithfulness)}; "
+        f"a circuit reaches the target {method.target:g} inside [{low:g}, {high:g}]. "
+        f"The size is the smallest from which on all larger evaluated sizes are inside as well"
+        f"{', then edges were deleted block by block' if method.refine else ''}. Heads and MLPs count if they write to "
+        f"a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
+        f"{' A quick run: fewer prompts and sizes.' if method.quick else ''}",
+        f"<span class=dim>clean</span> <code>{_text(task.example.clean)}</code> → "
+        f"<code>{_text(' / '.join(task.example.answers))}</code><br><span class=dim>corrupted</span> "
+        f"<code>{_text(task.example.corrupted)}</code> → <code>{_text(' / '.join(task.example.wrong))}</code>",
+        *(_text(note) for note in result.notes),
+        f"<code>{_text(result.command)}</code> <span class=dim>({duration(result.seconds)})</span>",
+    ]
+    return "\n".join(f"<p>{line}</p>" for line in lines)

@@ -1,0 +1,203 @@
+"""Circuit searches on the terminal: progress, tables, the curve as a picture. No torch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Counts, ModelCircuit, Ratio
+from attnprune.errors import printable
+from attnprune.report.terminal import duration, percent
+
+
+class Watching(AbstractContextManager):
+    """Shows what a search does: a bar with the time left on a terminal, else a line per stage."""
+
+    def __init__(self, console: Console, *, live: bool, quiet: bool):
+        self._console, self._quiet = console, quiet
+        self._progress = None
+        if live:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        self._stage: Any = None
+        self._what = ""
+
+    def __enter__(self) -> Watching:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps of this stage are over."""
+        if self._progress is not None:
+            if what != self._what:
+                if self._stage is not None:
+                    self._progress.remove_task(self._stage)
+                self._stage = self._progress.add_task(escape(printable(what)), total=total)
+            self._progress.update(self._stage, completed=done, total=total)
+        elif what != self._what and not self._quiet:
+            self._console.print(escape(printable(what)), style="dim", highlight=False)
+        self._what = what
+
+
+def summary(result: CircuitResult) -> list[Any]:
+    """The answer for a person: sizes side by side, controls, what was measured."""
+    lines: list[Any] = [sizes_table(result), controls_table(result)]
+    if result.compare is not None and not result.compare.comparable:
+        lines.append("not comparable: " + "; ".join(result.compare.reasons))
+    lines.append(method_line(result))
+    return lines + [f"note: {note}" for note in result.notes]
+
+
+def _table(title: str, result: CircuitResult) -> Table:
+    table = Table(title=escape(printable(title)), title_justify="left", title_style="bold", box=None)
+    table.add_column("", style="dim")
+    for model in result.models:
+        table.add_column(escape(printable(f"{Path(model.name).name} ({model.kind})", 40)), justify="right")
+    return table
+
+
+def sizes_table(result: CircuitResult) -> Table:
+    """Counts of the circuits and their ratios."""
+    table = _table(f"Smallest circuit with faithfulness {result.method.target:g}: {result.task.name}", result)
+    compare = result.compare
+    if compare is not None:
+        table.add_column("ratio", justify="right")
+        table.add_column("95 %", justify="right")
+
+    def row(name: str, cells: list[str], ratio: list[str] | None = None) -> None:
+        table.add_row(name, *cells, *([] if compare is None else ratio or ["", ""]))
+
+    models = result.models
+    row("edges", [_of(m.counts.edges, m.graph.edges) for m in models], compare and _chosen(compare.edges))
+    row(
+        "heads",
+        [_of(m.counts.heads, m.graph.layers * m.graph.heads) for m in models],
+        compare and _chosen(compare.heads),
+    )
+    row("MLPs", [_of(m.counts.mlps, m.graph.layers) for m in models], compare and _chosen(compare.mlps))
+    row("messages/prompt", [_messages(m.counts) for m in models], compare and _chosen(compare.messages))
+    if result.method.refine or compare is not None:
+        row("edges, ranked", [f"{m.ranked.edges:,}" for m in models], compare and _ranked(compare.edges))
+        row("heads, ranked", [f"{m.ranked.heads:,}" for m in models], compare and _ranked(compare.heads))
+    row("ranking", [m.ranking for m in models])
+    row("faithfulness", [f"{m.test.faithfulness.value:.3f}" for m in models])
+    row("  95 %", [f"{m.test.faithfulness.low:.2f} to {m.test.faithfulness.high:.2f}" for m in models])
+    row("  quartiles", [" ".join(f"{q:.2f}" for q in m.test.quartiles) for m in models])
+    row("  validation", [f"{m.validation_faithfulness:.3f}" for m in models])
+    row("target", ["reached" if m.reached else "MISSED" for m in models])
+    row("accuracy", [percent(m.test.accuracy) for m in models])
+    row("  model", [percent(m.accuracy) for m in models])
+    row("KL to model", [f"{m.test.kl:.3f}" for m in models])
+    row("metric, clean", [f"{m.clean:.3f}" for m in models])
+    row("  corrupted", [f"{m.corrupted:.3f}" for m in models])
+    row("EAP-IG gap", [percent(m.attribution.gap) for m in models])
+    row("gates that flip", [_flips(m) for m in models])
+    return table
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}"
+
+
+def _messages(counts: Counts) -> str:
+    if counts.messages is None or counts.open_messages is None:
+        return ""
+    return f"{counts.messages:,.1f} of {counts.open_messages:,.1f}"
+
+
+def _flips(model: ModelCircuit) -> str:
+    flips = model.attribution.flips
+    return "" if model.kind == "dense" or flips is None else _of(flips.flipped, flips.open)
+
+
+def _chosen(ratio: Ratio) -> list[str]:
+    return ["" if ratio.value is None else f"{ratio.value:.2f}x", ""]
+
+
+def _ranked(ratio: Ratio) -> list[str]:
+    found = ratio.ranked
+    return ["", ""] if found is None else [f"{found.value:.2f}x", f"{found.low:.2f} to {found.high:.2f}"]
+
+
+def controls_table(result: CircuitResult) -> Table:
+    """What the circuits are worth."""
+    table = _table("Controls (faithfulness on test prompts)", result)
+    models = [(m, m.controls) for m in result.models]
+
+    def row(name: str, cells: list[str]) -> None:
+        if any(cells):
+            table.add_row(name, *cells)
+
+    row("all other edges", ["" if c.complement is None else f"{c.complement:.3f}" for _, c in models])
+    row(
+        "random circuits",
+        ["" if (r := c.random) is None else f"{r.faithfulness:.3f} [{r.low:.2f}, {r.high:.2f}]" for _, c in models],
+    )
+    row("random weights", [_broken(c.random_weights, m) for m, c in models])
+    row("gates shuffled", [_broken(c.shuffled_gates, m) for m, c in models])
+    row(
+        "Jaccard, templates",
+        ["" if c.templates is None or c.templates.mean is None else f"{c.templates.mean:.2f}" for _, c in models],
+    )
+    if result.compare is not None:
+        row("in the other model", _transfer(result.compare))
+        row("Jaccard, models", [f"{result.compare.jaccard:.2f}", ""])
+    return table
+
+
+def _broken(control: ControlModel | None, model: ModelCircuit) -> str:
+    if control is None:
+        return ""
+    if not control.able:
+        return f"cannot do it, {percent(control.recovered or 0.0)} recovered"
+    return "not reached" if control.edges is None else f"{control.edges:,} edges (intact {model.ranked.edges:,})"
+
+
+def _transfer(compare: Compare) -> list[str]:
+    return [f"{compare.first_in_second:.3f}", f"{compare.second_in_first:.3f}"]
+
+
+def method_line(result: CircuitResult) -> str:
+    """How it was measured, on one line."""
+    task, method = result.task, result.method
+    low, high = method.band
+    return (
+        f"{task.metric.replace('_', ' ')}, corrupted activations outside the circuit, ratio of means in "
+        f"[{low:.3g}, {high:.3g}] at this size and all larger ones; {task.train} prompts to rank, {task.validation} to "
+        f"choose, {task.test} to report; seed {task.seed}; {duration(result.seconds)}"
+    )
+
+
+def save_curve(result: CircuitResult, file: Path) -> bool:
+    """Faithfulness over edges of every model and ranking as a PNG; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Any = figure.subplots()
+    for colour, model in zip(("C0", "C1"), result.models, strict=False):
+        for curve in model.curves:
+            chosen = curve.ranking == model.ranking
+            points = [p for p in curve.points if p.edges]
+            axes.plot(
+                [p.edges for p in points], [p.faithfulness for p in points], color=colour, marker="." if chosen else "",
+                alpha=1.0 if chosen else 0.25, label=f"{Path(model.name).name}, {curve.ranking}" if chosen else None,
+            )  # fmt: skip
+        axes.plot([model.counts.edges], [model.validation_faithfulness], "*", color=colour, markersize=12)
+    axes.axhspan(*result.method.band, color="0.9", zorder=0)
+    axes.set(xscale="log", xlabel="edges", ylabel="faithfulness (validation)", title=result.task.name, ylim=(-0.3, 1.6))
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    return True

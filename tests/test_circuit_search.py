@@ -1,0 +1,327 @@
+"""The search: planted circuits are found exactly, sizes and bands mean what they say, the controls control."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnprune import runtime
+from attnprune.attention.interface import attach
+from attnprune.circuit import controls
+from attnprune.circuit.adapters import anatomy_of
+from attnprune.circuit.cache import Cache, check_same, digest
+from attnprune.circuit.compare import analyse, compare, eap_ig_data, parity, result_of, task_facts
+from attnprune.circuit.graph import Graph
+from attnprune.circuit.planted import plant
+from attnprune.circuit.result import CircuitResult
+from attnprune.circuit.search import (
+    QUICK,
+    Settings,
+    Sized,
+    Split,
+    circuit_of_size,
+    faithfulness_interval,
+    needed_messages,
+    ratio_of_means,
+    size_grid,
+    stable,
+)
+from attnprune.circuit.tasks import Prompts, Task, load_task
+from attnprune.errors import AttnPruneError, InputError
+
+NO_DELETION = Settings(deletions=0)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    assert what
+    assert 0 <= done < total
+
+
+def planted_task(planted, prompts: int = 4) -> Task:
+    """Random prompts of a planted model as a task: the metric is its difference of two logits."""
+    length = planted.clean.shape[1]
+    generator = torch.Generator().manual_seed(5)
+    anatomy = anatomy_of(planted.model)
+    half = planted.model.config.vocab_size // 2
+
+    def part() -> tuple[Prompts, ...]:
+        clean = torch.randint(0, half, (8 * prompts, length), generator=generator)
+        corrupted = torch.randint(half, 2 * half, (8 * prompts, length), generator=generator)
+        with torch.no_grad():
+            change = planted.metric(anatomy.model(clean).logits) - planted.metric(anatomy.model(corrupted).logits)
+        rows = change.argsort(descending=True)[:prompts]  # pairs whose metric falls, as in any task
+        some = torch.zeros(prompts, 1, dtype=torch.long)
+        end = torch.tensor([[length - 1, length]]).expand(prompts, 2)
+        template = torch.arange(prompts) % 2
+        texts = (("clean", "corrupted"),) * prompts
+        return (
+            Prompts(clean[rows], corrupted[rows], some, some + 1, {"END": end}, template, texts, "logit_difference"),
+        )
+
+    return Task("planted", "logit_difference", ("one", "two"), part(), part(), part())
+
+
+def search_planted(family, gated, seed, monkeypatch, **settings):
+    monkeypatch.setattr("attnprune.circuit.compare.check_ability", lambda *_: None)  # its metric may be below 0
+    planted = plant(family, gated=gated, seed=seed)
+    found = analyse(
+        planted.model, "planted", planted_task(planted), Settings(**settings), with_controls=False, label="model",
+        watch=silent, cache=Cache(),
+    )  # fmt: skip
+    return planted, found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
+def test_a_planted_circuit_is_found_exactly(family, gated, monkeypatch):
+    planted, found = search_planted(family, gated, 1, monkeypatch, target=0.998)
+    assert torch.equal(found.edges, planted.edges)
+    assert found.model.test.faithfulness.value == pytest.approx(1, abs=0.005)
+    assert found.model.test.kl < 0.01
+    stable = {curve.ranking: curve.stable for curve in found.model.curves}
+    assert {edge.name for edge in found.model.edges} == {edge.name for edge in found.model.top_edges if edge.kept}
+    if gated:  # gradients rank the edges behind the gate last
+        assert found.model.ranking == "exact edges"
+        assert stable["eap-ig abs"] > stable["exact edges"]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
+def test_target_1_ends_with_a_circuit_as_good_as_the_model(gated, monkeypatch):
+    _, found = search_planted("llama", gated, 0, monkeypatch, target=1.0, sizes=4, deletions=20)
+    assert found.model.validation_faithfulness == pytest.approx(1, abs=2e-4)
+    assert 0 < found.model.counts.edges <= found.anatomy.graph.edge_count
+
+
+# The bundled model
+
+
+@pytest.fixture(scope="module")
+def addition():
+    """The bundled model, the same with most edges closed by gates, and few prompts."""
+    dense, sparse = runtime.load_base("demo"), runtime.load_base("demo")
+    for gate in attach(sparse.model):
+        gate.bias.data.fill_(1.0)
+    return dense.model, sparse.model, load_task("addition", dense.tokenizer, count=12), dense.tokenizer
+
+
+@pytest.fixture(scope="module")
+def both(addition, tmp_path_factory):
+    """Both searched quickly, with a cache in a folder."""
+    dense, sparse, task, _ = addition
+    settings = Settings(**{**QUICK, "all_edges": 0, "candidates": 40, "control_sizes": 2, "sizes": 6})
+    folder = tmp_path_factory.mktemp("cache")
+    cache = Cache(folder)
+    options = {"with_controls": True, "watch": silent, "cache": cache}
+    return folder, settings, [
+        analyse(sparse, "sparse", task, settings, label="model", **options),
+        analyse(dense, "dense", task, settings, label="against", **options),
+    ]  # fmt: skip
+
+
+def test_both_models_reach_the_target_and_the_file_is_valid(both, addition):
+    _, settings, analyses = both
+    *_, task, tokenizer = addition
+    facts = task_facts(task, tokenizer, 0)
+    result = result_of(analyses, facts, settings, command="test", quick=True, seconds=1.0, notes=[])
+    assert CircuitResult.model_validate_json(result.model_dump_json()) == result
+    for model in result.models:
+        assert settings.reached(model.validation_faithfulness)
+        assert model.counts.edges == len(model.edges) == sum(edge.kept for edge in model.edges)
+        assert (len(model.heads), len(model.mlps)) == (model.counts.heads, model.counts.mlps)
+        assert model.test.faithfulness.low <= model.test.faithfulness.value <= model.test.faithfulness.high
+        assert model.counts.messages <= model.counts.open_messages
+    sparse, dense = result.models
+    assert (sparse.kind, dense.kind) == ("sparse", "dense")
+    assert sparse.counts.open_messages < dense.counts.open_messages
+    assert result.compare.edges.value == dense.counts.edges / sparse.counts.edges
+    assert result.compare.edges.ranked.low <= result.compare.edges.ranked.value <= result.compare.edges.ranked.high
+
+
+def test_a_dense_prompt_sends_a_message_along_every_visible_edge(both, addition):
+    *_, dense = both[2]
+    batches = addition[2].validation
+    graph = dense.anatomy.graph
+    pairs = sum(len(batch) * batch.length * (batch.length + 1) // 2 for batch in batches)
+    assert dense.model.counts.open_messages == graph.layers * graph.heads * pairs / sum(map(len, batches))
+
+
+def test_controls_say_what_a_circuit_is_worth(both):
+    for analysis in both[2]:
+        found, own = analysis.model.controls, analysis.model.test.faithfulness.value
+        assert found.complement < 0.5 < own
+        assert found.random.low <= found.random.faithfulness <= found.random.high < own
+        assert not found.random_weights.able
+        assert found.random_weights.recovered < 0.5
+        assert (found.shuffled_gates is None) == (analysis.model.kind == "dense")
+        size = len(found.templates.templates)
+        assert size == 3
+        assert all(found.templates.jaccard[i][i] == 1 for i in range(size))
+
+
+def test_models_are_as_before_after_the_search(both, addition):
+    for analysis, model in zip(both[2], (addition[1], addition[0]), strict=True):
+        batch = addition[2].test[0]
+        with torch.no_grad():
+            again = batch.score(model(batch.clean).logits)
+        assert torch.allclose(again, analysis.test.clean[: len(batch)], atol=1e-4)
+
+
+def test_a_second_search_takes_everything_from_the_cache(both, addition, monkeypatch):
+    folder, settings, analyses = both
+    monkeypatch.setattr("attnprune.circuit.patching.run_circuit", None)  # would fail
+    monkeypatch.setattr("attnprune.circuit.compare.patching.self_check", lambda *_: None)
+    again = analyse(
+        addition[0], "dense", addition[2], settings, with_controls=True, label="against", watch=silent,
+        cache=Cache(folder),
+    )  # fmt: skip
+    assert again.model.model_copy(update={"seconds": 0}) == analyses[1].model.model_copy(update={"seconds": 0})
+
+
+def test_a_cache_of_another_model_is_refused(both, addition):
+    with pytest.raises(InputError, match="not the model"):
+        analyse(
+            addition[1], "sparse", addition[2], both[1], with_controls=False, label="against", watch=silent,
+            cache=Cache(both[0]),
+        )  # fmt: skip
+
+
+def test_a_model_that_cannot_do_the_task_is_refused(addition):
+    model = runtime.load_base("demo").model
+    with controls.random_weights(anatomy_of(model), 0), pytest.raises(AttnPruneError, match="cannot do the task"):
+        analyse(
+            model, "noise", addition[2], NO_DELETION, with_controls=False, label="model", watch=silent, cache=Cache()
+        )
+
+
+def test_equal_models_compare_as_equal(both):
+    _, settings, analyses = both
+    found = compare(analyses[0], analyses[0], settings)
+    assert (found.edges.value, found.heads.value, found.jaccard) == (1.0, 1.0, 1.0)
+    assert (found.edges.ranked.low, found.edges.ranked.high) == (1.0, 1.0)
+    assert found.first_in_second == found.second_in_first == pytest.approx(analyses[0].model.test.faithfulness.value)
+
+
+def test_models_that_behave_differently_are_not_comparable(both):
+    one = both[2][0].model
+    assert parity(one, one.model_copy(update={"accuracy": one.accuracy - 0.2}))
+    assert parity(one, one.model_copy(update={"clean": one.clean + 5 * (one.clean - one.corrupted)}))
+    assert parity(one, one.model_copy(update={"reached": False}))
+
+
+def test_eap_ig_file_has_every_edge(both):
+    analysis = both[2][1]
+    data = eap_ig_data(analysis)
+    assert len(data["edges"]) == analysis.anatomy.graph.edge_count
+    assert sum(edge["in_graph"] for edge in data["edges"].values()) == analysis.model.counts.edges
+    assert set(data["nodes"]) == {*analysis.anatomy.graph.source_names, "logits"}
+    assert data["cfg"] == {"n_layers": 4, "n_heads": 4, "parallel_attn_mlp": False, "d_model": 64}
+
+
+def test_messages_of_other_templates_do_not_matter_for_the_count(both, addition):
+    """Without any scores the messages are in no order; then it takes more of them."""
+    analysis = both[2][0]
+    needed = needed_messages(analysis.validation, analysis.edges, {}, both[1], silent)
+    assert analysis.model.counts.messages <= needed.needed <= needed.open
+    analysis.validation.free()
+
+
+# Parts
+
+
+def points(*values: float) -> list[Sized]:
+    return [Sized(torch.zeros(0), size, torch.zeros(0), value) for size, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.1, 0.95, 0.7, 0.92, 1.0), 3),  # the first one inside was luck
+        ((0.95, 0.9, 1.1, 1.0), 0),
+        ((0.95, 1.3, 1.0), 2),  # too much is not faithful either
+        ((0.2, 0.5), 2),
+    ],
+)
+def test_stable_means_all_larger_sizes_too(values, expected):
+    assert stable(points(*values), NO_DELETION) == expected
+
+
+def test_band_of_target_1_allows_rounding_only():
+    settings = Settings(target=1.0)
+    assert settings.reached(1.00005)
+    assert not settings.reached(0.999)
+    assert not settings.reached(1.001)
+    assert not settings.reached(float("nan"))
+
+
+def test_circuits_have_the_size_asked_for_after_pruning():
+    graph = Graph(3, 4, 2)
+    order = graph.mask().flatten().nonzero()[:, 0]
+    order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
+    sizes = []
+    for size in size_grid(graph.edge_count, 8):
+        found = circuit_of_size(graph, order, size)
+        assert torch.equal(graph.prune(found), found)
+        sizes.append(int(found.sum()))
+        assert sizes[-1] <= size
+    assert sizes == sorted(sizes)
+    assert int(circuit_of_size(graph, order, graph.edge_count).sum()) == graph.edge_count
+    assert int(circuit_of_size(graph, order, 0).sum()) == 0
+
+
+def test_faithfulness_is_a_ratio_of_means():
+    clean, corrupted, circuit = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0])
+    assert ratio_of_means(circuit, clean, corrupted) == 0.25
+    assert ratio_of_means(circuit, clean, clean) == 0.0
+    interval = faithfulness_interval(circuit, clean, corrupted, 0)
+    assert (interval.low, interval.value, interval.high) == (0.0, 0.25, 1.0)
+
+
+def test_kl_of_the_whole_model_is_0_and_of_nothing_is_not(addition):
+    model, _, task, _ = addition
+    split = Split(anatomy_of(model), task.test, "test", Cache(), 5)
+    graph = split.anatomy.graph
+    assert split.measure(graph.mask()).kl.max() < 1e-5
+    assert split.measure(graph.mask() & False).kl.mean() > 1
+    assert torch.allclose(split.measure(graph.mask()).metric, split.clean, atol=1e-4)
+    assert len(split) == 12
+    whole = Split(anatomy_of(model), task.test, "test", Cache(), 64)
+    assert torch.allclose(whole.clean, split.clean, atol=1e-4)  # in the same order, whatever the batches
+
+
+def test_gates_are_shuffled_and_put_back(addition):
+    model = runtime.load_base("demo").model
+    gates = attach(model)
+    for number, gate in enumerate(gates):
+        gate.bias.data = torch.arange(4.0) + 4 * number
+    with controls.shuffled_gates(anatomy_of(model), 0):
+        mixed = torch.cat([gate.bias.detach() for gate in gates])
+    assert sorted(mixed.tolist()) == list(map(float, range(16))) != mixed.tolist()
+    assert torch.cat([gate.bias.detach() for gate in gates]).tolist() == list(map(float, range(16)))
+
+
+def test_cache_survives_a_cut_line_and_refuses_a_damaged_one(tmp_path):
+    cache = Cache(tmp_path)
+    cache.numbers("a", lambda: [0.1])
+    cache.numbers("b", lambda: [0.2])
+    file = tmp_path / "evaluations.jsonl"
+    text = file.read_text()
+    file.write_text(text[:-4])
+    again = Cache(tmp_path)
+    assert again.numbers("a", lambda: [9.9]) == [0.1]
+    assert again.numbers("b", lambda: [0.3]) == [0.3]
+    assert Cache(tmp_path).numbers("b", lambda: [9.9]) == [0.3]
+    file.write_text("}\n" + text)
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        Cache(tmp_path)
+
+
+def test_cache_keeps_tensors_and_notices_another_model(tmp_path):
+    made = {"x": torch.rand(3)}
+    Cache(tmp_path).tensors("one / two 3", lambda: made)
+    assert torch.equal(Cache(tmp_path).tensors("one / two 3", dict)["x"], made["x"])
+    cache = Cache()
+    check_same(cache, "scores", torch.tensor([1.0, 2.0]))
+    check_same(cache, "scores", torch.tensor([1.0, 2.0001]))
+    with pytest.raises(InputError):
+        check_same(cache, "scores", torch.tensor([1.0, 2.1]))
+    assert digest(torch.tensor([True])) != digest(torch.tensor([False]))

@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/attnprune inspect $(OUT) --text "#27+58=085"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) lint
 
 lint: setup

@@ -1,9 +1,11 @@
 """Shared fixtures: one torch thread, seeded tests, a quiet and offline transformers, tiny random models."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import venv
 from pathlib import Path
 
@@ -17,9 +19,20 @@ from transformers.utils import logging as transformers_logging
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when they are imported
 
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A suite that was started in the background ignores Ctrl-C, and so would the processes that tests send one to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+
+# The files that take longest begin first, so that no process is left with one of them at the end.
+LONGEST = ("test_round_trip.py", "test_real_model.py", "test_examples.py", "test_catalogue.py", "test_hub.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from attnprune import recipe
 from attnprune.bench import attention, clock, models
 from attnprune.bench.record import Record
+from attnprune.circuit.result import CircuitResult
 from attnprune.cli import app
 from attnprune.config import build_config
 from attnprune.errors import InputError
@@ -152,3 +154,11 @@ def test_bad_options_are_refused(arguments, message, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["attnprune", "bench", *arguments])
     assert app.run() == 2
     assert message in capsys.readouterr().err
+
+
+def test_committed_records_are_of_today_s_schema():
+    results = Path(__file__).parents[1] / "examples" / "results"
+    record = Record.model_validate_json((results / "bench-attention-cpu.json").read_text())
+    assert {row.suite for row in record.rows} == {"train", "prefill"}
+    circuits = CircuitResult.model_validate_json((results / "circuits" / "addition" / "circuit.json").read_text())
+    assert [model.kind for model in circuits.models] == ["sparse", "dense"]

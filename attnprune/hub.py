@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from attnprune import checkpoints, format
 from attnprune.errors import AttnPruneError, InputError
-from attnprune.runs import RUN_FILE
-from attnprune.sidecar import open_artefact
+from attnprune.runs import CHECKPOINTS, RUN_FILE
+from attnprune.sidecar import is_merged, open_artefact
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -84,6 +84,15 @@ def locate_sparse(path: str | Path, revision: str | None = None) -> Path | None:
     if not is_repo(path):
         return locate(path, revision)
     return fetch(str(path), revision) if _holds_sparse_model(str(path), revision) else None
+
+
+def sparse_folder(name: str) -> Path | None:
+    """The folder of a sparse model (sidecar, unfinished run or merged form); None for any other name: a base model."""
+    folder = locate_sparse(name)
+    if folder is None:
+        return None
+    is_sparse = (folder / format.MANIFEST_FILE).exists() or (folder / CHECKPOINTS).is_dir() or is_merged(folder)
+    return folder if is_sparse else None
 
 
 def _holds_sparse_model(repo: str, revision: str | None) -> bool:

@@ -191,18 +191,12 @@ def _pair(name: str, base: str | None, device: str) -> tuple[Any, Any, Any]:
     import torch
 
     from attnprune.errors import InputError
-    from attnprune.format import MANIFEST_FILE
-    from attnprune.hub import locate_sparse
-    from attnprune.runs import DEMO
+    from attnprune.hub import sparse_folder
     from attnprune.runtime import context_length, default_base, load, load_base, pick_device
     from attnprune.sidecar import is_merged, open_sidecar
 
     where = torch.device(pick_device(device))
-    local = Path(name)
-    if local.exists() or name == DEMO:
-        folder = local if (local / MANIFEST_FILE).exists() or is_merged(local) else None
-    else:
-        folder = locate_sparse(name)
+    folder = sparse_folder(name)
     if folder is None:
         from attnprune.attention.interface import attach, gates_of
         from attnprune.calibration import bias_for_mass

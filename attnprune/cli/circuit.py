@@ -187,14 +187,11 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
 def _load(name: str, base: str | None, device: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a sparse model or a base model."""
     from attnprune import runtime
-    from attnprune.hub import locate_sparse
-    from attnprune.sidecar import is_merged
+    from attnprune.hub import sparse_folder
 
     where = runtime.pick_device(device)
-    folder = locate_sparse(name)
-    if folder is not None and (
-        (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir() or is_merged(folder)
-    ):
+    folder = sparse_folder(name)
+    if folder is not None:
         return runtime.load(folder, base, device=where)
     loaded = runtime.load_base(name, device=where)
     return loaded.model, loaded.tokenizer

@@ -10,6 +10,7 @@ from attnprune.circuit.adapters import _LAYOUTS, anatomy_of, open_gates
 from attnprune.circuit.attribution import attribute, gate_flips
 from attnprune.circuit.patching import (
     collect,
+    collect_pair,
     edge_effects,
     message_effects,
     node_effects,
@@ -377,6 +378,43 @@ def test_the_same_bits_twice(pair):
     assert torch.equal(*(run_circuit(*p.runs, kept) for p in (pair, again)))
 
 
+# --- a prefix that clean and corrupted prompts share runs once
+
+
+@every_family
+@dense_and_gated
+def test_a_shared_prefix_changes_no_result(family, gated, pair_of):
+    anatomy, clean = pair_of(family, gated).anatomy, ids(PROMPTS, LENGTH)
+    corrupted = torch.cat((clean[:, :5], ids(PROMPTS, LENGTH, seed=2)[:, 5:]), 1)
+    whole, behind = Pair(anatomy.model, clean, corrupted, last=1), copy.copy(pair_of(family, gated))
+    behind.clean, behind.corrupted = collect_pair(anatomy, clean, corrupted, 1)
+    behind.runs = (anatomy, behind.clean, behind.corrupted)
+    assert torch.equal(behind.clean.ids, clean[:, 5:])
+    assert_close(behind.clean.logits, whole.clean.logits)
+    generator = torch.Generator().manual_seed(6)
+    circuit = whole.every & (torch.rand(whole.every.shape, generator=generator) < 0.5)
+    assert whole.change(circuit).abs().max() > 1e-3
+    assert_close(behind.change(circuit), whole.change(circuit))
+    edges = whole.some_edges(6)
+    for effects, what in ((edge_effects, edges), (node_effects, edges[:, 0])):
+        assert_close(effects(*behind.runs, what, metric, pairs=4), effects(*whole.runs, what, metric))
+    found, expected = (attribute(*p.runs, metric, steps=2) for p in (behind, whole))
+    assert_close(found.edges, expected.edges)
+    if gated:
+        assert_close(found.messages, expected.messages)
+        kept = torch.rand(anatomy.graph.layers, anatomy.graph.heads, LENGTH, LENGTH, generator=generator) < 0.5
+        assert_close(behind.change(circuit, kept[:, :, 5:]), whole.change(circuit, kept))
+
+
+def test_prompts_that_are_the_same_keep_a_position_to_run(pair_of):
+    anatomy = pair_of("llama").anatomy
+    clean, corrupted = collect_pair(anatomy, ids(2, 6), ids(2, 6), 1)
+    assert clean.ids.shape == (2, 1)
+    assert_close(clean.logits, logits_of(anatomy.model, ids(2, 6))[:, -1:])
+    assert collect_pair(anatomy, ids(2, 1), ids(2, 1), 1)[0].prefix is None
+    assert torch.equal(clean.logits, corrupted.logits)
+
+
 # --- what is left behind, and what is refused
 
 
@@ -447,7 +485,7 @@ def test_the_self_check_passes_and_finds_a_wrong_part(pair_of):
     for layer in model.model.layers:  # an output that no adapter knows of
         layer.mlp.register_forward_hook(lambda module, args, output: output * 2)
         layer.register_forward_hook(lambda module, args, output: output + args[0].square())
-    with pytest.raises(SelfCheckError, match="llama: a circuit of no edges is off by"):
+    with pytest.raises(SelfCheckError, match="llama: a circuit of all edges is off by"):
         self_check(*Pair(model).runs)
 
 

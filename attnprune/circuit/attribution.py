@@ -139,7 +139,8 @@ class _Sums:
         self.edges = delta.new_zeros(graph.sources, graph.destinations, *([length] if per_position else []))
         self.messages = None
         if clean.patterns is not None:
-            self.messages = delta.new_zeros(graph.layers, graph.heads, length, length)
+            whole = clean.patterns.shape[-1]
+            self.messages = delta.new_zeros(graph.layers, graph.heads, whole, whole)
 
     def add_edges(self, upstream: int, readers: slice, gradients: Tensor) -> None:
         """Gradients [n, B, S, D] at what n destinations read."""
@@ -155,7 +156,7 @@ class _Sums:
         for run, sign in ((self.corrupted, 1), (self.clean, -1)):
             pattern, value = attention_of(run, layer)
             along = gradients @ repeat_heads(value, gradients.shape[1]).transpose(-1, -2)
-            self.messages[layer] += sign * (pattern * along).sum(0)
+            self.messages[layer, :, -pattern.shape[2] :] += sign * (pattern * along).sum(0)
 
     def divide(self, count: int) -> None:
         self.edges /= count
@@ -188,7 +189,7 @@ def _add_point(sums: _Sums, point: float, metric: Metric, straight_through: bool
             if isinstance(block.gate, Gate) and not straight_through:
                 hooks.add(block.gate.register_forward_hook(_hard, with_kwargs=True))
         hooks.before(anatomy.final_norm, partial(keep_input, anatomy.final_norm))
-        total = scores_of(metric, forward(anatomy, sums.clean.ids, sums.clean.last)).sum()
+        total = scores_of(metric, forward(anatomy, sums.clean.ids, sums.clean.last, sums.clean.prefix)).sum()
         gradients = torch.autograd.grad(total, list(kept.values()), materialize_grads=True)
     _add_gradients(sums, dict(zip(kept, gradients, strict=True)), streams)
 

@@ -1,15 +1,18 @@
 """Exact patching: what a model computes when some edges of its graph carry the values of another prompt.
 
 The stream that a destination reads is the sum of what the sources upstream of it wrote. Patching an edge replaces one
-term of one such sum: `x_v = stream + sum over patched u of (z_u of the other run - z_u of this run)`. Only inputs are
-changed, so any attention function and any MLP runs as it is, gates included. Behind a post-norm (Gemma 2, OLMo 2) a
-head's share of the output is scaled by the norm's own factor, so the shares of all heads add up to it exactly.
+term of one such sum: `x_v = stream of one run + sum over patched u of (z_u of the other run - z_u of the first)`. Only
+inputs are changed, so any attention function and any MLP runs as it is, gates included. Behind a post-norm (Gemma 2,
+OLMo 2) a head's share of the output is scaled by the norm's own factor, so the shares of all heads add up to it exactly.
 
 Exact means the model's arithmetic, not a gradient. What is recomputed is rounded differently, though (1e-6 in fp32),
 and a gate whose score lies that close to its threshold may end up on its other side.
 
-Prompts are batches of one length without padding. Sizes: N = B * S * D numbers, `Activations` holds (U + L) * N, in
-fp32 190 MB for SmolLM2-135M (U = 301) on 16 prompts of 17 tokens; `run_circuit` needs U * N more.
+Prompts are batches of one length without padding. Clean and corrupted prompts often begin with the same tokens; there
+the two runs are the same, whatever is patched, so `collect_pair` runs that prefix once and keeps its keys and values.
+
+Sizes: N = B * S * D numbers (S without the prefix), `Activations` holds (U + 2 L) * N, in fp32 230 MB for SmolLM2-135M
+(U = 301) on 16 prompts of 17 tokens; `run_circuit` needs U * N more.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from attnprune.circuit.adapters import Anatomy, Block
 from attnprune.circuit.graph import Kind
@@ -33,11 +37,12 @@ _TINY = 1e-30
 
 
 class Activations(NamedTuple):
-    """One run over a batch of prompts.
+    """One run over a batch of prompts, from position P on, where it may begin to differ from another run.
 
     ids [B, S]; last: for how many of the last positions logits were computed (0: all). outputs [U, B, S, D]: what each
-    source wrote. streams [L + 1, B, S, D]: the stream that enters each layer, and the final norm. patterns
-    [L, B, H, S (to), S (from)] and values [L, B, H_kv, S, width] of the attention, None for a model without gates.
+    source wrote. streams [2 L + 1, B, S, D]: what the attention and the MLP of each layer read, and the final norm.
+    patterns [L, B, H, S (to), P + S (from)] and values [L, B, H_kv, P + S, width] of the attention, None for a model
+    without gates. prefix [L, 2, B, H_kv, P, width]: keys and values of the positions before, None if P is 0.
     """
 
     ids: Tensor
@@ -47,6 +52,14 @@ class Activations(NamedTuple):
     streams: Tensor
     patterns: Tensor | None
     values: Tensor | None
+    prefix: Tensor | None
+
+    def take(self, rows: slice) -> Activations:
+        """Some of the prompts, without the attention."""
+        return Activations(
+            self.ids[rows], self.last, self.logits[rows], self.outputs[:, rows], self.streams[:, rows], None, None,
+            None if self.prefix is None else self.prefix[:, :, rows],
+        )  # fmt: skip
 
 
 class Hooks(AbstractContextManager):
@@ -108,10 +121,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def forward(anatomy: Anatomy, ids: Tensor, last: int) -> Tensor:
-    """Logits of a plain call without a cache."""
+def forward(anatomy: Anatomy, ids: Tensor, last: int, prefix: Tensor | None = None) -> Tensor:
+    """Logits of a plain call, behind the keys and values of a prefix [L, 2, B, H_kv, P, width]."""
+    cache = None
+    if prefix is not None:
+        cache = DynamicCache(config=anatomy.model.config)
+        for layer, (key, value) in enumerate(prefix):
+            cache.update(key, value, layer)
     with evaluation_mode(anatomy.model):
-        return anatomy.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
+        return anatomy.model(
+            input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=last
+        ).logits
 
 
 def repeat_heads(values: Tensor, heads: int) -> Tensor:
@@ -134,11 +154,32 @@ def check_pair(one: Activations, other: Activations) -> None:
         raise InputError(f"clean and corrupted runs differ in shape: {shapes}")
 
 
+def collect_pair(anatomy: Anatomy, clean: Tensor, corrupted: Tensor, last: int) -> tuple[Activations, Activations]:
+    """`collect` clean and corrupted prompts [B, S]; the tokens that all pairs begin with run once and are not kept.
+
+    Logits are those of the `last` positions (at least 1).
+    """
+    same = int((clean == corrupted).all(0).long().cumprod(0).sum())
+    length = min(same, clean.shape[1] - last)
+    prefix = _prefix(anatomy, clean[:, :length]) if length > 0 else None
+    first, second = (collect(anatomy, ids[:, max(length, 0) :], last, prefix) for ids in (clean, corrupted))
+    return first, second
+
+
 @torch.no_grad()
-def collect(anatomy: Anatomy, ids: Tensor, last: int = 0) -> Activations:
+def _prefix(anatomy: Anatomy, ids: Tensor) -> Tensor:
+    """Keys and values [L, 2, B, H_kv, P, width] of a plain run."""
+    with evaluation_mode(anatomy.model):
+        cache = anatomy.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    return torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+
+
+@torch.no_grad()
+def collect(anatomy: Anatomy, ids: Tensor, last: int = 0, prefix: Tensor | None = None) -> Activations:
     """Run prompts [B, S] of one length, without padding, and keep what every source wrote, in the model's dtype.
 
-    `last`: compute logits for this many of the last positions only (0: all); every later run does the same.
+    `last`: compute logits for this many of the last positions only (0: all); every later run does the same. `prefix`:
+    keys and values [L, 2, B, H_kv, P, width] of positions before.
 
     Raises:
         InputError: ids of another shape.
@@ -148,12 +189,12 @@ def collect(anatomy: Anatomy, ids: Tensor, last: int = 0) -> Activations:
     graph = anatomy.graph
     size = (*ids.shape, anatomy.width)
     outputs = torch.empty(graph.sources, *size, dtype=anatomy.model.dtype, device=ids.device)
-    streams = torch.empty(graph.layers + 1, *size, dtype=anatomy.model.dtype, device=ids.device)
+    streams = torch.empty(2 * graph.layers + 1, *size, dtype=anatomy.model.dtype, device=ids.device)
     patterns: list[Tensor] = []
     values: list[Tensor] = []
 
-    def keep_stream(layer: int) -> Callable[[Tensor], None]:
-        return lambda x: _ignore(streams[layer].copy_(x))
+    def keep_stream(index: int) -> Callable[[Tensor], None]:
+        return lambda x: _ignore(streams[index].copy_(x))
 
     def keep_attention(value: Tensor, pattern: Tensor) -> None:
         values.append(value)
@@ -162,13 +203,14 @@ def collect(anatomy: Anatomy, ids: Tensor, last: int = 0) -> Activations:
     with Hooks() as hooks:
         _on_outputs(hooks, anatomy, lambda sources, z: _ignore(outputs[sources].copy_(z)))
         for layer, block in enumerate(anatomy.blocks):
-            hooks.before(block.module, keep_stream(layer))
+            hooks.before(block.module, keep_stream(2 * layer))
+            hooks.before(block.mlp_start, keep_stream(2 * layer + 1))
             if anatomy.gated and block.gate is not None:
                 hooks.gate(block.gate, keep_attention)
-        hooks.before(anatomy.final_norm, keep_stream(graph.layers))
-        logits = forward(anatomy, ids, last)
+        hooks.before(anatomy.final_norm, keep_stream(2 * graph.layers))
+        logits = forward(anatomy, ids, last, prefix)
     attention = (torch.stack(patterns), torch.stack(values)) if patterns else (None, None)
-    return Activations(ids, last, logits, outputs, streams, *attention)
+    return Activations(ids, last, logits, outputs, streams, *attention, prefix)
 
 
 def _ignore(_: Tensor) -> None:
@@ -238,69 +280,83 @@ def run_circuit(
         for layer, block in enumerate(anatomy.blocks):
             if messages is not None and block.gate is not None:
                 hooks.gate(block.gate, _mixed(corrupted, layer, messages[layer]))
-        return forward(anatomy, clean.ids, clean.last)
+        return forward(anatomy, clean.ids, clean.last, clean.prefix)
 
 
 class _CircuitRun:
-    """The state of one circuit run: which edges are dropped, and how far its outputs are from the corrupted ones."""
+    """The state of one circuit run: how far what each source writes is from its corrupted output."""
 
     def __init__(self, anatomy: Anatomy, corrupted: Activations, edges: Tensor):
-        self.anatomy = anatomy
+        self.anatomy, self.corrupted = anatomy, corrupted
         edges = edges.to(corrupted.ids.device)
         real = anatomy.graph.mask().to(edges.device)
-        self.dropped = (real if edges.ndim == 2 else real[..., None]) & ~edges
-        self.weights = self.dropped.to(corrupted.outputs)
-        # Corrupted outputs, less this run's as soon as they are known. Source-major: a correction is one GEMM.
-        self.delta = corrupted.outputs.clone()
-        self.stream = corrupted.streams[0]  # of the layer that runs
+        self.kept = edges & (real if edges.ndim == 2 else real[..., None])
+        self.weights = self.kept.to(corrupted.outputs)
+        self.change = torch.empty_like(corrupted.outputs)  # source-major: what a reader sees is one GEMM
+        self.readers = torch.empty(0)  # of the attention that runs, those that keep an edge
+        self.normed = torch.empty(0)  # and what each of them reads, [n, B, S, D]
 
     def install(self, hooks: Hooks) -> None:
+        """A reader that keeps no edge reads the corrupted stream: each layer is given it as its input."""
         graph = self.anatomy.graph
-        _on_outputs(hooks, self.anatomy, self._subtract)
+        _on_outputs(hooks, self.anatomy, self._write)
         for layer, block in enumerate(self.anatomy.blocks):
-            hooks.before(block.module, self._remember)
+            hooks.before(block.module, self._attention(layer))
             for module, kinds in block.projections_by_module().items():
                 hooks.after(module, self._heads(layer, kinds))
-            hooks.before(block.mlp_start, self._single(graph.upstream(layer, "mlp"), graph.readers(layer, "mlp")))
-        logits = slice(graph.destinations - 1, graph.destinations)
-        hooks.before(self.anatomy.final_norm, self._single(graph.sources, logits))
+            hooks.before(block.mlp_start, self._single(2 * layer + 1, graph.upstream(layer, "mlp")))
+        hooks.before(self.anatomy.final_norm, self._single(2 * graph.layers, graph.sources))
 
-    def _subtract(self, sources: slice, z: Tensor) -> None:
-        self.delta[sources] -= z
+    def _write(self, sources: slice, z: Tensor) -> None:
+        torch.sub(z, self.corrupted.outputs[sources], out=self.change[sources])
 
-    def _remember(self, stream: Tensor) -> None:
-        self.stream = stream
-
-    def _lacking(self, upstream: int, readers: slice) -> Tensor:
-        """Which of the readers miss an edge, as indices from the first of them."""
-        return self.dropped[:upstream, readers].transpose(0, 1).flatten(1).any(1).nonzero()[:, 0]
-
-    def _correction(self, upstream: int, readers: Any) -> Tensor:
-        """What to add to the stream that each of n readers sees, [n, B, S, D]."""
-        weights, delta = self.weights[:upstream, readers], self.delta[:upstream]
+    def _read(self, upstream: int, readers: Tensor) -> Tensor:
+        """What the edges kept add to the corrupted stream that each of n readers sees, [n, B, S, D]."""
+        weights, change = self.weights[:upstream, readers], self.change[:upstream]
         if weights.ndim == 3:
-            return torch.einsum("uvs,ubsd->vbsd", weights, delta)
-        return (weights.t() @ delta.flatten(1)).unflatten(1, delta.shape[1:])
+            return torch.einsum("uvs,ubsd->vbsd", weights, change)
+        return (weights.t() @ change.flatten(1)).unflatten(1, change.shape[1:])
 
-    def _single(self, upstream: int, reader: slice) -> Callable[[Tensor], Tensor | None]:
-        """The change of what an MLP or the final norm reads."""
-        if not len(self._lacking(upstream, reader)):
-            return lambda x: None
-        return lambda x: x + self._correction(upstream, reader)[0]
+    def _keeping(self, upstream: int, readers: slice) -> Tensor:
+        """Which of the readers keep an edge."""
+        return self.kept[:upstream, readers].transpose(0, 1).flatten(1).any(1).nonzero()[:, 0] + readers.start
+
+    def _single(self, stream: int, upstream: int) -> Callable[[Tensor], Tensor]:
+        """What an MLP or the final norm reads."""
+        graph, layer = self.anatomy.graph, stream // 2
+        reader = graph.destinations - 1 if layer == graph.layers else graph.readers(layer, "mlp").start
+        read = self._keeping(upstream, slice(reader, reader + 1))
+
+        def change(_: Tensor) -> Tensor:
+            corrupted = self.corrupted.streams[stream]
+            return corrupted + self._read(upstream, read)[0] if len(read) else corrupted
+
+        return change
+
+    def _attention(self, layer: int) -> Callable[[Tensor], Tensor]:
+        graph, block = self.anatomy.graph, self.anatomy.blocks[layer]
+        upstream = graph.upstream(layer, "q")
+        readers = self._keeping(upstream, slice(graph.readers(layer, "q").start, graph.readers(layer, "v").stop))
+
+        def change(_: Tensor) -> Tensor:
+            corrupted = self.corrupted.streams[2 * layer]
+            self.readers, self.normed = readers, block.normed(corrupted + self._read(upstream, readers))
+            return corrupted
+
+        return change
 
     def _heads(self, layer: int, kinds: list[Kind]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Project again for the heads that miss an edge, each from its own stream."""
+        """Project again for the heads that keep an edge, each from its own stream."""
         graph, block = self.anatomy.graph, self.anatomy.blocks[layer]
-        upstream = graph.head_sources(layer).start
 
         def change(_: Tensor, output: Tensor) -> Tensor:
             output = output.clone()
             for kind in kinds:
                 readers, projection = graph.readers(layer, kind), block.projections[kind]
-                heads = self._lacking(upstream, readers)
-                if len(heads):
-                    x = block.normed(self.stream + self._correction(upstream, readers.start + heads))
-                    projection.view(output)[:, :, heads] = projection.project(x, heads)
+                mine = (self.readers >= readers.start) & (self.readers < readers.stop)
+                if bool(mine.any()):
+                    heads = self.readers[mine] - readers.start
+                    projection.view(output)[:, :, heads] = projection.project(self.normed[mine], heads)
             return output
 
         return change
@@ -334,8 +390,7 @@ def _check_masks(anatomy: Anatomy, run: Activations, edges: Tensor, messages: Te
         raise InputError(f"edges: expected a bool mask {shapes[0]} or {shapes[1]}, got {tuple(edges.shape)}")
     if messages is None:
         return
-    attention_of(run, 0)
-    ends = (graph.heads, length, length)
+    ends = tuple(attention_of(run, 0)[0].shape[1:])
     shapes = [(graph.layers, *ends), (graph.layers, len(run.ids), *ends)]
     if tuple(messages.shape) not in shapes or messages.dtype != torch.bool:
         raise InputError(f"messages: expected a bool mask {shapes[0]} or {shapes[1]}, got {tuple(messages.shape)}")
@@ -390,7 +445,7 @@ def edge_effects(
         block = anatomy.blocks[layer]
         for module, kinds in block.projections_by_module().items():
             readers: dict[Kind, Tensor] = {kind: destinations - graph.readers(layer, kind).start for kind in kinds}
-            hooks.after(module, _single_heads(block, base.streams[layer], readers, moved))
+            hooks.after(module, _single_heads(block, base.streams[2 * layer], readers, moved))
         hooks.before(block.mlp_start, _adding(destinations == graph.readers(layer, "mlp").start, moved))
 
     effects = _effects(anatomy, base, other, layers, patch, metric, pairs)
@@ -503,10 +558,11 @@ def _effects(
     effects = before.new_empty(len(layers), prompts)
     for layer in layers.unique().tolist():
         for chosen in (layers == layer).nonzero()[:, 0].split(max(1, pairs // prompts)):
-            stream = base.streams[layer].repeat(len(chosen), 1, 1)
+            stream = base.streams[2 * layer].repeat(len(chosen), 1, 1)
+            prefix = None if base.prefix is None else base.prefix.repeat(1, 1, len(chosen), 1, 1, 1)
             with _resumed(anatomy, layer, stream), Hooks() as hooks:
                 patch(hooks, layer, chosen)
-                logits = forward(anatomy, base.ids.repeat(len(chosen), 1), base.last)
+                logits = forward(anatomy, base.ids.repeat(len(chosen), 1), base.last, prefix)
             found = [scores_of(metric, part) for part in logits.split(prompts)]
             effects[chosen] = torch.stack(found) - before
     return effects

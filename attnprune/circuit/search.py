@@ -136,10 +136,10 @@ class Split:
         return self._groups
 
     def _collected(self, prompts: Prompts) -> Group:
-        clean = patching.collect(self.anatomy, prompts.clean, 1)
+        clean, corrupted = patching.collect_pair(self.anatomy, prompts.clean, prompts.corrupted, 1)
         if not self._to_rank:
             clean = clean._replace(outputs=clean.outputs[:0].clone(), streams=clean.streams[:0].clone())
-        return Group(prompts, clean, patching.collect(self.anatomy, prompts.corrupted, 1))
+        return Group(prompts, clean, corrupted)
 
     def free(self) -> None:
         """Drop the runs; they are collected again when needed."""
@@ -348,12 +348,7 @@ def _some(train: Split, count: int) -> list[Group]:
     chosen = []
     for group in train.groups[:count]:
         rows = slice(None, each)
-        clean, corrupted = (
-            run._replace(
-                ids=run.ids[rows], logits=run.logits[rows], outputs=run.outputs[:, rows], streams=run.streams[:, rows]
-            )
-            for run in (group.clean, group.corrupted)
-        )
+        clean, corrupted = group.clean.take(rows), group.corrupted.take(rows)
         chosen.append(Group(group.prompts.take(torch.arange(len(clean.ids))), clean, corrupted))
     return chosen
 
@@ -572,7 +567,10 @@ def curve_of(graph: Graph, name: Ranking, points: Sequence[Sized], settings: Set
 
 
 class Messages(NamedTuple):
-    """Attention messages per prompt: those that a circuit needs, and those of all heads that a gate lets through."""
+    """Attention messages per prompt: those that a circuit needs, and those of all heads that a gate lets through.
+
+    Both count from the first token on that differs between clean and corrupted prompt; before it nothing can.
+    """
 
     needed: float
     open: float
@@ -590,7 +588,8 @@ def needed_messages(
     strengths, candidates, visible = [], [], 0
     for group in split.groups:
         clean, corrupted = cast(Tensor, group.clean.patterns), cast(Tensor, group.corrupted.patterns)
-        is_open = ((clean != 0) | (corrupted != 0)).cpu()  # [L, B, H, S, S]
+        is_open = ((clean != 0) | (corrupted != 0)).cpu()  # [L, B, H, S, P + S]
+        is_open &= _may_differ(group.prompts)[None, :, None, -is_open.shape[3] :, None]
         visible += int(is_open.sum())
         candidates.append(is_open & heads[:, None, :, None, None])
         strengths.append(_message_strength(group.prompts, scores, is_open))
@@ -612,12 +611,17 @@ def needed_messages(
     return Messages(kept / len(split), visible / len(split))
 
 
+def _may_differ(prompts: Prompts) -> Tensor:
+    """The positions from the first differing token on, bool [B, length]."""
+    return (prompts.clean != prompts.corrupted).cpu().cummax(1).values
+
+
 def _message_strength(prompts: Prompts, scores: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor:
-    """|score| [L, B, H, S, S] by each prompt's template; for one without train prompts, the mean of its length."""
+    """|score| like [L, B, H, S, P + S], by each prompt's template; for one without train prompts, its length's mean."""
     same = [score for (length, _), score in scores.items() if length == prompts.length]
-    other = torch.stack(same).mean(0) if same else torch.zeros(like[:, 0].shape)
+    other = torch.stack(same).mean(0) if same else torch.zeros(len(like), like.shape[2], prompts.length, prompts.length)
     rows = [scores.get((prompts.length, template), other) for template in prompts.template.tolist()]
-    return torch.stack(rows, 1).abs()
+    return torch.stack(rows, 1).abs()[..., -like.shape[3] :, :]
 
 
 def counts_of(graph: Graph, edges: Tensor, messages: Messages | None = None) -> Counts:

@@ -49,7 +49,6 @@ from attnprune.circuit.search import (
     resamples,
     score_edges,
     search_sizes,
-    shrinking,
 )
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.circuit.tasks.prompts import NO_TOKEN, Prompts
@@ -119,12 +118,10 @@ def analyse(
         scores = score_edges(train, SMALL_GRAPH_STEPS if is_small else settings.max_steps, told, cache)
         orders = rank(train, scores, sparse, settings, told, cache)
         train.free()
-        again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
-        orders.append(shrinking(again, orders[0], settings.shrink, told, cache))
-        again.free()
         curves, order, ranked = search_sizes(validation, orders, settings, told)
         chosen = ranked
         if settings.deletions:
+            again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
             chosen = refine(again, validation, order, curves[order.name], settings, told)
             again.free()
         messages = _messages(validation, chosen, scores, settings, told, cache, label)

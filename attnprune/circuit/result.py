@@ -14,7 +14,7 @@ SCHEMA = "attnprune-circuit-1"
 FAITHFULNESS = "(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m = mean of the metric over the prompts"
 TOP_EDGES = 2000
 
-Ranking = Literal["eap-ig abs", "eap-ig signed", "eap repeated", "exact nodes", "exact edges"]
+Ranking = Literal["eap-ig abs", "eap-ig signed", "exact nodes", "exact edges"]
 
 
 class _Strict(BaseModel):

@@ -10,7 +10,6 @@ stay inside the band. So many choices fit the prompts they are made on: validati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from attnprune.circuit import patching
 from attnprune.circuit.adapters import Anatomy, open_gates
-from attnprune.circuit.attribution import attribute, attribute_circuit
+from attnprune.circuit.attribution import attribute
 from attnprune.circuit.cache import Cache, digest
 from attnprune.circuit.graph import Graph
 from attnprune.circuit.patching import Activations
@@ -36,7 +35,6 @@ RANKINGS = get_args(Ranking)
 ROUNDING = 1e-4  # of a faithfulness
 BOOTSTRAP = 1000
 _SMALLEST_SHARE = 0.0005  # of all edges: where the sizes begin
-_FIRST_SHARE = 0.25  # of all edges: where EAP inside a shrinking circuit begins
 _CLOSE = 1.02  # ratio of two sizes that bisection tells apart
 _STAGES = (0.1, 0.3, 0.6, 1.0)  # of what may be lost: how far each stage of deletion may go
 _LARGER = 1.5  # where deletion begins, relative to the circuit found by size
@@ -50,7 +48,6 @@ class Settings:
         target: faithfulness to reach.
         sizes: evaluated sizes per ranking before bisection, and in broken control models.
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
-        shrink: edges that a round of EAP inside a shrinking circuit leaves, as a share.
         all_edges: graphs of up to this many edges are scored exactly, edge by edge.
         candidates: edges of larger graphs that are.
         nodes: whether nodes are patched exactly also in a dense model.
@@ -64,7 +61,6 @@ class Settings:
     sizes: int = 14
     control_sizes: int = 8
     max_steps: int = 16
-    shrink: float = 0.8
     all_edges: int = 5000
     candidates: int = 2000
     nodes: bool = True
@@ -321,41 +317,6 @@ def _order(graph: Graph, name: Ranking, scores: Tensor, strength: Tensor, ties: 
     if ties is not None:
         edges = edges[ties.flatten()[edges].argsort(descending=True, stable=True)]
     return Order(name, edges[strength.flatten()[edges].argsort(descending=True, stable=True)], scores)
-
-
-def shrinking(train: Split, first: Order, ratio: float, watch: Watch, cache: Cache) -> Order:
-    """Edges by how long they stay in a circuit that shrinks by `ratio` a round, scored anew inside it each time.
-
-    Rounds begin with the best quarter of another ranking; the edges outside it keep that ranking's order.
-    """
-    graph = train.anatomy.graph
-
-    def compute() -> dict[str, Tensor]:
-        circuit = circuit_of_size(graph, first.edges, round(_FIRST_SHARE * graph.edge_count))
-        scores, strength = first.scores.clone(), torch.zeros(first.scores.shape)
-        smallest = max(2, round(_SMALLEST_SHARE * graph.edge_count))
-        rounds = max(0, math.ceil(math.log(smallest / max(1, int(circuit.sum()))) / math.log(ratio)))
-        for done in range(rounds):
-            watch("EAP inside a shrinking circuit", done, rounds)
-            inside = _circuit_scores(train, circuit)
-            scores[circuit] = inside[circuit]
-            order = circuit.flatten().nonzero()[:, 0]
-            order = order[inside.flatten()[order].abs().argsort(descending=True, stable=True)]
-            strength.view(-1)[order] = done + 1 - torch.arange(1, len(order) + 1) / (len(order) + 1)
-            circuit = circuit_of_size(graph, order, round(ratio * len(order)))
-        return {"scores": scores, "strength": strength}
-
-    saved = cache.tensors(f"{train.key} shrinking {ratio} {digest(first.edges)}", compute)
-    return _order(graph, "eap repeated", saved["scores"], saved["strength"], first.scores.abs())
-
-
-def _circuit_scores(train: Split, circuit: Tensor) -> Tensor:
-    """`attribute_circuit` [U, V] over all prompts."""
-    total = torch.zeros(circuit.shape)
-    for group in train.groups:
-        found = attribute_circuit(train.anatomy, group.clean, group.corrupted, circuit, group.prompts.score)
-        total += len(group.prompts) * found.float().cpu()
-    return total / len(train)
 
 
 def _by_nodes(graph: Graph, effects: Tensor) -> Tensor:

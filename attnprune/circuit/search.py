@@ -62,7 +62,7 @@ class Settings:
     control_sizes: int = 8
     max_steps: int = 16
     all_edges: int = 5000
-    candidates: int = 2000
+    candidates: int = 500
     nodes: bool = True
     exact_prompts: int = 16
     deletions: int = 240

@@ -1,0 +1,72 @@
+"""The curves of examples/results as PNG files beside them: python examples/plot_results.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+RESULTS = Path(__file__).parent / "results"
+SMOLLM2 = {  # file -> what the run was
+    "smollm2-cpu": "first recipe, KL ≤ 0.05, T = 256",
+    "smollm2-wide": "tolerance 0.3 → 0.05, T = 512",
+    "smollm2-kl": "default recipe, 0.125 → 0.05, T = 512",
+}
+
+
+def small_lm() -> Figure:
+    """Loss on unseen text and density of every run on the small language model, and the loss as tokens go by."""
+    runs = json.loads((RESULTS / "recipe-search.json").read_text())["runs"]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
+        same = [run for run in runs if run["variant"] == variant]
+        tests = [(run["tokens"] / 1e6, run["test"]) for run in same]
+        style: dict[str, Any] = {"color": f"C{colour % 10}", "marker": "s" if "control" in variant else "o"}
+        left.plot(
+            [tokens for tokens, _ in tests], [test["loss"] - test["base_loss"] for _, test in tests],
+            label=variant, linestyle="", **style,
+        )  # fmt: skip
+        for run in same if "control" not in variant else ():
+            per_step = run["tokens"] / run["settings"]["train"]["steps"] / 1e6
+            steps = [point["step"] * per_step for point in run["curve"]]
+            right.plot(steps, [100 * point["density"] for point in run["curve"]], alpha=0.7, **style)
+    left.axhline(0, color="0.6", linewidth=1)
+    left.set(xlabel="million tokens", ylabel="loss - base on test.jsonl, nats", title="end of each run")
+    left.legend(fontsize=7)
+    right.set(xlabel="million tokens", ylabel="density on held-out text, %", yscale="log", title="on the way")
+    return figure
+
+
+def smollm2() -> Figure:
+    """Open edges per query and KL to the base of the runs on SmolLM2-135M, as tokens go by."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in SMOLLM2.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            continue
+        curve = json.loads(file.read_text())["curve"]
+        thousands = [point["step"] * 1.024 for point in curve]  # all of them: 1,024 tokens a step
+        left.plot(thousands, [point["eval_edges_per_query"] for point in curve], marker=".", label=label)
+        right.plot(thousands, [point["eval_kl"] for point in curve], marker=".", label=label)
+    left.set(xlabel="thousand tokens", ylabel="open edges per query and head", yscale="log")
+    right.axhline(0.05, color="0.6", linewidth=1)
+    right.set(xlabel="thousand tokens", ylabel="KL(base ‖ sparse) on held-out text, nats")
+    left.yaxis.set_minor_formatter(ScalarFormatter())
+    left.yaxis.set_major_formatter(ScalarFormatter())
+    left.legend()
+    return figure
+
+
+def main() -> None:
+    for name, figure in (("recipe-search.png", small_lm()), ("smollm2.png", smollm2())):
+        figure.savefig(RESULTS / name, dpi=120)
+        print(RESULTS / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnprune.circuit import controls, patching
 from attnprune.circuit.adapters import Anatomy, anatomy_of
 from attnprune.circuit.cache import Cache, check_same, digest
+from attnprune.circuit.ranking import Order, Scores, rank, score_edges
 from attnprune.circuit.result import (
     TOP_EDGES,
     CircuitResult,
@@ -30,25 +31,23 @@ from attnprune.circuit.result import (
     TaskFacts,
 )
 from attnprune.circuit.search import (
-    BOOTSTRAP,
     Messages,
-    Order,
-    Scores,
-    Settings,
     Sized,
-    Split,
-    Watch,
     count_nodes,
     counts_of,
     curve_of,
-    faithfulness_interval,
     needed_messages,
-    pattern_visible,
-    rank,
     refine,
-    resamples,
-    score_edges,
     search_sizes,
+)
+from attnprune.circuit.splits import (
+    BOOTSTRAP,
+    Settings,
+    Split,
+    Watch,
+    faithfulness_interval,
+    pattern_visible,
+    resamples,
 )
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.circuit.tasks.prompts import NO_TOKEN, Prompts

@@ -17,18 +17,10 @@ from torch import Tensor
 from attnprune.circuit.adapters import Anatomy
 from attnprune.circuit.cache import Cache
 from attnprune.circuit.graph import Graph
+from attnprune.circuit.ranking import eap_ig_orders, score_edges
 from attnprune.circuit.result import ControlModel, RandomCircuits, Templates
-from attnprune.circuit.search import (
-    Settings,
-    Split,
-    Watch,
-    circuit_of_size,
-    eap_ig_orders,
-    evaluate_sizes,
-    score_edges,
-    size_grid,
-    stable,
-)
+from attnprune.circuit.search import circuit_of_size, evaluate_sizes, size_grid, stable
+from attnprune.circuit.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.errors import AttnPruneError
 

@@ -3,7 +3,7 @@
 The stream that a destination reads is the sum of what the sources upstream of it wrote. Patching an edge replaces one
 term of one such sum: `x_v = stream of one run + sum over patched u of (z_u of the other run - z_u of the first)`. Only
 inputs are changed, so any attention function and any MLP runs as it is, gates included. Behind a post-norm (Gemma 2,
-OLMo 2) a head's share of the output is scaled by the norm's own factor, so the shares of all heads add up to it exactly.
+OLMo 2) a head's share of the output is scaled by the norm's own factor, so the shares of all heads add up to it.
 
 Exact means the model's arithmetic, not a gradient. What is recomputed is rounded differently, though (1e-6 in fp32),
 and a gate whose score lies that close to its threshold may end up on its other side.

@@ -133,8 +133,8 @@ class Counts(_Strict):
         "not measured"
     )
     open_messages: float | None = Field(
-        description="messages per prompt of all heads that any gate lets through (clean or corrupted run), from the first "
-        "token on that differs"
+        description="messages per prompt of all heads that any gate lets through (clean or corrupted run), from the "
+        "first token on that differs"
     )
 
 

@@ -123,7 +123,7 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
     from attnprune.checkpoints import write_atomic
     from attnprune.circuit.cache import Cache
     from attnprune.circuit.compare import analyse, eap_ig_data, result_of, task_facts
-    from attnprune.circuit.search import QUICK, Settings
+    from attnprune.circuit.splits import QUICK, Settings
     from attnprune.circuit.tasks import load_task, task_names
     from attnprune.report import circuits as report
     from attnprune.report.circuit_page import render_page

@@ -121,7 +121,7 @@ def analyse(
         chosen = ranked
         if settings.deletions:
             again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
-            chosen = refine(again, validation, order, curves[order.name], settings, told)
+            chosen = refine(again, validation, orders[0], curves[order.name], settings, told)
             again.free()
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()

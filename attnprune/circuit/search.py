@@ -119,7 +119,8 @@ def search_sizes(
     for order in sorted(orders, key=lambda order: smallest(order).size):
         index = stable(curves[order.name], settings)
         below = curves[order.name][index - 1].size if index else 0
-        if below < min(smallest(other).size for other in orders):  # it can still win
+        # The others only if they can still win; the first is EAP-IG, what the result is compared with.
+        if order is orders[0] or below < min(smallest(other).size for other in orders):
             curves[order.name] = bisect(split, order, curves[order.name], settings, watch)
     best = min(orders, key=lambda order: smallest(order).size)
     return curves, best, smallest(best)
@@ -128,7 +129,10 @@ def search_sizes(
 def refine(
     train: Split, validation: Split, order: Order, points: list[Sized], settings: Settings, watch: Watch
 ) -> Sized:
-    """A smaller circuit by deletion of edges, or the smallest stable one of a ranking (`points`) if that is smaller."""
+    """A smaller circuit by deletion of edges, or the smallest stable one of a ranking (`points`) if that is smaller.
+
+    `order`: which edges are tried first for deletion, the last of it; not always the ranking that made the circuits.
+    """
     index = stable(points, settings)
     enough = [point for point in points[index:] if point.size >= _LARGER * points[index].size]
     path = delete_blocks(train, order, (enough or points[-1:])[0].edges, settings, watch)
@@ -143,8 +147,9 @@ def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings,
     way, largest first. In every stage each edge has been tried, unless its share of `settings.deletions` ran out.
     """
     path, done = [start], 0
+    first = max(settings.target, min(1.0, train.faithfulness(start)))
     for stage, share in enumerate(_STAGES, 1):
-        stricter = replace(settings, target=1 - share * (1 - settings.target))
+        stricter = replace(settings, target=first - share * (first - settings.target))
         weakest = order.edges[path[-1].flatten()[order.edges]].flip(0)
         blocks = list(weakest.split(max(1, len(weakest) // 8)))
         while blocks and done < stage * settings.deletions // len(_STAGES):

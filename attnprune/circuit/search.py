@@ -25,8 +25,9 @@ from attnprune.circuit.tasks import Prompts
 
 _SMALLEST_SHARE = 0.0005  # of all edges: where the sizes begin
 _CLOSE = 1.02  # ratio of two sizes that bisection tells apart
-_STAGES = (0.1, 0.3, 0.6, 1.0)  # of what may be lost: how far each stage of deletion may go
-_LARGER = 1.5  # where deletion begins, relative to the circuit found by size
+# Stages of deletion: how much of what may be lost, and into how many blocks a circuit is cut before a stage gives up.
+_STAGES = ((0.1, 32), (0.3, 64), (0.6, 128), (1.0, None))
+_LARGER = 1.3  # where deletion begins, relative to the circuit found by size
 
 
 def circuit_of_size(graph: Graph, order: Tensor, size: int) -> Tensor:
@@ -144,14 +145,15 @@ def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings,
     """Delete edges while train prompts stay in the band: the weakest first, a block that fails in halves.
 
     The band opens in stages, or the first large blocks would use up all that may be lost. Returns the circuits on the
-    way, largest first. In every stage each edge has been tried, unless its share of `settings.deletions` ran out.
+    way, largest first. In the last stage each edge has been tried alone, unless `settings.deletions` ran out.
     """
     path, done = [start], 0
     first = max(settings.target, min(1.0, train.faithfulness(start)))
-    for stage, share in enumerate(_STAGES, 1):
+    for stage, (share, parts) in enumerate(_STAGES, 1):
         stricter = replace(settings, target=first - share * (first - settings.target))
         weakest = order.edges[path[-1].flatten()[order.edges]].flip(0)
         blocks = list(weakest.split(max(1, len(weakest) // 8)))
+        smallest = len(weakest) // parts if parts else 1
         while blocks and done < stage * settings.deletions // len(_STAGES):
             watch("deletion of edges", done, settings.deletions)
             block = blocks.pop(0)
@@ -164,7 +166,7 @@ def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings,
             done += 1
             if stricter.reached(train.faithfulness(candidate)):
                 path.append(candidate)
-            elif len(block) > 1:
+            elif len(block) > max(1, smallest):
                 blocks[:0] = block.split((len(block) + 1) // 2)
     return path
 

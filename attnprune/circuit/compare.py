@@ -115,7 +115,7 @@ def analyse(
         _check(validation, test, name, task, label, cache)
         is_small = anatomy.graph.edge_count <= settings.all_edges
         scores = score_edges(train, SMALL_GRAPH_STEPS if is_small else settings.max_steps, told, cache)
-        orders = rank(train, scores, sparse, settings, told, cache)
+        orders = rank(train, scores, settings, told, cache)
         train.free()
         curves, order, ranked = search_sizes(validation, orders, settings, told)
         chosen = ranked

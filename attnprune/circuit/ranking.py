@@ -80,13 +80,11 @@ def _attributed(train: Split, steps: int, watch: Watch) -> dict[str, Tensor]:
     return {"edges": torch.stack([one.edges.float() for one in found]), "flips": flips} | messages
 
 
-def rank(train: Split, scores: Scores, sparse: bool, settings: Settings, watch: Watch, cache: Cache) -> list[Order]:
-    """The rankings of a model. Exact ones cost more: those of nodes are made where gradients do not see the gates."""
+def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: Cache) -> list[Order]:
+    """The rankings of a model, EAP-IG first. Exact ones see gates, which gradients do not, and what is saturated."""
     graph = train.anatomy.graph
     orders = eap_ig_orders(graph, scores.edges)
     small = graph.edge_count <= settings.all_edges
-    if not (sparse or settings.nodes or small):
-        return orders
     prompts = len(train) if small else settings.exact_prompts
     nodes = _mean_nodes(train, prompts, watch, cache)
     by_nodes = _by_nodes(graph, nodes)

@@ -34,7 +34,6 @@ class Settings:
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
         all_edges: graphs of up to this many edges are scored exactly, edge by edge.
         candidates: edges of larger graphs that are.
-        nodes: whether nodes are patched exactly also in a dense model.
         exact_prompts: most train prompts of exact scores in a larger graph.
         deletions: most evaluations of block deletion; 0 leaves it out.
         draws: random circuits.
@@ -47,7 +46,6 @@ class Settings:
     max_steps: int = 16
     all_edges: int = 5000
     candidates: int = 500
-    nodes: bool = True
     exact_prompts: int = 16
     deletions: int = 240
     draws: int = 20
@@ -65,7 +63,7 @@ class Settings:
 
 
 QUICK = {
-    "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "nodes": False, "exact_prompts": 4,
+    "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
     "deletions": 0, "draws": 3,
 }  # fmt: skip
 

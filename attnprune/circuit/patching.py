@@ -160,9 +160,9 @@ def collect_pair(anatomy: Anatomy, clean: Tensor, corrupted: Tensor, last: int) 
     Logits are those of the `last` positions (at least 1).
     """
     same = int((clean == corrupted).all(0).long().cumprod(0).sum())
-    length = min(same, clean.shape[1] - last)
-    prefix = _prefix(anatomy, clean[:, :length]) if length > 0 else None
-    first, second = (collect(anatomy, ids[:, max(length, 0) :], last, prefix) for ids in (clean, corrupted))
+    length = max(0, min(same, clean.shape[1] - last))
+    prefix = _prefix(anatomy, clean[:, :length]) if length else None
+    first, second = (collect(anatomy, ids[:, length:], last, prefix) for ids in (clean, corrupted))
     return first, second
 
 

@@ -93,10 +93,10 @@ def bisect(split: Split, order: Order, points: list[Sized], settings: Settings, 
     for done in range(12):
         index = stable(points, settings)
         low, high = points[index - 1].size if index else 0, points[index].size
-        if high - low < 2 or high <= low * _CLOSE:
+        middle = _between(low, high)
+        if middle is None:
             return points
         watch(f"bisection by {order.name}", done, 12)
-        middle = min(high - 1, max(low + 1, round((max(low, 1) * high) ** 0.5)))
         sized = _evaluated(split, circuit_of_size(split.anatomy.graph, order.edges, middle))
         if sized.size <= low:  # no circuits between: look in the upper part
             middle = (low + high + 1) // 2
@@ -105,6 +105,13 @@ def bisect(split: Split, order: Order, points: list[Sized], settings: Settings, 
             return points
         points = sorted([*points, sized], key=lambda point: point.size)
     return points
+
+
+def _between(low: int, high: int) -> int | None:
+    """The size in the middle of two on a log scale; None if they are neighbours or as close as bisection goes."""
+    if high - low < 2 or high <= low * _CLOSE:
+        return None
+    return min(high - 1, max(low + 1, round((max(low, 1) * high) ** 0.5)))
 
 
 def search_sizes(
@@ -240,10 +247,10 @@ def needed_messages(
 
     low, high = 0, len(ranked)  # `high` is in the band: with all messages the circuit is the one that was chosen
     for done in range(12):
-        if high - low < 2 or high <= low * _CLOSE:
+        middle = _between(low, high)
+        if middle is None:
             break
         watch("attention messages", done, 12)
-        middle = min(high - 1, max(low + 1, round((max(low, 1) * high) ** 0.5)))
         inside = settings.reached(split.faithfulness(edges, masks(middle)))
         low, high = (low, middle) if inside else (middle, high)
     kept = sum(int(mask.sum()) for mask in masks(high)) if high else 0

@@ -489,6 +489,25 @@ def test_the_self_check_passes_and_finds_a_wrong_part(pair_of):
         self_check(*Pair(model).runs)
 
 
+def test_the_self_check_holds_one_flipped_gate_and_refuses_many():
+    model = build("llama")
+    attach(model, BIAS)
+    pair = Pair(model)  # its runs are those of before the change
+    bias = pair.anatomy.blocks[-1].gate.bias.data
+    open_before = pair.clean.patterns[-1] != 0
+    for _ in range(10_000):  # as rounding would: move a head's threshold until one of its gates is on the other side
+        bias[0] -= 1e-3
+        flipped = open_before != (collect(pair.anatomy, pair.clean.ids).patterns[-1] != 0)
+        if flipped.any():
+            break
+    assert flipped.sum() == 1
+    assert (run_circuit(*pair.runs, pair.every) - pair.clean.logits).abs().max() > 1e-3
+    self_check(*pair.runs)
+    bias[0] -= 100
+    with pytest.raises(SelfCheckError, match=r"llama: a circuit of all edges flips .* % of the gates"):
+        self_check(*pair.runs)
+
+
 def test_bad_input_is_refused(pair_of):
     pair = pair_of("llama")
     longer = collect(pair.anatomy, ids(PROMPTS, LENGTH + 1))

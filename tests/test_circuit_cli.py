@@ -62,6 +62,8 @@ def test_a_finished_search_can_be_shown_again(place):
     assert "random circuits" in done.stdout
     after = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     assert [model.edges for model in after.models] == [model.edges for model in before.models]
+    assert after.command == before.command
+    assert "--task addition" in after.command
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):

@@ -214,7 +214,7 @@ class ModelCircuit(_Strict):
     test: Evaluation
     reached: bool = Field(description="the interval of the faithfulness on test prompts reaches the target")
     controls: Controls
-    seconds: float
+    seconds: float = Field(description="of the last part, if the search was interrupted")
 
 
 class Ratio(_Strict):
@@ -242,10 +242,10 @@ class CircuitResult(_Strict):
     """A circuit search of one model, or of two on the same prompts."""
 
     schema_id: Literal["attnprune-circuit-1"] = SCHEMA
-    command: str
+    command: str = Field(description="that began the search")
     task: TaskFacts
     method: Method
     models: list[ModelCircuit]
     compare: Compare | None
-    seconds: float
+    seconds: float = Field(description="of the last part, if the search was interrupted")
     notes: list[str]

@@ -78,6 +78,7 @@ def circuit(
             "model": model, "task": task, "against": against, "base": base, "target": target,
             "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed, "quick": quick,
             "refine": (not quick) if refine is None else refine, "controls": controls, "batch_size": batch_size,
+            "command": "attnprune " + shlex.join(sys.argv[1:]),
         }  # fmt: skip
         _check_folder(folder)
     try:
@@ -111,7 +112,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     wanted = {
         "model": str, "task": str, "against": (str, type(None)), "base": (str, type(None)), "target": float,
         "prompts": int, "seed": int, "quick": bool, "refine": bool, "controls": bool, "batch_size": int,
-        "fingerprint": str,
+        "command": str, "fingerprint": str,
     }  # fmt: skip
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{file}: damaged", hint="start again in another folder")
@@ -155,7 +156,6 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
             analyse(one, name, task, how, with_controls=settings["controls"], label=label, watch=watch, cache=cache)
             for label, (name, one) in models.items()
         ]
-        command = "attnprune " + shlex.join(sys.argv[1:])
         facts = task_facts(task, tokenizer, settings["seed"])
         notes: list[str] = []
         exports = {"eap-ig.json": eap_ig_data(analyses[0])}
@@ -164,8 +164,8 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
         if None in exports.values():
             notes.append("no eap-ig.json: that format has no shared key/value heads")
         result = result_of(
-            analyses, facts, how, command=command, quick=settings["quick"], seconds=time.monotonic() - started,
-            notes=notes,
+            analyses, facts, how, command=settings["command"], quick=settings["quick"],
+            seconds=time.monotonic() - started, notes=notes,
         )  # fmt: skip
     for name, data in exports.items():
         if data is not None:

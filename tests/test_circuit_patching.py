@@ -7,8 +7,10 @@ import torch
 
 from attnprune.attention.interface import attach, gates_forced_open, gates_of
 from attnprune.circuit.adapters import _LAYOUTS, anatomy_of, open_gates
-from attnprune.circuit.attribution import attribute, gate_flips
+from attnprune.circuit.attribution import attribute, attribute_circuit, gate_flips
 from attnprune.circuit.patching import (
+    CircuitRun,
+    Hooks,
     collect,
     collect_pair,
     edge_effects,
@@ -376,6 +378,35 @@ def test_the_same_bits_twice(pair):
     assert torch.equal(*(attribute(*p.runs, metric, steps=2).edges for p in (pair, again)))
     kept = pair.every & (torch.rand(pair.every.shape) < 0.1)
     assert torch.equal(*(run_circuit(*p.runs, kept) for p in (pair, again)))
+
+
+def with_weights(pair, weights):
+    """The metric of a circuit run whose edges carry a share of their change."""
+    run = CircuitRun(*pair.runs[::2], weights > 0)
+    run.weights = weights
+    with torch.no_grad(), Hooks() as hooks:
+        run.install(hooks)
+        return metric(pair.anatomy.model(input_ids=pair.clean.ids, logits_to_keep=1).logits)
+
+
+@pytest.mark.parametrize("family", PARTS)
+@dense_and_gated
+def test_scores_inside_a_circuit_are_the_slope_of_each_edge(family, gated):
+    model = build(family).double()
+    if gated:
+        attach(model, BIAS)
+    pair = Pair(model, last=1)
+    drawn = torch.rand(pair.every.shape, generator=torch.Generator().manual_seed(7))
+    circuit = pair.graph.prune(pair.every & (drawn < 0.6))
+    scores = attribute_circuit(*pair.runs, circuit, metric)
+    assert not scores[~circuit].any()
+    assert int((scores.abs() > 1e-6).sum()) > 50
+    for edge in circuit.nonzero()[:: max(1, int(circuit.sum()) // 12)]:
+        less, more = circuit.double(), circuit.double()
+        less[tuple(edge)] -= 1e-3  # some norms compute in fp32
+        more[tuple(edge)] += 1e-3
+        slope = (with_weights(pair, less) - with_weights(pair, more)).mean() / 2e-3
+        assert_close(scores[tuple(edge)], slope, 1e-3 * scores.abs().max().item())
 
 
 # --- a prefix that clean and corrupted prompts share runs once

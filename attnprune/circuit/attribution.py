@@ -1,4 +1,4 @@
-"""Gradient attribution of edges: EAP and EAP-IG, as rankings of what exact patching should look at.
+"""Gradient attribution of edges, as rankings of what exact patching should look at: EAP, EAP-IG, EAP inside a circuit.
 
 The score of an edge u -> v is the change of what u writes times the gradient of the metric at what v reads, summed over
 positions: (z_u corrupted - z_u clean) . dL/dx_v (edge attribution patching, Syed et al., arXiv 2310.10348). EAP-IG
@@ -8,6 +8,9 @@ exact effects, the sign is that of the metric when the edge is corrupted.
 The scores of the edges out of `input` add up to the change of the metric as the points become dense, if the model is
 smooth between the two runs. The gap is returned. Hard gates are not smooth: a gradient does not see one open or close,
 so on a gated model the gap may stay and an edge that acts through a gate may score 0. Its size is then no effect size.
+
+Inside a circuit the other edges carry corrupted values, and what a kept edge does depends on which others are kept:
+`attribute_circuit` scores them inside it, once for every stage of a search that deletes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ from attnprune.circuit.adapters import Anatomy, Block
 from attnprune.circuit.graph import ATTENTION_KINDS, Kind
 from attnprune.circuit.patching import (
     Activations,
+    CircuitRun,
     Hooks,
     Metric,
     attention_of,
@@ -231,6 +235,84 @@ def _hard(gate: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: t
         threshold = (gate.bias, visible, kwargs["scaling"], kwargs["softcap"])
         pattern = pattern * open_edges_reference(query, key, *threshold)
     return (pattern @ repeat_heads(value, query.shape[1])).to(output[0].dtype), output[1]
+
+
+def attribute_circuit(
+    anatomy: Anatomy, clean: Activations, corrupted: Activations, edges: Tensor, metric: Metric
+) -> Tensor:
+    """Predicted change of a circuit's metric, mean over the prompts, when one more of its edges is corrupted.
+
+    The first order at the circuit itself, `-(change of what u writes) . dL/dx_v`: one forward and one backward pass.
+
+    Args:
+        edges: the circuit, bool [U, V], pruned.
+
+    Returns:
+        [U, V], 0 outside the circuit.
+    """
+    check_pair(clean, corrupted)
+    run = _CircuitGradients(anatomy, corrupted, edges)
+    with Hooks() as hooks, frozen(anatomy.model), torch.enable_grad():
+        run.install(hooks)
+        for block in anatomy.blocks:
+            if isinstance(block.gate, Gate):
+                hooks.add(block.gate.register_forward_hook(_hard, with_kwargs=True))
+        total = scores_of(metric, forward(anatomy, clean.ids, clean.last, clean.prefix)).sum()
+        torch.autograd.grad(total, run.start)
+    return run.scores * run.weights / -len(clean.ids)
+
+
+class _CircuitGradients(CircuitRun):
+    """A circuit run with a backward pass of its own between readers and sources, as scores come to lie there.
+
+    `written` stands for the changes in autograd's graph, so that readers are differentiated before the sources that
+    they read; the changes and their gradients are kept source-major in two tensors.
+    """
+
+    def __init__(self, anatomy: Anatomy, corrupted: Activations, edges: Tensor):
+        super().__init__(anatomy, corrupted, edges)
+        self.gradient = torch.zeros_like(self.change)
+        self.scores = torch.zeros_like(self.weights)
+        self.start = self.weights.new_zeros((), requires_grad=True)
+        self.written = self.start
+
+    def _write(self, sources: slice, z: Tensor) -> None:
+        super()._write(sources, z.detach())
+        self.written = self.written + _Source.apply(z, self, sources)
+
+    def _read(self, stream: int, upstream: int, readers: Tensor) -> Tensor:
+        x = super()._read(stream, upstream, readers)
+        return cast(Tensor, _Reader.apply(self.written, x, self, upstream, readers))
+
+
+class _Source(torch.autograd.Function):
+    """Where a source's output leaves autograd's sight; its gradient is what all readers have left."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, run: _CircuitGradients, sources: slice) -> Tensor:
+        ctx.run, ctx.sources = run, sources
+        return z.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return ctx.run.gradient[ctx.sources], None, None
+
+
+class _Reader(torch.autograd.Function):
+    """Where what n readers see comes back, [n, B, S, D]; its gradient makes the scores of their edges."""
+
+    @staticmethod
+    def forward(ctx: Any, written: Tensor, x: Tensor, run: _CircuitGradients, upstream: int, readers: Tensor) -> Tensor:
+        ctx.run, ctx.upstream, ctx.readers = run, upstream, readers
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        run, upstream, readers = ctx.run, ctx.upstream, ctx.readers
+        gradient = gradients[0].flatten(1)
+        run.scores[:upstream, readers] = run.change[:upstream].flatten(1) @ gradient.t()
+        run.gradient[:upstream].flatten(1).addmm_(run.weights[:upstream, readers], gradient)
+        return run.start.new_zeros(()), None, None, None, None
 
 
 @contextmanager

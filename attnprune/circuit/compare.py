@@ -121,8 +121,7 @@ def analyse(
         chosen = ranked
         if settings.deletions:
             again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
-            by_edges = orders[0] if order.name == "exact nodes" else order  # nodes say little of single edges
-            chosen = refine(again, validation, by_edges, curves[order.name], settings, told)
+            chosen = refine(again, validation, curves[order.name], settings, told)
             again.free()
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()

@@ -275,7 +275,7 @@ def run_circuit(
     """
     check_pair(clean, corrupted)
     _check_masks(anatomy, clean, edges, messages)
-    run = _CircuitRun(anatomy, corrupted, edges)
+    run = CircuitRun(anatomy, corrupted, edges)
     with Hooks() as hooks:
         run.install(hooks)
         for layer, block in enumerate(anatomy.blocks):
@@ -284,7 +284,7 @@ def run_circuit(
         return forward(anatomy, clean.ids, clean.last, clean.prefix)
 
 
-class _CircuitRun:
+class CircuitRun:
     """The state of one circuit run: how far what each source writes is from its corrupted output."""
 
     def __init__(self, anatomy: Anatomy, corrupted: Activations, edges: Tensor):
@@ -311,12 +311,14 @@ class _CircuitRun:
     def _write(self, sources: slice, z: Tensor) -> None:
         torch.sub(z, self.corrupted.outputs[sources], out=self.change[sources])
 
-    def _read(self, upstream: int, readers: Tensor) -> Tensor:
-        """What the edges kept add to the corrupted stream that each of n readers sees, [n, B, S, D]."""
-        weights, change = self.weights[:upstream, readers], self.change[:upstream]
+    def _read(self, stream: int, upstream: int, readers: Tensor) -> Tensor:
+        """What each of n readers sees: the corrupted stream and what the edges kept add to it, [n, B, S, D]."""
+        weights, changes = self.weights[:upstream, readers], self.change[:upstream]
         if weights.ndim == 3:
-            return torch.einsum("uvs,ubsd->vbsd", weights, change)
-        return (weights.t() @ change.flatten(1)).unflatten(1, change.shape[1:])
+            added = torch.einsum("uvs,ubsd->vbsd", weights, changes)
+        else:
+            added = (weights.t() @ changes.flatten(1)).unflatten(1, changes.shape[1:])
+        return added.add_(self.corrupted.streams[stream])
 
     def _keeping(self, upstream: int, readers: slice) -> Tensor:
         """Which of the readers keep an edge."""
@@ -329,8 +331,7 @@ class _CircuitRun:
         read = self._keeping(upstream, slice(reader, reader + 1))
 
         def change(_: Tensor) -> Tensor:
-            corrupted = self.corrupted.streams[stream]
-            return corrupted + self._read(upstream, read)[0] if len(read) else corrupted
+            return self._read(stream, upstream, read)[0] if len(read) else self.corrupted.streams[stream]
 
         return change
 
@@ -340,9 +341,8 @@ class _CircuitRun:
         readers = self._keeping(upstream, slice(graph.readers(layer, "q").start, graph.readers(layer, "v").stop))
 
         def change(_: Tensor) -> Tensor:
-            corrupted = self.corrupted.streams[2 * layer]
-            self.readers, self.normed = readers, block.normed(corrupted + self._read(upstream, readers))
-            return corrupted
+            self.readers, self.normed = readers, block.normed(self._read(2 * layer, upstream, readers))
+            return self.corrupted.streams[2 * layer]
 
         return change
 

@@ -4,8 +4,9 @@ Train prompts rank the edges, validation prompts decide the size, test prompts a
 as reached if its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the
 curve of faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
-From a circuit half as large again whole blocks of edges are then deleted, the weakest first, as long as train prompts
-stay inside the band. So many choices fit the prompts they are made on: validation prompts decide how far to go.
+From a circuit a third larger whole blocks of edges are then deleted, the weakest first, as long as train prompts stay
+inside the band. What is weak changes as a circuit shrinks: every stage asks the gradients inside the circuit that is
+left. So many choices fit the prompts they are made on: validation prompts decide how far to go.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from attnprune.circuit.attribution import attribute_circuit
 from attnprune.circuit.graph import Graph
 from attnprune.circuit.ranking import Order
 from attnprune.circuit.result import Counts, Curve, Point, Ranking
-from attnprune.circuit.splits import Settings, Split, Watch, ratio_of_means
+from attnprune.circuit.splits import Group, Settings, Split, Watch, ratio_of_means
 from attnprune.circuit.tasks import Prompts
 
 _SMALLEST_SHARE = 0.0005  # of all edges: where the sizes begin
@@ -134,22 +136,19 @@ def search_sizes(
     return curves, best, smallest(best)
 
 
-def refine(
-    train: Split, validation: Split, order: Order, points: list[Sized], settings: Settings, watch: Watch
-) -> Sized:
-    """A smaller circuit by deletion of edges, or the smallest stable one of a ranking (`points`) if that is smaller.
-
-    `order`: which edges are tried first for deletion, the last of it; not always the ranking that made the circuits.
-    """
+def refine(train: Split, validation: Split, points: list[Sized], settings: Settings, watch: Watch) -> Sized:
+    """A smaller circuit by deletion of edges, or the smallest stable one of a ranking (`points`) if that is smaller."""
     index = stable(points, settings)
     enough = [point for point in points[index:] if point.size >= _LARGER * points[index].size]
-    path = delete_blocks(train, order, (enough or points[-1:])[0].edges, settings, watch)
+    path = delete_blocks(train, (enough or points[-1:])[0].edges, settings, watch)
     found = shortest(validation, path, settings, watch)
     return min(points[index], found, key=lambda sized: sized.size)
 
 
-def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
+def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
     """Delete edges while train prompts stay in the band: the weakest first, a block that fails in halves.
+
+    The weakest by `attribute_circuit` at the beginning of each stage.
 
     The band opens in stages, or the first large blocks would use up all that may be lost. Returns the circuits on the
     way, largest first. In the last stage each edge has been tried alone, unless `settings.deletions` ran out.
@@ -158,7 +157,7 @@ def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings,
     first = max(settings.target, min(1.0, train.faithfulness(start)))
     for stage, (share, parts) in enumerate(_STAGES, 1):
         stricter = replace(settings, target=first - share * (first - settings.target))
-        weakest = order.edges[path[-1].flatten()[order.edges]].flip(0)
+        weakest = _weakest_first(train, path[-1])
         blocks = list(weakest.split(max(1, len(weakest) // 8)))
         smallest = len(weakest) // parts if parts else 1
         while blocks and done < stage * settings.deletions // len(_STAGES):
@@ -176,6 +175,18 @@ def delete_blocks(train: Split, order: Order, start: Tensor, settings: Settings,
             elif len(block) > max(1, smallest):
                 blocks[:0] = block.split((len(block) + 1) // 2)
     return path
+
+
+def _weakest_first(train: Split, circuit: Tensor) -> Tensor:
+    """The edges of a circuit (flat indices) by the predicted change of the metric without each of them."""
+
+    def score(group: Group) -> Tensor:
+        found = attribute_circuit(train.anatomy, group.clean, group.corrupted, circuit, group.prompts.score)
+        return len(group.prompts) * found.double().cpu()
+
+    scores = torch.stack([score(group) for group in train.groups]).sum(0).abs().flatten()
+    edges = circuit.flatten().nonzero()[:, 0]
+    return edges[scores[edges].argsort(stable=True)]
 
 
 def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch) -> Sized:

@@ -33,7 +33,7 @@ from tests.test_real_model import gguf_file
 
 SMALL_LM = Path(__file__).parent.parent / "examples" / "small-lm"
 ADDITION_FINGERPRINT = "3705b7e4d31b29bd5305fa3e4f46221bbadc25c94838c1e8579506a65d7e3dfd"
-INDUCTION_FINGERPRINT = "e75650e38f47352a0f19db2c025eecf08917973b76efd02e76d69c45d9c1dca0"
+INDUCTION_FINGERPRINT = "fcf449e1ae6d390897491330d64be1f322e5425504eaa3cea6eb4eb58b0860b0"
 IOI_FINGERPRINT = "f5247ca9c3b6866dcbd859e9997e42c80c19162073e9f3af597ae8a6ade4d04e"
 SENTENCES = ["ioi", "ioi:s2-flip", "ioi:abc", "greater-than", "sva", "pronoun", "docstring"]
 
@@ -347,10 +347,12 @@ def test_induction_works_with_any_tokenizer(which, smol, pairs):
         listed = batch.length - (a + 1 - start)  # where the second copy begins
         assert ids[start : a + 1] == ids[listed:]
         assert b == a + 1
+        other_a, other_b = (batch.roles[role][row, 0] for role in ("A2", "B2"))
+        assert b < other_a == other_b - 1 < listed - 1
         assert ids[b] == batch.answers[row, 0]
-        assert other[b] == batch.wrong[row, 0]
-        assert other[listed:] == ids[listed:]
-        assert not set(ids[start:]) & set(other[start:listed])
+        assert ids[other_b] == batch.wrong[row, 0]
+        assert (other[a], other[other_a]) == (ids[other_a], ids[a])
+        assert [i for i, (one, two) in enumerate(zip(ids, other, strict=True)) if one != two] == [a, other_a]
         assert len(set(ids[start:listed])) == listed - start
         if start:
             assert ids[0] == other[0] == tokenizer.bos_token_id
@@ -444,7 +446,7 @@ def test_prompts_that_are_not_aligned_token_by_token_are_refused(smol):
 
 
 def test_tokenizers_without_enough_tokens(demo):
-    refused(lambda: load_task("induction", demo), "induction", "13 printable tokens, 72 are needed")
+    refused(lambda: load_task("induction", demo), "induction", "13 printable tokens, 39 are needed")
     refused(
         lambda: load_task("addition", AutoTokenizer.from_pretrained(SMALL_LM)), "addition", "one token per character"
     )

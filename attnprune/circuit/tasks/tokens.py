@@ -13,7 +13,7 @@ from attnprune.data import addition_task
 from attnprune.errors import InputError
 
 # (tokens of the list, how many of them are repeated): one prompt length, several distances between the copies.
-SHAPES = ((9, 7), (10, 6), (11, 5), (12, 4))
+SHAPES = ((10, 7), (11, 6), (12, 5), (13, 4))
 INDUCTION = tuple(f"{listed} random tokens, then the first {repeated} again" for listed, repeated in SHAPES)
 ADDITION = ("hundreds", "tens", "units")
 
@@ -22,24 +22,28 @@ _OPERANDS = {"tens of a": 1, "units of a": 2, "tens of b": 4, "units of b": 5, "
 
 
 def induction(lexicon: Lexicon, draw: Random) -> Iterator[Example]:
-    """A list of random tokens [.. A1 B1 ..], then its beginning again up to A (END): next is B.
+    """A list of random tokens [.. A1 B1 .. A2 B2 ..], then its beginning again up to A1 (END): next is B1.
 
-    Corrupted: another list, of which the beginning is no copy. Wrong: what stands in the place of B1 there.
+    Corrupted: A1 and A2 change places in the list, so next is B2, the wrong token. Two tokens differ: what leads from
+    there to the answer is what stands before B1 and B2, found by the token at END. (With another list instead, every
+    token differs, and the circuit is most of the model.)
     """
     tokenizer, opening = lexicon.encoder.tokenizer, lexicon.encoder.opening
     most = max(listed for listed, _ in SHAPES)
-    pool = _printable_tokens(tokenizer, 6 * most)
-    if len(pool) < 6 * most:
-        raise InputError(f"{lexicon.task}: this tokenizer has {len(pool)} printable tokens, {6 * most} are needed")
+    pool = _printable_tokens(tokenizer, 3 * most)
+    if len(pool) < 3 * most:
+        raise InputError(f"{lexicon.task}: this tokenizer has {len(pool)} printable tokens, {3 * most} are needed")
     tokens = lexicon.third(pool)
     for template, (listed, repeated) in in_turn(SHAPES, draw):
-        drawn = draw.sample(tokens, 2 * listed)
-        first, other, again = drawn[:listed], drawn[listed:], drawn[:repeated]
-        places = {"A1": repeated - 1, "B1": repeated, "END": listed + repeated - 1}
+        first = draw.sample(tokens, listed)
+        key, other_key = repeated - 1, draw.randrange(repeated + 1, listed - 1)
+        again, swapped = first[:repeated], list(first)
+        swapped[key], swapped[other_key] = first[other_key], first[key]
+        places = {"A1": key, "B1": key + 1, "A2": other_key, "B2": other_key + 1, "END": listed + repeated - 1}
         yield Example(
-            opening + first + again, opening + other + again, [first[repeated]], [other[repeated]],
+            opening + first + again, opening + swapped + again, [first[key + 1]], [first[other_key + 1]],
             {role: (len(opening) + place, len(opening) + place + 1) for role, place in places.items()},
-            template, (tokenizer.decode(first + again), tokenizer.decode(other + again)),
+            template, (tokenizer.decode(first + again), tokenizer.decode(swapped + again)),
         )  # fmt: skip
 
 

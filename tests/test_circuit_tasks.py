@@ -33,7 +33,7 @@ from tests.test_real_model import gguf_file
 
 SMALL_LM = Path(__file__).parent.parent / "examples" / "small-lm"
 ADDITION_FINGERPRINT = "3705b7e4d31b29bd5305fa3e4f46221bbadc25c94838c1e8579506a65d7e3dfd"
-INDUCTION_FINGERPRINT = "fcf449e1ae6d390897491330d64be1f322e5425504eaa3cea6eb4eb58b0860b0"
+INDUCTION_FINGERPRINT = "7581b93340cb8a0a530a2cfe84d1feed6124562ce033629b2fb994a541688237"
 IOI_FINGERPRINT = "f5247ca9c3b6866dcbd859e9997e42c80c19162073e9f3af597ae8a6ade4d04e"
 SENTENCES = ["ioi", "ioi:s2-flip", "ioi:abc", "greater-than", "sva", "pronoun", "docstring"]
 

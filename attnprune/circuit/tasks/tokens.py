@@ -13,7 +13,7 @@ from attnprune.data import addition_task
 from attnprune.errors import InputError
 
 # (tokens of the list, how many of them are repeated): one prompt length, several distances between the copies.
-SHAPES = ((10, 7), (11, 6), (12, 5), (13, 4))
+SHAPES = ((11, 8), (12, 7), (13, 6))
 INDUCTION = tuple(f"{listed} random tokens, then the first {repeated} again" for listed, repeated in SHAPES)
 ADDITION = ("hundreds", "tens", "units")
 

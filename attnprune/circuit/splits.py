@@ -47,7 +47,7 @@ class Settings:
     all_edges: int = 5000
     candidates: int = 500
     exact_prompts: int = 16
-    deletions: int = 240
+    deletions: int = 480
     draws: int = 20
     batch_size: int = 32
     seed: int = 0

@@ -89,9 +89,11 @@ def load_base(
         kind, location, extra = _locate(name, revision)
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
         raise InputError(f"{name}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
-    tokenizer = _read_tokenizer(name, kind, location, extra)
+    config = _read_config(name, kind, location, extra)
+    tokenizer = _read_tokenizer(name, kind, location, extra, config)
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
+    extra["config"] = config  # of a .gguf file it took seconds to read
     with _explained(name, kind, "this model"):
         use_safetensors = None if kind == "gguf" else True
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -158,8 +160,8 @@ def _check_shards(path: Path) -> None:
             raise InputError(f"{path}: shard {shard} is missing")
 
 
-def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
-    """The tokenizer, after the config has passed: a wrong model is refused before any weights are read."""
+def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
+    """The configuration, of a supported model: a wrong one is refused before any weights are read."""
     with _explained(name, kind, "this model"):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
     if config.model_type.startswith("attnprune_"):
@@ -172,6 +174,10 @@ def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) 
             f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
             hint="name the model it was quantised from, or a .gguf file",
         )
+    return config
+
+
+def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any], config: Any) -> Any:
     with _explained(name, kind, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
     if len(tokenizer) > config.vocab_size:

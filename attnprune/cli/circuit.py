@@ -43,9 +43,14 @@ def circuit(
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Prompts, random circuits and resamples.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no deletion.")] = False,
-    refine: Annotated[
-        bool | None,
-        typer.Option("--refine/--no-refine", help="Delete edges one block at a time. Default: unless quick."),
+    deletions: Annotated[
+        int | None,
+        typer.Option(
+            "--deletions",
+            help="Most evaluations that delete edges; 0: none. Default: 480, 0 if quick.",
+            min=0,
+            show_default=False,
+        ),
     ] = None,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Random circuits, broken models.")] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts in one run.", min=1)] = 32,
@@ -77,7 +82,7 @@ def circuit(
         settings = {
             "model": model, "task": task, "against": against, "base": base, "target": target,
             "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed, "quick": quick,
-            "refine": (not quick) if refine is None else refine, "controls": controls, "batch_size": batch_size,
+            "deletions": deletions, "controls": controls, "batch_size": batch_size,
             "command": "attnprune " + shlex.join(sys.argv[1:]),
         }  # fmt: skip
         _check_folder(folder)
@@ -111,8 +116,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: holds no search to continue", hint="start one with --out") from None
     wanted = {
         "model": str, "task": str, "against": (str, type(None)), "base": (str, type(None)), "target": float,
-        "prompts": int, "seed": int, "quick": bool, "refine": bool, "controls": bool, "batch_size": int,
-        "command": str, "fingerprint": str,
+        "prompts": int, "seed": int, "quick": bool, "deletions": (int, type(None)), "controls": bool,
+        "batch_size": int, "command": str, "fingerprint": str,
     }  # fmt: skip
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{file}: damaged", hint="start again in another folder")
@@ -139,10 +144,8 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
     chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
-    if not settings["refine"]:
-        chosen["deletions"] = 0
-    elif settings["quick"]:
-        chosen.pop("deletions")
+    if settings["deletions"] is not None:
+        chosen["deletions"] = settings["deletions"]
     how = Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
     (folder / CACHE_FOLDER).mkdir(parents=True, exist_ok=True)
     if is_new:

@@ -105,7 +105,8 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "addition", "--out", "found"), "found: is not empty (attnprune circuit --resume found"),
         (("demo", "--task", "addition", "--out", "model/config.json"), "is not a folder"),
         (("--resume", "model"), "holds no search to continue"),
-        (("demo", "--task", "addition", "--resume", "found"), "leave them out"),
+        (("demo", "--task", "addition", "--resume", "found"), "leave out model, --task"),
+        (("--resume", "found", "--seed", "0", "-o", "other"), "leave out --seed, --out"),
         (("demo", "--task", "nonsense"), "nonsense: no such task"),
     ],
 )

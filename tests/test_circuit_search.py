@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from attnprune import runtime
 from attnprune.attention.interface import attach
-from attnprune.circuit import controls
+from attnprune.circuit import controls, search
 from attnprune.circuit.adapters import anatomy_of
 from attnprune.circuit.cache import Cache, check_same, digest
 from attnprune.circuit.compare import analyse, compare, eap_ig_data, parity, result_of, task_facts
@@ -303,9 +305,34 @@ def test_cache_survives_a_cut_line_and_refuses_a_damaged_one(tmp_path):
     assert again.numbers("a", lambda: [9.9]) == [0.1]
     assert again.numbers("b", lambda: [0.3]) == [0.3]
     assert Cache(tmp_path).numbers("b", lambda: [9.9]) == [0.3]
-    file.write_text("}\n" + text)
-    with pytest.raises(InputError, match="line 1 is damaged"):
-        Cache(tmp_path)
+    file.write_text(text[:-1])  # a whole value without its line end: the next one must not be glued to it
+    assert Cache(tmp_path).numbers("b", lambda: [0.4]) == [0.4]
+    assert Cache(tmp_path).numbers("b", lambda: [9.9]) == [0.4]
+    for damage in ("}", "5"):
+        file.write_text(f"{damage}\n{text}")
+        with pytest.raises(InputError, match="line 1 is damaged"):
+            Cache(tmp_path)
+
+
+class ConstantSplit:
+    """A split on which every circuit has one faithfulness."""
+
+    def __init__(self, anatomy, faithfulness):
+        self.anatomy, self._faithfulness, self.evaluated = anatomy, faithfulness, 0
+
+    def faithfulness(self, edges):
+        self.evaluated += 1
+        return self._faithfulness
+
+
+@pytest.mark.parametrize("faithfulness", [1.08, 0.92])
+def test_deletion_begins_from_either_side_of_the_model(monkeypatch, faithfulness):
+    graph = Graph(layers=2, heads=2, kv_heads=2, parallel=False)
+    split = ConstantSplit(SimpleNamespace(graph=graph), faithfulness)
+    monkeypatch.setattr(search, "_weakest_first", lambda _, circuit: circuit.flatten().nonzero()[:, 0])
+    path = search.delete_blocks(split, graph.mask(), Settings(deletions=40), lambda *told: None)
+    assert split.evaluated <= 9  # the first look, then one for each of the eight blocks: nothing is refused
+    assert not path[-1].any()
 
 
 def test_cache_keeps_tensors_and_notices_another_model(tmp_path):

@@ -625,7 +625,8 @@ def test_files_get_bos_too(tmp_path, pairs):
         (HEADER + ROW + '"The key', 3, "not valid CSV"),
         (HEADER + ROW + f'"{"a" * 200_000}",b,c,d\n', 3, "not valid CSV"),
         ("clean,clean,answer,wrong\n", 1, "a column occurs twice"),
-        ("clean,corrupted,answer\na,b,c\n", 2, "no correct_idx (or answer)"),
+        ("clean,corrupted,answer\na,b,c\n", 2, "no wrong"),
+        ("clean,corrupted\na,b\n", 2, "no correct_idx (or answer)"),
         ("corrupted,answer,wrong\na,b,c\n", 2, "no clean"),
         (HEADER.encode() + b'"caf\xe9","x"," is"," are"\n', 2, "not UTF-8"),
         (HEADER + "a\0,b,c,d\n", 2, "NUL"),
@@ -652,7 +653,7 @@ def test_bad_csv_files_are_refused_with_the_line(tmp_path, smol, content, line, 
         ('{"clean": "b", "corrupted": "a", "answer": [], "wrong": " b"}', "no answer"),
         ('{"clean": "b", "corrupted": "a", "correct_idx": true, "incorrect_idx": 2}', "correct_idx True is not"),
         ('{"clean": "b", "corrupted": "a", "correct_idx": 1.5, "incorrect_idx": 2}', "correct_idx 1.5 is not"),
-        ('{"clean": "b", "corrupted": "a", "answer": " a"}', "no correct_idx (or answer)"),
+        ('{"clean": "b", "corrupted": "a", "answer": " a"}', "no wrong"),
     ],
 )  # fmt: skip
 def test_bad_jsonl_files_are_refused_with_the_line(tmp_path, smol, line, part):
@@ -660,12 +661,26 @@ def test_bad_jsonl_files_are_refused_with_the_line(tmp_path, smol, line, part):
     refused(lambda: load_task(write(tmp_path, f"{good}\n\n{line}\n", "mine.jsonl"), smol), "mine.jsonl: line 3: ", part)
 
 
+def test_rows_of_a_file_that_share_prompts_stay_together(tmp_path, smol):
+    nouns = ("key", "lamp", "dog", "road", "book", "hand", "king", "tree", "ship")
+    lines = [f"The {noun},The {noun}s, is, are\nThe {noun}s,The {noun}, are, is\n" for noun in nouns]
+    task = load_task(write(tmp_path, HEADER + "".join(lines)), smol)
+    parts = [
+        {text for prompts in part for pair in prompts.texts for text in pair}
+        for part in (task.train, task.validation, task.test)
+    ]
+    assert [len(part) for part in parts] == [6, 6, 6]
+    assert len(set.union(*parts)) == 18
+
+
 def test_unreadable_and_too_small_files(tmp_path, smol):
     refused(lambda: load_task(str(tmp_path / "none.csv"), smol), "none.csv: no such file")
     (tmp_path / "folder.csv").mkdir()
     refused(lambda: load_task(str(tmp_path / "folder.csv"), smol), "folder.csv: is a directory")
-    refused(lambda: load_task(write(tmp_path, ""), smol), "mine.csv: 0 different clean prompts, 3 are needed")
-    refused(lambda: load_task(write(tmp_path, HEADER + ROW), smol), "mine.csv: 1 different clean prompts, 3 are needed")
+    refused(lambda: load_task(write(tmp_path, ""), smol), "mine.csv: 0 independent clean prompts, 3 are needed")
+    refused(
+        lambda: load_task(write(tmp_path, HEADER + ROW), smol), "mine.csv: 1 independent clean prompts, 3 are needed"
+    )
 
 
 def test_characters_that_a_tokenizer_does_not_know(tmp_path, demo):

@@ -42,18 +42,15 @@ class Cache:
             self._read(folder / _NUMBERS)
 
     def _read(self, file: Path) -> None:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        *lines, rest = (file.read_text(encoding="utf-8") if file.exists() else "").split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 key, values = json.loads(line)
-            except ValueError as error:
-                if number < len(lines):
-                    raise InputError(
-                        f"{file}: line {number} is damaged", hint="start again in another folder"
-                    ) from error
-                file.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")  # a kill cut it short
-                return
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{file}: line {number} is damaged", hint="start again in another folder") from error
             self._numbers[key] = values
+        if rest:  # a kill cut it short
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def numbers(self, key: str, compute: Callable[[], Any]) -> Any:
         """A JSON value (floats keep every bit)."""

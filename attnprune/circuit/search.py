@@ -4,9 +4,9 @@ Train prompts rank the edges, validation prompts decide the size, test prompts a
 as reached if its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the
 curve of faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
-From a circuit a third larger whole blocks of edges are then deleted, the weakest first, as long as train prompts stay
-inside the band. What is weak changes as a circuit shrinks: every stage asks the gradients inside the circuit that is
-left. So many choices fit the prompts they are made on: validation prompts decide how far to go.
+From a larger circuit (by a third or more) whole blocks of edges are then deleted, the weakest first, as long as train
+prompts stay inside the band. What is weak changes as a circuit shrinks: every stage asks the gradients inside the
+circuit that is left. So many choices fit the prompts they are made on: validation prompts decide how far to go.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch)
     way, largest first. In the last stage each edge has been tried alone, unless `settings.deletions` ran out.
     """
     path, done = [start], 0
-    first = max(settings.target, min(1.0, train.faithfulness(start)))
+    reached = train.faithfulness(start)
+    first = max(settings.target, min(reached, 2 - reached))  # the band has two sides
     for stage, (share, parts) in enumerate(_STAGES, 1):
         stricter = replace(settings, target=first - share * (first - settings.target))
         weakest = _weakest_first(train, path[-1])
@@ -239,7 +240,8 @@ def needed_messages(
     """How few messages (head, to, from) keep a circuit in the band; the others carry their corrupted values.
 
     Candidates are the messages of the circuit's heads whose gate is open in the clean or the corrupted run, by the size
-    of their EAP-IG score on train prompts of the same template. Found by bisection, so up to a few percent.
+    of their EAP-IG score on train prompts of the same template. Found by bisection, so up to a few percent. The target
+    is the same for all circuits, so one that lies just above it keeps more messages than one with room.
     """
     heads, _ = split.anatomy.graph.touched(edges)
     strengths, candidates, visible = [], [], 0

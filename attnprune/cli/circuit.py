@@ -23,6 +23,7 @@ PROMPTS, QUICK_PROMPTS = 64, 16
 
 
 def circuit(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -68,8 +69,9 @@ def circuit(
     """Find the smallest circuit of MODEL for a task by exact patching, with controls, and compare two models."""
     out.configure(json=as_json, quiet=quiet)
     if resume is not None:
-        if model is not None or task is not None or output is not None:
-            raise InputError("--resume: takes model, task and folder from the search; leave them out")
+        given = _given(context, besides=("resume", "device", "as_json", "quiet"))
+        if given:
+            raise InputError(f"--resume: goes on as the search was begun; leave out {', '.join(given)}")
         folder, settings = resume, _read_settings(resume)
     else:
         if model is None or task is None:
@@ -92,6 +94,13 @@ def circuit(
         hint = f"continue with: attnprune circuit --resume {shlex.quote(str(folder))}"
         known = (folder / CACHE_FOLDER / SETTINGS_FILE).exists()
         raise InterruptedRunError("interrupted", signal.SIGINT, hint if known else None) from error
+
+
+def _given(context: typer.Context, besides: tuple[str, ...]) -> list[str]:
+    """The arguments and options that the command line holds."""
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
+    sources = {name: context.get_parameter_source(name) for name in names if name not in besides}
+    return [names[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _default_name(model: str, task: str) -> str:

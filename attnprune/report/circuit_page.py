@@ -181,8 +181,8 @@ def _method(result: CircuitResult) -> str:
         f"Faithfulness is {_text(method.faithfulness)}; "
         f"a circuit reaches the target {method.target:g} inside [{low:g}, {high:g}]. "
         f"The size is the smallest from which on all larger evaluated sizes are inside as well"
-        f"{', then edges were deleted block by block' if method.refine else ''}. Heads and MLPs count if they write to "
-        f"a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
+        f"{', then edges were deleted in blocks if that helped' if method.refine else ''}. Heads and MLPs "
+        f"count if they write to a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
         f"{' A quick run: fewer prompts and sizes.' if method.quick else ''}",
         f"<span class=dim>clean</span> <code>{_text(task.example.clean)}</code> → "
         f"<code>{_text(' / '.join(task.example.answers))}</code><br><span class=dim>corrupted</span> "

@@ -174,8 +174,8 @@ def method_line(result: CircuitResult) -> str:
     low, high = method.band
     return (
         f"{task.metric.replace('_', ' ')}, corrupted activations outside the circuit, ratio of means in "
-        f"[{low:.3g}, {high:.3g}] at this size and all larger ones; {task.train} prompts to rank, {task.validation} to "
-        f"choose, {task.test} to report; seed {task.seed}; {duration(result.seconds)}"
+        f"[{low:.3g}, {high:.3g}], before deletion at all larger sizes as well; {task.train} prompts to rank, "
+        f"{task.validation} to choose, {task.test} to report; seed {task.seed}; {duration(result.seconds)}"
     )
 
 

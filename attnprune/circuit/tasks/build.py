@@ -83,14 +83,33 @@ def _distinct(name: str, examples: Iterator[Example], count: int) -> list[Exampl
 
 
 def _from_file(path: Path, encoder: Encoder, count: int, seed: int) -> Task:
-    """Rows with the same clean prompt go to the same split."""
-    rows: dict[tuple[int, ...], list[Example]] = {}
-    for row in read_examples(path, encoder):
-        rows.setdefault(tuple(row.clean), []).append(row)
+    """No clean prompt of a split occurs in another one, as clean or as corrupted."""
+    rows = _linked(read_examples(path, encoder))
     if len(rows) < len(PARTS):
-        raise InputError(f"{path}: {len(rows)} different clean prompts, {len(PARTS)} are needed", hint="one per split")
+        raise InputError(
+            f"{path}: {len(rows)} independent clean prompts, {len(PARTS)} are needed",
+            hint="one per split; a corrupted prompt that is also a clean one stays with it",
+        )
     splits = []
     for part in range(len(PARTS)):
         chosen = Lexicon(path.name, encoder, f"file {seed}", part).third(list(rows))
         splits.append(batched([row for key in chosen for row in rows[key]][:count], "logit_difference"))
     return Task(path.name, "logit_difference", (path.name,), *splits)
+
+
+def _linked(examples: list[Example]) -> dict[tuple[int, ...], list[Example]]:
+    """Rows by group: one's clean prompt is the other's clean or corrupted one, directly or through further rows."""
+    parent = {tuple(row.clean): tuple(row.clean) for row in examples}
+
+    def root(prompt: tuple[int, ...]) -> tuple[int, ...]:
+        while parent[prompt] != prompt:
+            parent[prompt] = prompt = parent[parent[prompt]]
+        return prompt
+
+    for row in examples:
+        if tuple(row.corrupted) in parent:
+            parent[root(tuple(row.corrupted))] = root(tuple(row.clean))
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for row in examples:
+        groups.setdefault(root(tuple(row.clean)), []).append(row)
+    return groups

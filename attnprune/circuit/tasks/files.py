@@ -90,7 +90,7 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Row]]:
 
 def _example(row: Row, encoder: Encoder) -> Example:
     """One row. Raises InputError without file and line."""
-    by_index = not set(_TEXTS) <= set(row)
+    by_index = not set(_TEXTS) & set(row)
     columns = _INDICES if by_index else _TEXTS
     for column in ("clean", "corrupted", *columns):
         if row.get(column) in (None, "", []):

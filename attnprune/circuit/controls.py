@@ -19,7 +19,7 @@ from attnprune.circuit.cache import Cache
 from attnprune.circuit.graph import Graph
 from attnprune.circuit.ranking import eap_ig_orders, score_edges
 from attnprune.circuit.result import ControlModel, RandomCircuits, Templates
-from attnprune.circuit.search import circuit_of_size, evaluate_sizes, size_grid, stable
+from attnprune.circuit.search import bisect, circuit_of_size, evaluate_sizes, size_grid, stable
 from attnprune.circuit.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.errors import AttnPruneError
@@ -58,7 +58,7 @@ def jaccard(one: Tensor, other: Tensor) -> float:
 def broken_model(
     anatomy: Anatomy, task: Task, key: str, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> ControlModel:
-    """Search a model as it is now, with fewer sizes and by EAP-IG alone.
+    """Search a model as it is now, by EAP-IG alone and with fewer sizes; bisected if the model still does the task.
 
     `size`: of the circuit to compare with; `gap`: clean - corrupted of the intact model.
     """
@@ -77,13 +77,14 @@ def broken_model(
     grid = size_grid(anatomy.graph.edge_count, settings.control_sizes)
     points = evaluate_sizes(validation, order, grid, told)
     reached = [point.metric.mean().item() for point in (*points, *evaluate_sizes(validation, signed, grid, told))]
-    smallest = points[stable(points, settings)].size
     clean, corrupted = test.clean, test.corrupted
     able = True
     try:
         check_ability(task.name, task.metric, clean, corrupted)
+        points = bisect(validation, order, points, settings, told)  # as the intact model's
     except AttnPruneError:
         able = False
+    smallest = points[stable(points, settings)].size
     return ControlModel(
         accuracy=accuracy(clean),
         clean=clean.mean().item(),

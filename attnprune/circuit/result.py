@@ -158,7 +158,7 @@ class RandomCircuits(_Strict):
 
 
 class ControlModel(_Strict):
-    """The same search (EAP-IG, sizes of the grid) in a model that was broken on purpose."""
+    """A search by EAP-IG alone in a model that was broken on purpose."""
 
     accuracy: float
     clean: float = Field(description="mean metric of the clean test prompts")

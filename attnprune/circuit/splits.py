@@ -30,7 +30,8 @@ class Settings:
 
     Attributes:
         target: faithfulness to reach.
-        sizes: evaluated sizes per ranking before bisection, and in broken control models.
+        sizes: evaluated sizes per ranking before bisection.
+        control_sizes: the same in broken control models.
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
         all_edges: graphs of up to this many edges are scored exactly, edge by edge.
         candidates: edges of larger graphs that are.

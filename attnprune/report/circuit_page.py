@@ -149,12 +149,15 @@ def _random(model: ModelCircuit) -> str:
 
 
 def _broken(control: ControlModel | None) -> str:
-    """What the same search finds in a model that was broken on purpose."""
+    """What EAP-IG finds in a model that was broken on purpose."""
     if control is None:
         return ""
-    able = "still does the task" if control.able else "does not do the task"
-    size = "all edges" if control.edges is None else f"{control.edges:,} edges"
-    found = f"{able} (accuracy {percent(control.accuracy)}); {size}; {control.faithfulness:.3f} at the circuit's size"
+    accuracy = f"(accuracy {percent(control.accuracy)})"
+    if control.able:
+        size = "all edges" if control.edges is None else f"{control.edges:,} edges"
+        found = f"still does the task {accuracy}; {size}; {control.faithfulness:.3f} at the circuit's size"
+    else:  # a share of hardly any gap says nothing
+        found = f"does not do the task {accuracy}"
     best = control.recovered
     return found + ("" if best is None else f"; at best {best:.3f} of the intact model's gap")
 

@@ -161,7 +161,8 @@ def _broken(control: ControlModel | None, model: ModelCircuit) -> str:
         return ""
     if not control.able:
         return f"cannot do it, {percent(control.recovered or 0.0)} recovered"
-    return "not reached" if control.edges is None else f"{control.edges:,} edges (intact {model.ranked.edges:,})"
+    intact = next(curve.stable for curve in model.curves if curve.ranking == "eap-ig abs")
+    return "not reached" if control.edges is None else f"{control.edges:,} edges (intact {intact:,})"
 
 
 def _transfer(compare: Compare) -> list[str]:

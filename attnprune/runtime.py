@@ -93,11 +93,11 @@ def load_base(
     tokenizer = _read_tokenizer(name, kind, location, extra, config)
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    extra["config"] = config  # of a .gguf file it took seconds to read
     with _explained(name, kind, "this model"):
         use_safetensors = None if kind == "gguf" else True
+        # With its configuration, which takes seconds to read from a .gguf file.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
+            location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
         )
     model, report = loaded
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:

@@ -94,13 +94,13 @@ def test_small_lm_and_recipe_search(tmp_path):
     options = ("--steps", 2, "--batch-size", 2, "--vocabulary", 300)
     assert "held-out" in run("examples/train_small_lm.py", text, "--out", model, *options)
     assert len((model / "test.jsonl").read_text().splitlines()) == 3  # every 20th of 41 documents
-    search = ("--variants", "published", "control", "--steps", 2, "--out", tmp_path / "search.json")
+    search = ("--variants", "density 1 %", "published", "control", "--steps", 2, "--out", tmp_path / "search.json")
     run("examples/recipe_search.py", model, *search)
     runs = {r["variant"]: r for r in json.loads((tmp_path / "search.json").read_text())["runs"]}
     assert runs["control"]["test"]["density"] == 1
     assert runs["control"]["test"]["loss"] == pytest.approx(runs["control"]["test"]["control_loss"])
     assert runs["published"]["settings"]["gate"]["estimator"] == "gumbel"
-    assert runs["published"]["tokens"] == 2 * 8 * 256
+    assert runs["density 1 %"]["tokens"] == 2 * 8 * 256
     assert run("examples/recipe_search.py", model, *search) == ""  # nothing is run twice
 
 

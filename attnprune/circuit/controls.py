@@ -78,12 +78,12 @@ def broken_model(
     points = evaluate_sizes(validation, order, grid, told)
     reached = [point.metric.mean().item() for point in (*points, *evaluate_sizes(validation, signed, grid, told))]
     clean, corrupted = test.clean, test.corrupted
-    able = True
     try:
         check_ability(task.name, task.metric, clean, corrupted)
-        points = bisect(validation, order, points, settings, told)  # as the intact model's
     except AttnPruneError:
         able = False
+    else:
+        able, points = True, bisect(validation, order, points, settings, told)  # as the intact model's
     smallest = points[stable(points, settings)].size
     return ControlModel(
         accuracy=accuracy(clean),

@@ -7,7 +7,7 @@ import torch
 
 from attnprune.attention.interface import attach, gates_forced_open, gates_of
 from attnprune.circuit.adapters import _LAYOUTS, anatomy_of, open_gates
-from attnprune.circuit.attribution import attribute, attribute_circuit, gate_flips
+from attnprune.circuit.attribution import attribute, attribute_circuit, edge_gradients, gate_flips
 from attnprune.circuit.patching import (
     CircuitRun,
     Hooks,
@@ -382,7 +382,7 @@ def test_the_same_bits_twice(pair):
 
 def with_weights(pair, weights):
     """The metric of a circuit run whose edges carry a share of their change."""
-    run = CircuitRun(*pair.runs[::2], weights > 0)
+    run = CircuitRun(*pair.runs[::2], weights != 0)
     run.weights = weights
     with torch.no_grad(), Hooks() as hooks:
         run.install(hooks)
@@ -401,12 +401,17 @@ def test_scores_inside_a_circuit_are_the_slope_of_each_edge(family, gated):
     scores = attribute_circuit(*pair.runs, circuit, metric)
     assert not scores[~circuit].any()
     assert int((scores.abs() > 1e-6).sum()) > 50
-    for edge in circuit.nonzero()[:: max(1, int(circuit.sum()) // 12)]:
-        less, more = circuit.double(), circuit.double()
-        less[tuple(edge)] -= 1e-3  # some norms compute in fp32
-        more[tuple(edge)] += 1e-3
-        slope = (with_weights(pair, less) - with_weights(pair, more)).mean() / 2e-3
-        assert_close(scores[tuple(edge)], slope, 1e-3 * scores.abs().max().item())
+    gradients = edge_gradients(*pair.runs, circuit, metric)
+    assert torch.equal(scores[circuit], -gradients[circuit])
+    outside = (pair.every & ~circuit & (gradients.abs() > 1e-4)).nonzero()
+    assert len(outside) > 50
+    for edges in (circuit.nonzero(), outside):
+        for edge in edges[:: max(1, len(edges) // 8)]:
+            less, more = circuit.double(), circuit.double()
+            less[tuple(edge)] -= 1e-3  # some norms compute in fp32
+            more[tuple(edge)] += 1e-3
+            slope = (with_weights(pair, more) - with_weights(pair, less)).mean() / 2e-3
+            assert_close(gradients[tuple(edge)], slope, 1e-3 * gradients.abs().max().item())
 
 
 # --- a prefix that clean and corrupted prompts share runs once

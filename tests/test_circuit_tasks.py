@@ -33,8 +33,13 @@ from tests.test_real_model import gguf_file
 
 SMALL_LM = Path(__file__).parent.parent / "examples" / "small-lm"
 ADDITION_FINGERPRINT = "3705b7e4d31b29bd5305fa3e4f46221bbadc25c94838c1e8579506a65d7e3dfd"
-INDUCTION_FINGERPRINT = "7581b93340cb8a0a530a2cfe84d1feed6124562ce033629b2fb994a541688237"
+INDUCTION_FINGERPRINTS = {
+    "induction": "864781f6c22f09b255f9d9c5fd4a6df18005ff5b03da8c8aa1bf0c03d27f85aa",
+    "induction:keys": "7581b93340cb8a0a530a2cfe84d1feed6124562ce033629b2fb994a541688237",
+    "induction:values": "6d9266b7965801a8241eed311e28f9cd3a824dbf5b593aa05538ed6b6a6d01b3",
+}
 IOI_FINGERPRINT = "f5247ca9c3b6866dcbd859e9997e42c80c19162073e9f3af597ae8a6ade4d04e"
+INDUCTION = ["induction", "induction:keys", "induction:values"]
 SENTENCES = ["ioi", "ioi:s2-flip", "ioi:abc", "greater-than", "sva", "pronoun", "docstring"]
 
 
@@ -97,7 +102,7 @@ def tokens_of(batch: Prompts, name: str, row: int) -> list[int]:
 # Properties that all tasks share
 
 
-@pytest.mark.parametrize("name", [*SENTENCES, "induction", "addition"])
+@pytest.mark.parametrize("name", [*SENTENCES, *INDUCTION, "addition"])
 def test_every_task_on_a_real_tokenizer(name, smol):
     task = load_task(name, smol, count=24, seed=3)
     assert name in task_names()
@@ -116,7 +121,7 @@ def test_every_task_on_a_real_tokenizer(name, smol):
         assert answers
         assert wrong
         assert not set(answers) & set(wrong)
-        if name != "induction":  # random tokens need not be what their text is tokenized to
+        if name not in INDUCTION:  # random tokens need not be what their text is tokenized to
             clean, corrupted = batch.texts[row]
             assert smol(clean)["input_ids"] == batch.clean[row].tolist()
             assert smol(corrupted)["input_ids"] == batch.corrupted[row].tolist()
@@ -186,13 +191,30 @@ def test_templates_are_used_equally_often(smol):
     assert counts.tolist() == [2] * len(task.templates)
 
 
-@pytest.mark.parametrize("name", [*SENTENCES, "induction"])
+@pytest.mark.parametrize("name", [*SENTENCES, *INDUCTION])
 def test_a_seed_gives_the_same_prompts_and_another_seed_others(name, smol):
     task = load_task(name, smol, count=6, seed=1)
     again = load_task(name, smol, count=6, seed=1)
     assert task.fingerprint == again.fingerprint
     assert [batch.texts for batch in all_batches(task)] == [batch.texts for batch in all_batches(again)]
     assert load_task(name, smol, count=6, seed=2).fingerprint != task.fingerprint
+
+
+@pytest.mark.parametrize(("name", "more", "least"), [("ioi", 48, 48), ("addition", 48, 48), ("sva", 3000, 500)])
+def test_more_train_prompts_hold_those_of_the_train_split(name, more, least, smol, demo):
+    tokenizer = demo if name == "addition" else smol
+    plain = load_task(name, tokenizer, count=8)
+    task = load_task(name, tokenizer, count=8, more=more)
+    assert not plain.more
+    assert least <= sum(map(len, task.more)) <= max(48, more - 1000)  # as many as there are
+    for part in ("train", "validation", "test"):
+        assert [b.texts for b in getattr(task, part)] == [b.texts for b in getattr(plain, part)]
+    texts = {
+        part: {t for b in getattr(task, part) for t in b.texts} for part in ("train", "validation", "test", "more")
+    }
+    assert texts["train"] < texts["more"]
+    assert not texts["more"] & (texts["validation"] | texts["test"])
+    assert task.fingerprint != plain.fingerprint
 
 
 def test_prompts_do_not_depend_on_the_global_random_state(smol):
@@ -205,7 +227,8 @@ def test_prompts_do_not_depend_on_the_global_random_state(smol):
 def test_the_bundled_tasks_data_never_changes(demo):
     """A published fingerprint stays reproducible: words, templates or drawing cannot change unnoticed."""
     assert load_task("addition", demo, count=8).fingerprint == ADDITION_FINGERPRINT
-    assert load_task("induction", byte_tokenizer(), count=8).fingerprint == INDUCTION_FINGERPRINT
+    for name, fingerprint in INDUCTION_FINGERPRINTS.items():
+        assert load_task(name, byte_tokenizer(), count=8).fingerprint == fingerprint
     assert load_task("ioi", word_tokenizer(), count=8).fingerprint == IOI_FINGERPRINT
 
 
@@ -351,11 +374,29 @@ def test_induction_works_with_any_tokenizer(which, smol, pairs):
         assert b < other_a == other_b - 1 < listed - 1
         assert ids[b] == batch.answers[row, 0]
         assert ids[other_b] == batch.wrong[row, 0]
-        assert (other[a], other[other_a]) == (ids[other_a], ids[a])
-        assert [i for i, (one, two) in enumerate(zip(ids, other, strict=True)) if one != two] == [a, other_a]
+        changed = [(i, two) for i, (one, two) in enumerate(zip(ids, other, strict=True)) if one != two]
+        assert changed == [(batch.length - 1, ids[other_a])]
         assert len(set(ids[start:listed])) == listed - start
         if start:
             assert ids[0] == other[0] == tokenizer.bos_token_id
+
+
+def test_the_corruptions_of_induction_change_what_heads_look_for_are_found_by_or_copy(smol):
+    tasks = [load_task(name, smol, count=12) for name in INDUCTION]
+    for query, keys, values in zip(*(list(all_batches(task)) for task in tasks), strict=True):
+        assert torch.equal(query.clean, keys.clean)
+        assert torch.equal(query.clean, values.clean)
+        assert torch.equal(query.answers, keys.answers)
+        assert torch.equal(query.wrong, values.wrong)
+        for row, clean in enumerate(query.clean.tolist()):
+            a, b, other_a, other_b, end = (query.roles[r][row, 0].item() for r in ("A1", "B1", "A2", "B2", "END"))
+            for changed, moved in (
+                (query, {end: other_a}),
+                (keys, {a: other_a, other_a: a}),
+                (values, {b: other_b, other_b: b}),
+            ):
+                expected = [clean[moved.get(place, place)] for place in range(len(clean))]
+                assert changed.corrupted[row].tolist() == expected
 
 
 def test_addition_asks_for_each_digit_of_sums_that_were_held_out(demo):

@@ -242,13 +242,29 @@ def attribute_circuit(
 ) -> Tensor:
     """Predicted change of a circuit's metric, mean over the prompts, when one more of its edges is corrupted.
 
-    The first order at the circuit itself, `-(change of what u writes) . dL/dx_v`: one forward and one backward pass.
-
     Args:
         edges: the circuit, bool [U, V], pruned.
 
     Returns:
         [U, V], 0 outside the circuit.
+    """
+    gradients = edge_gradients(anatomy, clean, corrupted, edges, metric)
+    return -gradients * edges.to(gradients)
+
+
+def edge_gradients(
+    anatomy: Anatomy, clean: Activations, corrupted: Activations, edges: Tensor, metric: Metric
+) -> Tensor:
+    """Gradient of a circuit's metric, mean over the prompts, by how much of its own run an edge carries (0 or 1).
+
+    `(change of what u writes) . dL/dx_v` at the circuit itself: one forward and one backward pass. Edges outside have
+    one too; it is 0 where all that u writes is corrupted or nothing else that v reads is kept.
+
+    Args:
+        edges: the circuit, bool [U, V].
+
+    Returns:
+        [U, V].
     """
     check_pair(clean, corrupted)
     run = _CircuitGradients(anatomy, corrupted, edges)
@@ -258,8 +274,10 @@ def attribute_circuit(
             if isinstance(block.gate, Gate):
                 hooks.add(block.gate.register_forward_hook(_hard, with_kwargs=True))
         total = scores_of(metric, forward(anatomy, clean.ids, clean.last, clean.prefix)).sum()
-        torch.autograd.grad(total, run.start)
-    return run.scores * run.weights / -len(clean.ids)
+        if total.requires_grad:  # without any edge nothing is read
+            torch.autograd.grad(total, run.start)
+    run.written = run.normed = run.start  # or the run and its graph would keep each other alive, gigabytes of them
+    return run.scores / len(clean.ids)
 
 
 class _CircuitGradients(CircuitRun):

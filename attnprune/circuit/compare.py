@@ -12,6 +12,7 @@ from torch import Tensor
 from attnprune.circuit import controls, patching
 from attnprune.circuit.adapters import Anatomy, anatomy_of
 from attnprune.circuit.cache import Cache, check_same, digest
+from attnprune.circuit.masks import learn_circuits
 from attnprune.circuit.ranking import Order, Scores, rank, score_edges
 from attnprune.circuit.result import (
     TOP_EDGES,
@@ -36,9 +37,10 @@ from attnprune.circuit.search import (
     count_nodes,
     counts_of,
     curve_of,
+    delete,
     needed_messages,
-    refine,
     search_sizes,
+    smallest_held,
 )
 from attnprune.circuit.splits import (
     BOOTSTRAP,
@@ -118,10 +120,11 @@ def analyse(
         orders = rank(train, scores, settings, told, cache)
         train.free()
         curves, order, ranked = search_sizes(validation, orders, settings, told)
-        chosen = ranked
+        learned = _learned(task, label, train, validation, order, ranked, settings, told, cache)
+        chosen = learned or ranked
         if settings.deletions:
             again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
-            chosen = refine(again, validation, curves[order.name], settings, told)
+            chosen = delete(again, validation, curves[order.name], chosen, settings, told)
             again.free()
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()
@@ -147,6 +150,7 @@ def analyse(
         curves=[curve_of(anatomy.graph, name, points, settings) for name, points in curves.items()],
         ranking=order.name,
         ranked=counts_of(anatomy.graph, ranked.edges),
+        learned=learned and counts_of(anatomy.graph, learned.edges),
         counts=counts_of(anatomy.graph, chosen.edges, messages),
         heads=[f"a{layer}.h{head}" for layer, head in heads.nonzero().tolist()],
         mlps=[f"m{layer}" for layer in mlps.nonzero()[:, 0].tolist()],
@@ -169,6 +173,18 @@ def _check(validation: Split, test: Split, name: str, task: Task, label: str, ca
         check_ability(f"{name}: {task.name}", task.metric, split.clean, split.corrupted)
     test.free()
     patching.self_check(validation.anatomy, group.clean, group.corrupted)
+
+
+def _learned(
+    task: Task, label: str, train: Split, validation: Split, order: Order, ranked: Sized, settings: Settings,
+    watch: Watch, cache: Cache,
+) -> Sized | None:  # fmt: skip
+    """The smallest learned circuit, if validation prompts hold one that is smaller than the ranked one."""
+    more = Split(train.anatomy, task.more or task.train, f"{label} more", cache, settings.batch_size)
+    gap = (train.clean.mean() - train.corrupted.mean()).item()
+    circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, watch, cache)
+    smaller = [edges for edges in circuits if int(edges.sum()) < ranked.size]
+    return smallest_held(validation, smaller, settings, watch)
 
 
 def _messages(
@@ -324,7 +340,7 @@ def _resampled_sizes(analysis: Analysis, rows: Tensor, settings: Settings) -> Te
 
 def task_facts(task: Task, tokenizer: Any, seed: int) -> TaskFacts:
     """The task for the result."""
-    counts = {part: sum(map(len, getattr(task, part))) for part in ("train", "validation", "test")}
+    counts = {part: sum(map(len, getattr(task, part))) for part in ("train", "more", "validation", "test")}
     first = task.test[0]
     return TaskFacts(
         name=task.name, metric=task.metric, templates=list(task.templates), fingerprint=task.fingerprint, seed=seed,
@@ -350,7 +366,7 @@ def result_of(
         task=facts,
         method=Method(
             ablation="corrupt", target=settings.target, band=list(settings.band), quick=quick,
-            refine=bool(settings.deletions), bootstrap=BOOTSTRAP,
+            mask_steps=settings.mask_steps, refine=bool(settings.deletions), bootstrap=BOOTSTRAP,
         ),
         models=[analysis.model for analysis in analyses],
         compare=compare(analyses[0], analyses[1], settings) if len(analyses) == 2 else None,

@@ -47,6 +47,7 @@ class TaskFacts(_Strict):
     fingerprint: str = Field(description="sha256 over all prompts of all splits")
     seed: int
     train: int = Field(description="prompt pairs that edges were ranked on")
+    more: int = Field(default=0, description="prompt pairs, with those of train, that masks were learned on")
     validation: int = Field(description="prompt pairs that sizes were decided on")
     test: int = Field(description="prompt pairs that all reports are about")
     lengths: list[int] = Field(description="tokens of the test prompts: shortest, longest")
@@ -63,9 +64,8 @@ class Method(_Strict):
     target: float
     band: list[float] = Field(description="[low, high]: faithfulness of a circuit that reaches the target")
     quick: bool
-    refine: bool = Field(
-        description="edges were deleted one block at a time (on train prompts) after the search by size"
-    )
+    mask_steps: int = Field(default=0, description="steps of learning a mask over the edges after the search by size")
+    refine: bool = Field(description="edges were deleted one block at a time (on train prompts) after that")
     bootstrap: int = Field(description="resamples behind each interval")
 
 
@@ -204,7 +204,11 @@ class ModelCircuit(_Strict):
     attribution: Attribution
     curves: list[Curve]
     ranking: Ranking = Field(description="the ranking that reached the target with the fewest edges")
-    ranked: Counts = Field(description="size found by ranking, before deletion (messages: null)")
+    ranked: Counts = Field(description="size found by ranking (messages: null)")
+    learned: Counts | None = Field(
+        default=None,
+        description="size of the learned circuit before deletion; null: none smaller held, or none learned",
+    )
     counts: Counts
     heads: list[str]
     mlps: list[str]
@@ -218,10 +222,10 @@ class ModelCircuit(_Strict):
 
 
 class Ratio(_Strict):
-    """Other model / this model. The interval is that of the circuits before deletion."""
+    """Other model / this model. The interval is that of the circuits found by ranking."""
 
     value: float | None = Field(description="chosen circuits; null where one has none")
-    ranked: Interval | None = Field(description="circuits before deletion, 95 % bootstrap over validation prompts")
+    ranked: Interval | None = Field(description="circuits found by ranking, 95 % bootstrap over validation prompts")
 
 
 class Compare(_Strict):

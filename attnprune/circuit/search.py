@@ -4,9 +4,11 @@ Train prompts rank the edges, validation prompts decide the size, test prompts a
 as reached if its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the
 curve of faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
-From a larger circuit (by a third or more) whole blocks of edges are then deleted, the weakest first, as long as train
-prompts stay inside the band. What is weak changes as a circuit shrinks: every stage asks the gradients inside the
-circuit that is left. So many choices fit the prompts they are made on: validation prompts decide how far to go.
+What an edge does depends on which others are kept. So from the circuit found by size a mask is learned by gradients
+(`attnprune.circuit.masks`), on more train prompts, and then whole blocks of edges are deleted, the weakest first, as
+long as train prompts stay inside the band: from the learned circuit, or, if validation prompts hold none that is
+smaller, from a larger one (by a third or more). Every stage asks the gradients inside the circuit that is left. So many
+choices fit the prompts they are made on: validation prompts decide how far to go.
 """
 
 from __future__ import annotations
@@ -136,13 +138,26 @@ def search_sizes(
     return curves, best, smallest(best)
 
 
-def refine(train: Split, validation: Split, points: list[Sized], settings: Settings, watch: Watch) -> Sized:
-    """A smaller circuit by deletion of edges, or the smallest stable one of a ranking (`points`) if that is smaller."""
-    index = stable(points, settings)
-    enough = [point for point in points[index:] if point.size >= _LARGER * points[index].size]
-    path = delete_blocks(train, (enough or points[-1:])[0].edges, settings, watch)
-    found = shortest(validation, path, settings, watch)
-    return min(points[index], found, key=lambda sized: sized.size)
+def smallest_held(split: Split, circuits: list[Tensor], settings: Settings, watch: Watch) -> Sized | None:
+    """The smallest of some circuits that validation prompts keep in the band."""
+    ordered = sorted(circuits, key=lambda edges: int(edges.sum()))
+    for done, edges in enumerate(ordered):
+        watch("learned circuits that hold", done, len(ordered))
+        found = _evaluated(split, edges)
+        if settings.reached(found.faithfulness):
+            return found
+    return None
+
+
+def delete(
+    train: Split, validation: Split, points: list[Sized], best: Sized, settings: Settings, watch: Watch
+) -> Sized:
+    """A smaller circuit by deletion, or `best`: the smallest stable one of a ranking (`points`), or a learned one."""
+    start, ranked = best, points[stable(points, settings)]
+    if best is ranked:
+        start = next((point for point in points if point.size >= _LARGER * ranked.size), points[-1])
+    found = shortest(validation, delete_blocks(train, start.edges, settings, watch), settings, watch)
+    return min(best, found, key=lambda sized: sized.size)
 
 
 def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:

@@ -36,6 +36,7 @@ class Settings:
         all_edges: graphs of up to this many edges are scored exactly, edge by edge.
         candidates: edges of larger graphs that are.
         exact_prompts: most train prompts of exact scores in a larger graph.
+        mask_steps: steps of learning a mask over the edges; 0 leaves it out.
         deletions: most evaluations of block deletion; 0 leaves it out.
         draws: random circuits.
         batch_size: prompts in one run.
@@ -48,6 +49,7 @@ class Settings:
     all_edges: int = 5000
     candidates: int = 500
     exact_prompts: int = 16
+    mask_steps: int = 200
     deletions: int = 480
     draws: int = 20
     batch_size: int = 32
@@ -65,7 +67,7 @@ class Settings:
 
 QUICK = {
     "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
-    "deletions": 0, "draws": 3,
+    "mask_steps": 0, "deletions": 0, "draws": 3,
 }  # fmt: skip
 
 
@@ -115,10 +117,11 @@ class Split:
     def groups(self) -> list[Group]:
         """The prompts with their runs."""
         if not self._groups:
-            self._groups = [self._collected(prompts) for prompts in self.prompts]
+            self._groups = [self.collected(prompts) for prompts in self.prompts]
         return self._groups
 
-    def _collected(self, prompts: Prompts) -> Group:
+    def collected(self, prompts: Prompts) -> Group:
+        """Prompts with their runs, which are not kept."""
         clean, corrupted = patching.collect_pair(self.anatomy, prompts.clean, prompts.corrupted, 1)
         if not self._to_rank:
             clean = clean._replace(outputs=clean.outputs[:0].clone(), streams=clean.streams[:0].clone())

@@ -20,6 +20,7 @@ SETTINGS_FILE = "settings.json"
 CACHE_FOLDER = "cache"
 RESULT_FILE, PAGE_FILE = "circuit.json", "circuit.html"
 PROMPTS, QUICK_PROMPTS = 64, 16
+MASK_PROMPTS = 2048  # train prompts that a mask is learned on, or as many as a task has
 
 
 def circuit(
@@ -44,6 +45,15 @@ def circuit(
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Prompts, random circuits and resamples.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no deletion.")] = False,
+    mask_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--mask-steps",
+            help="Steps of learning a mask over the edges; 0: none. Default: 200, 0 if quick.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     deletions: Annotated[
         int | None,
         typer.Option(
@@ -84,7 +94,7 @@ def circuit(
         settings = {
             "model": model, "task": task, "against": against, "base": base, "target": target,
             "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed, "quick": quick,
-            "deletions": deletions, "controls": controls, "batch_size": batch_size,
+            "mask_steps": mask_steps, "deletions": deletions, "controls": controls, "batch_size": batch_size,
             "command": "attnprune " + shlex.join(sys.argv[1:]),
         }  # fmt: skip
         _check_folder(folder)
@@ -125,8 +135,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: holds no search to continue", hint="start one with --out") from None
     wanted = {
         "model": str, "task": str, "against": (str, type(None)), "base": (str, type(None)), "target": float,
-        "prompts": int, "seed": int, "quick": bool, "deletions": (int, type(None)), "controls": bool,
-        "batch_size": int, "command": str, "fingerprint": str,
+        "prompts": int, "seed": int, "quick": bool, "mask_steps": (int, type(None)), "deletions": (int, type(None)),
+        "controls": bool, "batch_size": int, "command": str, "fingerprint": str,
     }  # fmt: skip
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{file}: damaged", hint="start again in another folder")
@@ -147,15 +157,15 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
     model, tokenizer = _load(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}
-    task = load_task(settings["task"], tokenizer, count=settings["prompts"], seed=settings["seed"])
+    chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
+    chosen |= {name: settings[name] for name in ("mask_steps", "deletions") if settings[name] is not None}
+    how = Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
+    more = MASK_PROMPTS if how.mask_steps else 0
+    task = load_task(settings["task"], tokenizer, count=settings["prompts"], more=more, seed=settings["seed"])
     if settings["against"] is not None:
         other, other_tokenizer = _load(settings["against"], settings["base"], device)
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
-    chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
-    if settings["deletions"] is not None:
-        chosen["deletions"] = settings["deletions"]
-    how = Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
     (folder / CACHE_FOLDER).mkdir(parents=True, exist_ok=True)
     if is_new:
         stored = settings | {"fingerprint": task.fingerprint}

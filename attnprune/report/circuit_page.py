@@ -184,6 +184,7 @@ def _method(result: CircuitResult) -> str:
         f"Faithfulness is {_text(method.faithfulness)}; "
         f"a circuit reaches the target {method.target:g} inside [{low:g}, {high:g}]. "
         f"The size is the smallest from which on all larger evaluated sizes are inside as well"
+        f"{f', then a mask was learned on {task.more or task.train} pairs' if method.mask_steps else ''}"
         f"{', then edges were deleted in blocks if that helped' if method.refine else ''}. Heads and MLPs "
         f"count if they write to a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
         f"{' A quick run: fewer prompts and sizes.' if method.quick else ''}",

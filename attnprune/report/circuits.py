@@ -87,7 +87,9 @@ def sizes_table(result: CircuitResult) -> Table:
     )
     row("MLPs", [_of(m.counts.mlps, m.graph.layers) for m in models], compare and _chosen(compare.mlps))
     row("messages/prompt", [_messages(m.counts) for m in models], compare and _chosen(compare.messages))
-    if result.method.refine or compare is not None:
+    if result.method.mask_steps:
+        row("edges, learned", [f"{m.learned.edges:,}" if m.learned else "" for m in models])
+    if result.method.mask_steps or result.method.refine or compare is not None:
         row("edges, ranked", [f"{m.ranked.edges:,}" for m in models], compare and _ranked(compare.edges))
         row("heads, ranked", [f"{m.ranked.heads:,}" for m in models], compare and _ranked(compare.heads))
     row("ranking", [m.ranking for m in models])

@@ -34,22 +34,25 @@ _KINDS = {
     "greater-than": Kind(text.greater_than, text.GREATER_THAN, "probability_difference"),
     "sva": Kind(text.agreement, text.AGREEMENT, "probability_difference"),
     "pronoun": Kind(text.pronoun, text.PRONOUN),
-    "induction": Kind(tokens.induction, tokens.INDUCTION),
+    "induction": Kind(partial(tokens.induction, corruption="query"), tokens.INDUCTION),
+    "induction:keys": Kind(partial(tokens.induction, corruption="keys"), tokens.INDUCTION),
+    "induction:values": Kind(partial(tokens.induction, corruption="values"), tokens.INDUCTION),
     "docstring": Kind(text.docstring, text.DOCSTRING),
     "addition": Kind(tokens.addition, tokens.ADDITION),
 }
 
 
 def task_names() -> tuple[str, ...]:
-    """The generated tasks; "ioi" is the one with a random third name in place of S2."""
+    """The generated tasks; "ioi" puts a random third name in place of S2, "induction" another token at the end."""
     return tuple(_KINDS)
 
 
-def load_task(name: str, tokenizer: Any, *, count: int = 100, seed: int = 0) -> Task:
+def load_task(name: str, tokenizer: Any, *, count: int = 100, more: int = 0, seed: int = 0) -> Task:
     """A generated task by name, or the user's .csv or .jsonl file, as `count` prompt pairs for each split.
 
     The same arguments give the same task. The seed chooses which words (which prompts of a file) go to which split and
     what is drawn from them; a larger `count` adds prompts to those of a smaller one. A file may have fewer than asked.
+    `more` is how many train prompts there should be to learn a circuit on, or as many as there are.
 
     Raises:
         InputError: no such task or file, a bad file, a tokenizer that cannot write the task's words as single tokens,
@@ -59,7 +62,7 @@ def load_task(name: str, tokenizer: Any, *, count: int = 100, seed: int = 0) -> 
         raise InputError(f"{count} prompts: at least one is needed")
     encoder = Encoder(tokenizer)
     if name.endswith((".csv", ".jsonl")):
-        return _from_file(Path(name), encoder, count, seed)
+        return _from_file(Path(name), encoder, count, more, seed)
     if name not in _KINDS:
         raise InputError(f"{name}: no such task", hint=f"{', '.join(_KINDS)}, or a .csv or .jsonl file")
     kind = _KINDS[name]
@@ -67,22 +70,33 @@ def load_task(name: str, tokenizer: Any, *, count: int = 100, seed: int = 0) -> 
     splits = []
     for part, split in enumerate(PARTS):
         examples = kind.generate(Lexicon(name, encoder, key, part), Random(f"{key} {split}"))
-        splits.append(batched(_distinct(name, examples, count), kind.metric))
-    return Task(name, kind.metric, kind.templates, *splits)
+        found = _distinct(examples, max(count, more) if split == "train" else count)
+        if len(found) < count:
+            raise InputError(f"{name}: {count} prompts in each split are too many", hint=f"up to {len(found)} work")
+        splits.append(found)
+    return _task(name, kind.templates, splits, count, more, kind.metric)
 
 
-def _distinct(name: str, examples: Iterator[Example], count: int) -> list[Example]:
-    """The first `count` examples with different clean prompts."""
+def _task(
+    name: str, templates: tuple[str, ...], splits: list[list[Example]], count: int, more: int, metric: Metric
+) -> Task:
+    train, validation, test = (batched(examples[:count], metric) for examples in splits)
+    further = batched(splits[0][: max(count, more)], metric) if more else ()
+    return Task(name, metric, templates, train, validation, test, further)
+
+
+def _distinct(examples: Iterator[Example], count: int) -> list[Example]:
+    """The first `count` examples with different clean prompts, or as many as there are."""
     found: dict[tuple[int, ...], Example] = {}
     for _ in range(count):
         made = next((made for made in islice(examples, _PATIENCE) if tuple(made.clean) not in found), None)
         if made is None:
-            raise InputError(f"{name}: {count} prompts in each split are too many", hint=f"up to {len(found)} work")
+            break
         found[tuple(made.clean)] = made
     return list(found.values())
 
 
-def _from_file(path: Path, encoder: Encoder, count: int, seed: int) -> Task:
+def _from_file(path: Path, encoder: Encoder, count: int, more: int, seed: int) -> Task:
     """No clean prompt of a split occurs in another one, as clean or as corrupted."""
     rows = _linked(read_examples(path, encoder))
     if len(rows) < len(PARTS):
@@ -93,8 +107,8 @@ def _from_file(path: Path, encoder: Encoder, count: int, seed: int) -> Task:
     splits = []
     for part in range(len(PARTS)):
         chosen = Lexicon(path.name, encoder, f"file {seed}", part).third(list(rows))
-        splits.append(batched([row for key in chosen for row in rows[key]][:count], "logit_difference"))
-    return Task(path.name, "logit_difference", (path.name,), *splits)
+        splits.append([row for key in chosen for row in rows[key]])
+    return _task(path.name, (path.name,), splits, count, more, "logit_difference")
 
 
 def _linked(examples: list[Example]) -> dict[tuple[int, ...], list[Example]]:

@@ -126,6 +126,7 @@ class Task:
         metric: name of the metric, the same in all prompts.
         templates: what `Prompts.template` counts, as text.
         train, validation, test: batches of equal-length prompts, shortest first.
+        more: further train prompts with those of `train`, to learn a circuit on.
     """
 
     name: str
@@ -134,13 +135,14 @@ class Task:
     train: tuple[Prompts, ...]
     validation: tuple[Prompts, ...]
     test: tuple[Prompts, ...]
+    more: tuple[Prompts, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """sha256 of metric, tokens, answers, roles and templates: equal fingerprints mean equal data."""
         digest = hashlib.sha256(self.metric.encode())
-        for part, batches in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-            for batch in batches:
+        for part in ("train", "validation", "test", "more"):
+            for batch in getattr(self, part):
                 tensors = {
                     name: getattr(batch, name) for name in ("clean", "corrupted", "answers", "wrong", "template")
                 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from attnprune.circuit.tasks.encoding import Lexicon, in_turn
 from attnprune.circuit.tasks.prompts import Example
@@ -21,12 +21,12 @@ _FIRST_DIGIT = len("#ab+cd=")
 _OPERANDS = {"tens of a": 1, "units of a": 2, "tens of b": 4, "units of b": 5, "=": 6}
 
 
-def induction(lexicon: Lexicon, draw: Random) -> Iterator[Example]:
+def induction(lexicon: Lexicon, draw: Random, corruption: Literal["query", "keys", "values"]) -> Iterator[Example]:
     """A list of random tokens [.. A1 B1 .. A2 B2 ..], then its beginning again up to A1 (END): next is B1.
 
-    Corrupted: A1 and A2 change places in the list, so next is B2, the wrong token. Two tokens differ: what leads from
-    there to the answer is what stands before B1 and B2, found by the token at END. (With another list instead, every
-    token differs, and the circuit is most of the model.)
+    Corrupted, so that next is B2, the wrong token: `query` A2 stands at END; `keys` A1 and A2 change places in the
+    list; `values` B1 and B2 do. So they change what an induction head looks for, what it is found by (written there by
+    previous-token heads) or what is copied. (With another list instead, the circuit is most of the model.)
     """
     tokenizer, opening = lexicon.encoder.tokenizer, lexicon.encoder.opening
     most = max(listed for listed, _ in SHAPES)
@@ -36,14 +36,19 @@ def induction(lexicon: Lexicon, draw: Random) -> Iterator[Example]:
     tokens = lexicon.third(pool)
     for template, (listed, repeated) in in_turn(SHAPES, draw):
         first = draw.sample(tokens, listed)
-        key, other_key = repeated - 1, draw.randrange(repeated + 1, listed - 1)
-        again, swapped = first[:repeated], list(first)
-        swapped[key], swapped[other_key] = first[other_key], first[key]
-        places = {"A1": key, "B1": key + 1, "A2": other_key, "B2": other_key + 1, "END": listed + repeated - 1}
+        key, other_key, end = repeated - 1, draw.randrange(repeated + 1, listed - 1), listed + repeated - 1
+        places = {"A1": key, "B1": key + 1, "A2": other_key, "B2": other_key + 1, "END": end}
+        clean = first + first[:repeated]
+        corrupted = list(clean)
+        if corruption == "query":
+            corrupted[end] = first[other_key]
+        else:
+            one, other = (key, other_key) if corruption == "keys" else (key + 1, other_key + 1)
+            corrupted[one], corrupted[other] = first[other], first[one]
         yield Example(
-            opening + first + again, opening + swapped + again, [first[key + 1]], [first[other_key + 1]],
+            opening + clean, opening + corrupted, [first[key + 1]], [first[other_key + 1]],
             {role: (len(opening) + place, len(opening) + place + 1) for role, place in places.items()},
-            template, (tokenizer.decode(first + again), tokenizer.decode(swapped + again)),
+            template, (tokenizer.decode(clean), tokenizer.decode(corrupted)),
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from attnprune.circuit.result import CircuitResult
+from attnprune.cli.circuit import _read_settings
 from tests.factory import save_tiny_llama
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -30,7 +31,7 @@ def place(tmp_path_factory):
     """A folder with a random model and a finished search of the bundled one against itself."""
     folder = tmp_path_factory.mktemp("circuit")
     save_tiny_llama(folder / "model", max_position_embeddings=64)
-    done = circuit(*ADDITION, "--against", "demo", "--out", "found", "--json", "-q", cwd=folder)
+    done = circuit(*ADDITION, "--against", "demo", "--mask-steps", "5", "--out", "found", "--json", "-q", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "stdout.json").write_text(done.stdout)
     return folder
@@ -45,6 +46,8 @@ def test_json_is_the_file_and_matches_its_schema(place):
     assert result.compare.edges.value == 1
     assert result.compare.comparable
     assert result.task.test == 9
+    assert result.method.mask_steps == 5
+    assert result.task.more > 1000
 
 
 def test_files_of_a_search(place):
@@ -64,6 +67,14 @@ def test_a_finished_search_can_be_shown_again(place):
     assert [model.edges for model in after.models] == [model.edges for model in before.models]
     assert after.command == before.command
     assert "--task addition" in after.command
+
+
+def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):
+    settings = json.loads((place / "found" / "cache" / "settings.json").read_text())
+    assert settings.pop("mask_steps") == 5
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "settings.json").write_text(json.dumps(settings))
+    assert _read_settings(tmp_path) == settings | {"mask_steps": 0}
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):

@@ -133,6 +133,21 @@ def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, monkeypa
     assert {id(prompts) for prompts in seen} == {id(prompts) for prompts in more.prompts}
 
 
+def test_a_bad_beginning_is_learned_from_all_the_same(addition, monkeypatch):
+    """There is no step to take back."""
+    more, _, order = addition
+    kept = []
+    real = masks._error_gradients
+
+    def noted(split, prompts, mask, gap):
+        kept.append(mask)
+        return real(split, prompts, mask, gap)[0], 0.0
+
+    monkeypatch.setattr(masks, "_error_gradients", noted)
+    learn(more, order, 250, Settings(mask_steps=2))
+    assert not torch.equal(kept[0], kept[1])
+
+
 def test_a_circuit_without_edges_has_no_gradients(addition):
     more, _, order = addition
     circuits = learn(more, order, 0, Settings(mask_steps=2))

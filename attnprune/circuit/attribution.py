@@ -258,7 +258,7 @@ def edge_gradients(
     """Gradient of a circuit's metric, mean over the prompts, by how much of its own run an edge carries (0 or 1).
 
     `(change of what u writes) . dL/dx_v` at the circuit itself: one forward and one backward pass. Edges outside have
-    one too; it is 0 where all that u writes is corrupted or nothing else that v reads is kept.
+    one too; it is left out (0) where all that u writes is corrupted or nothing that v reads is kept.
 
     Args:
         edges: the circuit, bool [U, V].

@@ -19,7 +19,7 @@ _NUMBERS, _TENSORS = "evaluations.jsonl", "scores"
 
 
 def digest(*masks: Tensor) -> str:
-    """A short name for bool masks."""
+    """A short name for tensors."""
     found = hashlib.sha256()
     for mask in masks:
         found.update(str(tuple(mask.shape)).encode() + mask.cpu().contiguous().numpy().tobytes())

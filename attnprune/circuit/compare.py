@@ -120,7 +120,9 @@ def analyse(
         orders = rank(train, scores, settings, told, cache)
         train.free()
         curves, order, ranked = search_sizes(validation, orders, settings, told)
-        learned = _learned(task, label, train, validation, order, ranked, settings, told, cache)
+        learned = None
+        if settings.mask_steps:
+            learned = _learned(task, label, train, validation, order, ranked, settings, told, cache)
         chosen = learned or ranked
         if settings.deletions:
             again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
@@ -182,6 +184,8 @@ def _learned(
     """The smallest learned circuit, if validation prompts hold one that is smaller than the ranked one."""
     more = Split(train.anatomy, task.more or task.train, f"{label} more", cache, settings.batch_size)
     gap = (train.clean.mean() - train.corrupted.mean()).item()
+    if gap <= 0:  # no behaviour to keep on the train prompts
+        return None
     circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, watch, cache)
     smaller = [edges for edges in circuits if int(edges.sum()) < ranked.size]
     return smallest_held(validation, smaller, settings, watch)
@@ -304,7 +308,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 
 
 def _size_ratios(first: Analysis, second: Analysis, settings: Settings) -> dict[str, Interval | None]:
-    """Ratios of the sizes before deletion. In each resample both models get the same prompts and all their evaluated
+    """Ratios of the sizes found by ranking. In each resample both models get the same prompts and all their evaluated
     sizes are judged again, so the interval holds the choice of size, and of the ranking."""
     rows = resamples(len(first.validation), settings.seed)
     sizes = [_resampled_sizes(analysis, rows, settings) for analysis in (first, second)]

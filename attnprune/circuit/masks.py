@@ -1,4 +1,4 @@
-"""A circuit by gradient descent on a mask over all edges: a score per edge, kept while it is above 0.
+"""A circuit by gradient descent on a mask over the edges: a score per edge, kept while it is above 0.
 
 Edges are pruned as the gates of a sparse model are trained: a hard threshold with a straight-through gradient, the
 logarithm of the number of edges as the penalty, and a multiplier that holds faithfulness at the target. What one edge
@@ -6,9 +6,10 @@ does depends on which others are kept, so rankings of the whole model's edges ne
 over edges by gradients is from Bhaskar et al. (arXiv 2406.16778), who relax the mask and match the output's
 distribution; here every step runs a circuit as it will be evaluated, and the error is that of the task's metric.
 
-An edge between nodes that are both cut off has no gradient that could bring it back, so steps that break a circuit are
-taken back. Gates of the model are constants to the gradient, as in the other attributions. What is learned may fit the
-prompts it is learned on, and what a gate does may be missed: validation prompts decide whether a circuit holds.
+What reads no edge any more, or writes nothing of its own, is cut off for good: its edges have no gradient that could
+bring them back. So steps that break a circuit are taken back. Gates of the model are constants to the gradient, as in
+the other attributions. What is learned may fit the prompts it is learned on, and what a gate does may be missed:
+validation prompts decide whether a circuit holds.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _steps(
         watch("learning which edges to keep", step, settings.mask_steps)
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
-        if reached < _BROKEN * settings.target:
+        if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
             with torch.no_grad():  # back, and what that step dropped is now dropped last
                 scores.copy_(torch.where((before > 0) & ~kept, 1.0, before))
             continue

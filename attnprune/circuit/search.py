@@ -4,7 +4,7 @@ Train prompts rank the edges, validation prompts decide the size, test prompts a
 as reached if its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the
 curve of faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
-What an edge does depends on which others are kept. So from the circuit found by size a mask is learned by gradients
+What an edge does depends on which others are kept. So from as many of the best edges a mask is learned by gradients
 (`attnprune.circuit.masks`), on more train prompts, and then whole blocks of edges are deleted, the weakest first, as
 long as train prompts stay inside the band: from the learned circuit, or, if validation prompts hold none that is
 smaller, from a larger one (by a third or more). Every stage asks the gradients inside the circuit that is left. So many

@@ -44,7 +44,7 @@ def circuit(
         int, typer.Option("--prompts", help=f"Prompt pairs per split; 0: {PROMPTS}, {QUICK_PROMPTS} if quick.", min=0)
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Prompts, random circuits and resamples.", min=0)] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no deletion.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no mask, no deletion.")] = False,
     mask_steps: Annotated[
         int | None,
         typer.Option(
@@ -138,6 +138,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         "prompts": int, "seed": int, "quick": bool, "mask_steps": (int, type(None)), "deletions": (int, type(None)),
         "controls": bool, "batch_size": int, "command": str, "fingerprint": str,
     }  # fmt: skip
+    if isinstance(values, dict):
+        values.setdefault("mask_steps", 0)  # begun when there was no such step
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{file}: damaged", hint="start again in another folder")
     return values

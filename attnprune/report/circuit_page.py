@@ -84,9 +84,8 @@ def _report(result: CircuitResult) -> str:
     row("task accuracy", lambda m: percent(m.accuracy))
     row("metric, clean and corrupted prompts", lambda m: f"{m.clean:.3g} and {m.corrupted:.3g}")
     row("edges", lambda m: f"{m.counts.edges:,} ({percent(m.counts.edges / m.graph.edges)})", compare and compare.edges)
-    row(
-        "edges by ranking, before deletion", lambda m: f"{m.ranked.edges:,}" if m.ranked.edges != m.counts.edges else ""
-    )
+    row("edges by ranking alone", lambda m: f"{m.ranked.edges:,}" if m.ranked.edges != m.counts.edges else "")
+    row("edges by learning a mask", lambda m: f"{m.learned.edges:,}" if m.learned else "")
     row("heads", lambda m: f"{m.counts.heads} of {m.graph.layers * m.graph.heads}", compare and compare.heads)
     row("MLPs", lambda m: f"{m.counts.mlps} of {m.graph.layers}", compare and compare.mlps)
     row("attention messages per prompt", _messages, compare and compare.messages)
@@ -184,7 +183,7 @@ def _method(result: CircuitResult) -> str:
         f"Faithfulness is {_text(method.faithfulness)}; "
         f"a circuit reaches the target {method.target:g} inside [{low:g}, {high:g}]. "
         f"The size is the smallest from which on all larger evaluated sizes are inside as well"
-        f"{f', then a mask was learned on {task.more or task.train} pairs' if method.mask_steps else ''}"
+        f"{f', then a mask was learned on {task.more or task.train} pairs if that helped' if method.mask_steps else ''}"
         f"{', then edges were deleted in blocks if that helped' if method.refine else ''}. Heads and MLPs "
         f"count if they write to a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
         f"{' A quick run: fewer prompts and sizes.' if method.quick else ''}",

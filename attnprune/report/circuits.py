@@ -88,7 +88,7 @@ def sizes_table(result: CircuitResult) -> Table:
     row("MLPs", [_of(m.counts.mlps, m.graph.layers) for m in models], compare and _chosen(compare.mlps))
     row("messages/prompt", [_messages(m.counts) for m in models], compare and _chosen(compare.messages))
     if result.method.mask_steps:
-        row("edges, learned", [f"{m.learned.edges:,}" if m.learned else "" for m in models])
+        row("edges, learned", [f"{m.learned.edges:,}" if m.learned else "none smaller" for m in models])
     if result.method.mask_steps or result.method.refine or compare is not None:
         row("edges, ranked", [f"{m.ranked.edges:,}" for m in models], compare and _ranked(compare.edges))
         row("heads, ranked", [f"{m.ranked.heads:,}" for m in models], compare and _ranked(compare.heads))
@@ -175,9 +175,10 @@ def method_line(result: CircuitResult) -> str:
     """How it was measured, on one line."""
     task, method = result.task, result.method
     low, high = method.band
+    learning = f"{task.more:,} to learn a mask, " if task.more else ""
     return (
         f"{task.metric.replace('_', ' ')}, corrupted activations outside the circuit, ratio of means in "
-        f"[{low:.3g}, {high:.3g}], before deletion at all larger sizes as well; {task.train} prompts to rank, "
+        f"[{low:.3g}, {high:.3g}], by ranking at all larger sizes as well; {task.train} prompts to rank, {learning}"
         f"{task.validation} to choose, {task.test} to report; seed {task.seed}; {duration(result.seconds)}"
     )
 

@@ -161,5 +161,5 @@ def test_committed_records_are_of_today_s_schema():
     record = Record.model_validate_json((results / "bench-attention-cpu.json").read_text())
     assert {row.suite for row in record.rows} == {"train", "prefill"}
     circuits = [CircuitResult.model_validate_json(f.read_text()) for f in (results / "circuits").glob("*/circuit.json")]
-    assert {circuit.task.name for circuit in circuits} == {"addition", "induction", "ioi", "sva"}
+    assert {circuit.task.name for circuit in circuits} == {"addition", "induction", "induction:keys", "ioi", "sva"}
     assert all([model.kind for model in circuit.models] == ["sparse", "dense"] for circuit in circuits)

@@ -23,6 +23,20 @@ def learn(split, order, size, settings, cache=None):
     return learn_circuits(split, order, size, gap, settings, silent, cache or Cache())
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """(prompts, mask) of every step."""
+    seen = []
+    real = masks._error_gradients
+
+    def noted(split, prompts, kept, gap):
+        seen.append((prompts, kept))
+        return real(split, prompts, kept, gap)
+
+    monkeypatch.setattr(masks, "_error_gradients", noted)
+    return seen
+
+
 def test_what_is_learned_of_all_edges_in_any_order_is_planted():
     planted = plant("llama", gated=False, seed=1)
     anatomy = anatomy_of(planted.model)
@@ -36,21 +50,14 @@ def test_what_is_learned_of_all_edges_in_any_order_is_planted():
     assert settings.reached(split.faithfulness(circuits[-1]))
 
 
-def test_a_step_that_breaks_the_circuit_is_taken_back(monkeypatch):
+def test_a_step_that_breaks_the_circuit_is_taken_back(monkeypatch, steps):
     """Without an edge between them nothing is learned any more, so what broke it must return."""
     planted = plant("llama", gated=False, seed=1)
     split = Split(anatomy_of(planted.model), planted_task(planted, prompts=8).train, "train", Cache(), 8)
     order = planted.edges.flatten().nonzero()[:, 0]
-    kept = []
-    real = masks._error_gradients
-
-    def noted(split, prompts, mask, gap):
-        kept.append(mask)
-        return real(split, prompts, mask, gap)
-
-    monkeypatch.setattr(masks, "_error_gradients", noted)
     monkeypatch.setattr(masks, "_LEARNING_RATE", 2.0)  # the first step drops everything
     learn(split, order, 2 * len(order), Settings(target=0.9, mask_steps=3))
+    kept = [mask for _, mask in steps]
     assert torch.equal(kept[0], planted.edges)
     assert not kept[1].any()
     assert torch.equal(kept[2], planted.edges)
@@ -118,19 +125,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkey
     assert len(steps) > EVERY + 3 + EVERY + 5
 
 
-def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, monkeypatch):
+def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, steps):
     more, _, order = addition
-    seen = []
-    real = masks._error_gradients
-
-    def noted(split, prompts, *rest):
-        seen.append(prompts)
-        return real(split, prompts, *rest)
-
-    monkeypatch.setattr(masks, "_error_gradients", noted)
     assert learn(more, order, 250, Settings(mask_steps=0)) == []
     learn(more, order, 250, Settings(mask_steps=len(more.prompts)))
-    assert {id(prompts) for prompts in seen} == {id(prompts) for prompts in more.prompts}
+    assert {id(prompts) for prompts, _ in steps} == {id(prompts) for prompts in more.prompts}
 
 
 def test_a_bad_beginning_is_learned_from_all_the_same(addition, monkeypatch):

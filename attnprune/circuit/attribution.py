@@ -15,6 +15,7 @@ Inside a circuit the other edges carry corrupted values, and what a kept edge do
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,7 +277,6 @@ def edge_gradients(
         total = scores_of(metric, forward(anatomy, clean.ids, clean.last, clean.prefix)).sum()
         if total.requires_grad:  # without any edge nothing is read
             torch.autograd.grad(total, run.start)
-    run.written = run.normed = run.start  # or the run and its graph would keep each other alive, gigabytes of them
     return run.scores / len(clean.ids)
 
 
@@ -308,7 +308,10 @@ class _Source(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, run: _CircuitGradients, sources: slice) -> Tensor:
-        ctx.run, ctx.sources = run, sources
+        ctx.run, ctx.sources = (
+            weakref.proxy(run),
+            sources,
+        )  # the run holds its graph: gigabytes, if the graph held it too
         return z.new_zeros(())
 
     @staticmethod
@@ -321,7 +324,7 @@ class _Reader(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, written: Tensor, x: Tensor, run: _CircuitGradients, upstream: int, readers: Tensor) -> Tensor:
-        ctx.run, ctx.upstream, ctx.readers = run, upstream, readers
+        ctx.run, ctx.upstream, ctx.readers = weakref.proxy(run), upstream, readers
         return x
 
     @staticmethod

@@ -18,11 +18,11 @@ from attnprune.errors import InputError
 _NUMBERS, _TENSORS = "evaluations.jsonl", "scores"
 
 
-def digest(*masks: Tensor) -> str:
+def digest(*tensors: Tensor) -> str:
     """A short name for tensors."""
     found = hashlib.sha256()
-    for mask in masks:
-        found.update(str(tuple(mask.shape)).encode() + mask.cpu().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        found.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:32]
 
 

@@ -14,6 +14,7 @@ validation prompts decide whether a circuit holds.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -24,13 +25,15 @@ from attnprune.circuit.cache import Cache, digest
 from attnprune.circuit.graph import Graph
 from attnprune.circuit.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Prompts
+from attnprune.constraint import Multiplier
 
 EVERY = 20  # steps between the circuits that are kept
 _LEARNING_RATE = 0.05  # scores lie in [-1, 1]
 _LAST_RATE = 0.05  # share of the learning rate at the end; it falls over the second half
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank
-_MULTIPLIER, _GAIN, _MEMORY = 5.0, 0.07, 0.8  # the first value, its log's largest step, of the mean faithfulness
+_MULTIPLIER, _MULTIPLIER_RATE = 5.0, 0.07  # the first value; see `Multiplier`
+_SMOOTHING = 0.8  # of the faithfulness, which varies between parts of the prompts
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
 _BROKEN = 0.5  # share of the target
 
@@ -59,15 +62,15 @@ def learn_circuits(
 
 
 def _start(graph: Graph, order: Tensor, size: int) -> dict[str, Tensor]:
-    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the logarithm
-    of the multiplier and the mean faithfulness."""
+    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the multiplier
+    and the smoothed faithfulness (NaN before the first step)."""
     scores = torch.full((graph.sources * graph.destinations,), -1.0)
     rank = torch.arange(1, len(order) + 1, dtype=torch.float)
     scores[order] = (_SPREAD * ((size + 0.5) / rank).log()).clamp(-1, 1)
     scores = scores.view(graph.sources, graph.destinations)
     return {
         "scores": scores, "before": scores, "exp_avg": torch.zeros_like(scores), "exp_avg_sq": torch.zeros_like(scores),
-        "log_multiplier": torch.tensor(_MULTIPLIER).log(), "faithfulness": torch.tensor(torch.nan),
+        "multiplier": _number(_MULTIPLIER), "faithfulness": _number(math.nan),
     }  # fmt: skip
 
 
@@ -80,7 +83,8 @@ def _steps(
     moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
     optimizer = torch.optim.Adam([scores], betas=_BETAS, eps=1e-12)
     optimizer.state[scores] = {"step": torch.tensor(float(min(turns))), **moments}
-    log_multiplier, mean = state["log_multiplier"].item(), state["faithfulness"].item()
+    multiplier = Multiplier(state["multiplier"].item(), rate=_MULTIPLIER_RATE, smoothing=0.0)
+    mean = state["faithfulness"].item()
     aim = settings.target + _MARGIN * (1 - settings.target)
     for step, part in turns.items():
         watch("learning which edges to keep", step, settings.mask_steps)
@@ -91,19 +95,22 @@ def _steps(
                 scores.copy_(torch.where((before > 0) & ~kept, 1.0, before))
             continue
         before = scores.detach().clone()
-        mean = reached if mean != mean else _MEMORY * mean + (1 - _MEMORY) * reached
-        short = (abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01)
-        log_multiplier += _GAIN * max(-1.0, min(1.0, short))
+        mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
+        multiplier.step((abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01))
         penalty = every / max(1, int(kept.sum()))  # the gradient of the logarithm of their number
-        scores.grad = torch.tensor(log_multiplier).exp() * gradients + penalty
+        scores.grad = multiplier.value * gradients + penalty
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * _rate(step / settings.mask_steps)
         optimizer.step()
         with torch.no_grad():
             scores.clamp_(-1, 1)
     return {
         "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
-        "log_multiplier": torch.tensor(log_multiplier), "faithfulness": torch.tensor(mean),
+        "multiplier": _number(multiplier.value), "faithfulness": _number(mean),
     }  # fmt: skip
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.double)
 
 
 def _rate(progress: float) -> float:

@@ -29,6 +29,7 @@ class ModelConfig(Section):
 
     name: str = Field(default="", description="Hub id, folder, .gguf file, or 'demo'")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+    init: str | None = Field(default=None, description="sidecar of this model to start from")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on CUDA"

@@ -1,6 +1,7 @@
 """The whole flow on one page: RunConfig in, Sidecar out.
 
-resolve -> load base -> data -> attach gates -> choose what trains -> plan -> train -> export -> measure the artefact.
+resolve -> load base -> data -> attach gates -> choose what trains (and where it starts) -> plan -> train -> export ->
+measure the artefact.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from attnprune import checkpoints, data, format, runtime
+from attnprune import checkpoints, data, format, hub, runtime
 from attnprune.attention.interface import GATE_ATTRIBUTE, attach, detach, gates_forced_open, gates_of
 from attnprune.calibration import bias_for_mass
 from attnprune.config import RunConfig
@@ -34,7 +36,7 @@ from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.export import STAGING, export
 from attnprune.measure import Reference, token_losses
 from attnprune.runs import CHECKPOINTS, DEMO, METRICS_FILE, RUN_FILE, check_output, locked, output_folder
-from attnprune.sidecar import Sidecar
+from attnprune.sidecar import Sidecar, check_base, open_sidecar
 from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal
 
 DEFAULT_SEQ_LEN = 512
@@ -78,8 +80,8 @@ def resolve(config: RunConfig, base: runtime.BaseModel | None = None) -> tuple[R
         text.source = data.DEFAULT_HUB_DATASET
         notes.append(f"data: {text.source}, because general web text is closest to what open models were trained on")
     config.output.folder = str(output_folder(config))
-    for section, key in ((model, "name"), (text, "source")):  # run.toml must mean the same from any folder
-        if getattr(section, key) not in (DEMO, "task") and Path(getattr(section, key)).exists():
+    for section, key in ((model, "name"), (model, "init"), (text, "source")):  # run.toml must mean the same anywhere
+        if getattr(section, key) not in (None, DEMO, "task") and Path(getattr(section, key)).exists():
             setattr(section, key, str(Path(getattr(section, key)).resolve()))
     if base is None:
         return config, notes
@@ -156,6 +158,26 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
     return model, reference
 
 
+def start_from(model: Any, sidecar: Sidecar, config: RunConfig) -> None:
+    """Put a sidecar's gate biases and weights into the gated model that is about to train.
+
+    Raises:
+        InputError: what the sidecar changed is not what this run trains (scope, rank or alpha of the adapters).
+    """
+    entry, trains = sidecar.manifest.weights, {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # PEFT stores an adapter's tensors without the name ("default") that they have in the model.
+    weights = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", name): t for name, t in sidecar.weights().items()}
+    fits = all(name in trains and trains[name].shape == tensor.shape for name, tensor in weights.items())
+    if not fits or (entry.kind == "lora" and entry.alpha != model.peft_config["default"].lora_alpha):
+        what = f"adapters of rank {entry.rank} (alpha {entry.alpha:g})" if entry.kind == "lora" else "weights"
+        raise InputError(f"{sidecar.path}: its {what} do not fit a run with scope {config.train.scope}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            trains[name].copy_(tensor)
+        for gate, bias in zip(gates_of(model), sidecar.biases(), strict=True):
+            gate.bias.copy_(torch.from_numpy(bias.copy()))
+
+
 def _switch_off_dropout(model: nn.Module) -> None:
     """Dropout would be noise on the constraint. Families keep the rate in nn.Dropout or in floats of many names."""
     for module in model.modules():
@@ -211,14 +233,16 @@ def sparsify(
     folder = Path(config.output.folder)
     if not resume:
         check_output(folder)
+    init = open_sidecar(hub.locate(config.model.init)) if config.model.init else None
     with locked(folder):
-        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note)
+        return _run(config, notes, folder, init, resume, callbacks or [], on_plan, on_note)
 
 
 def _run(
     config: RunConfig,
     notes: list[str],
     folder: Path,
+    init: Sidecar | None,
     resume: bool,
     callbacks: list[TrainerCallback],
     on_plan: Callable[[Plan], bool] | None,
@@ -237,16 +261,20 @@ def _run(
     config.model.dtype = str(base.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
     set_seed(config.train.seed)
     base_entry = runtime.identity(base)
+    if init is not None:
+        check_base(init.manifest, base.model)
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
+    if init is not None:
+        start_from(model, init, config)
     run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
     plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
     if on_plan is not None and not on_plan(plan):
         return None
     try:
         checkpoint = _start(folder, config, run_facts, resume, on_note)
-        trainer = _train(model, config, train_blocks, held_out, reference, folder, checkpoint, callbacks)
+        trainer = _train(model, config, train_blocks, held_out, reference, folder, init, checkpoint, callbacks)
         trainer.load_best()
         trainer.model.cpu()  # makes room on a GPU
         sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, folder)
@@ -272,7 +300,7 @@ def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
     for gate in gates:
         gate.temperature = settings.temperature
         gate.deterministic = config.train.deterministic
-    if settings.initial_mass:
+    if settings.initial_mass and not config.model.init:
         rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
         ids = blocks.take(rows).input_ids.to(model.device)
         for gate, bias in zip(gates, bias_for_mass(model, ids, settings.initial_mass), strict=True):
@@ -324,6 +352,7 @@ def _train(
     held_out: Blocks,
     reference: Reference,
     folder: Path,
+    init: Sidecar | None,
     checkpoint: Path | None,
     callbacks: list[TrainerCallback],
 ) -> SparsifyTrainer:
@@ -331,9 +360,9 @@ def _train(
     inner = config.model_copy(deep=True)
     inner.output.folder = str(folder / CHECKPOINTS)
     stopper = StopOnSignal()
-    trainer = SparsifyTrainer(
-        model, inner, train_blocks, held_out, reference, [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
-    )
+    callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
+    start_density = init.manifest.result.density if init else 1.0
+    trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, start_density)
     if checkpoint is not None:
         trainer.restore_best(checkpoint)
     set_seed(config.train.seed)

@@ -79,7 +79,9 @@ def without_local_paths(config: RunConfig) -> RunConfig:
 
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"name": last(config.model.name)}),
+            "model": config.model.model_copy(
+                update={"name": last(config.model.name), "init": config.model.init and last(config.model.init)}
+            ),
             "data": config.data.model_copy(update={"source": last(config.data.source)}),
             "output": config.output.model_copy(update={"folder": ""}),
         }

@@ -127,6 +127,7 @@ class SparsifyTrainer(Trainer):
         config: the resolved run.
         reference: token ids -> logits of the unchanged base model, without gradient.
         callbacks: progress displays and the like.
+        start_density: where the falling limit of a density-first run starts.
     """
 
     model: Any
@@ -139,10 +140,12 @@ class SparsifyTrainer(Trainer):
         held_out: Blocks,
         reference: Reference,
         callbacks: list[TrainerCallback],
+        start_density: float = 1.0,
     ):
         self.config = config
         self.constraint = constraint_of(config)
         self.reference = reference
+        self.start_density = start_density
         self.best_state: dict[str, Tensor] = {}
         c = config.constraint
         multiplier = Multiplier(
@@ -198,35 +201,48 @@ class SparsifyTrainer(Trainer):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
             logits = model(input_ids=ids, use_cache=False).logits
             penalty, density = _edges(gates)  # before the reference, which may run the same gates forced open
-            with torch.no_grad():
-                base_logits = self.reference(ids)
         log_p, losses = token_losses(logits, labels)
-        with torch.no_grad():
-            base_log_p, base_losses = token_losses(base_logits, labels)
-        loss, base_loss = losses.mean(), base_losses.mean()
-        if not self.config.constraint.paired:
-            base_loss = torch.full_like(base_loss, self._mean_base_loss)
-        kl, gap = kl_divergence(base_log_p, log_p).mean(), loss - base_loss
+        loss = losses.mean()
+        base_loss, kl = self._compare(ids, labels, log_p)
+        gap = loss - base_loss
         constraint = self._current_constraint()
         share = 1.0 if constraint.kind == "kl" else self.config.train.distill
-        damage = share * kl + (1 - share) * gap
+        damage = gap if kl is None else share * kl + (1 - share) * gap
         total = self._lagrangian(penalty, damage, constraint)
-        value = constraint.value(loss_gap=gap.item(), kl=kl.item(), density=float(density))
         observed = {
             "train_loss": loss.item(),
             "base_loss": base_loss.item(),
             "gap": gap.item(),
-            "kl": kl.item(),
             "penalty": penalty.item(),
             "density": float(density),
-            "violation": constraint.violation(value),
         }
+        if kl is not None:
+            observed["kl"] = kl.item()
+        value = constraint.value(loss_gap=gap.item(), kl=observed.get("kl", math.nan), density=float(density))
+        observed["violation"] = constraint.violation(value)
         for term, number in observed.items():
             if not math.isfinite(number):
                 raise AttnPruneError(f"training: non-finite {term} at step {self.state.global_step + 1}")
         dual.observed.append(observed)
         self._latest = {**observed, "multiplier": dual.multiplier.value}
         return (total, None) if return_outputs else total
+
+    def _compare(self, ids: Tensor, labels: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The base's loss on a batch, and KL(base || sparse), nats per token.
+
+        A run that learns from the text alone under a density or an unpaired loss needs neither: it is spared a third of
+        its time and gets the base's mean held-out loss and no KL.
+        """
+        kind, paired = self.constraint.kind, self.config.constraint.paired
+        if self.config.train.distill == 0 and (kind == "density" or (kind == "loss" and not paired)):
+            return torch.tensor(self._mean_base_loss), None
+        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+        with torch.no_grad(), autocast:
+            base_logits = self.reference(ids)
+        with torch.no_grad():
+            base_log_p, base_losses = token_losses(base_logits, labels)
+        kl = kl_divergence(base_log_p, log_p).mean()
+        return base_losses.mean() if paired else torch.tensor(self._mean_base_loss), kl
 
     def _lagrangian(self, penalty: Tensor, damage: Tensor, constraint: Constraint) -> Tensor:
         """Edges and damage against each other; both are relative, so a multiplier of about 1 suits any limit.
@@ -252,7 +268,8 @@ class SparsifyTrainer(Trainer):
         if self.constraint.kind == "density":
             way = min(1.0, (done + 1) / max(1, DENSITY_WAY * self.config.train.steps))
             aim = limit * DENSITY_AIM if limit < 1 else limit
-            return replace(self.constraint, limit=aim**way)
+            start = max(aim, self.start_density)
+            return replace(self.constraint, limit=start ** (1 - way) * aim**way)
         left = max(0.0, 1 - done / max(1, self._pressure_steps))
         return replace(self.constraint, limit=limit * (1 + (self.config.constraint.start_factor - 1) * left))
 

@@ -21,7 +21,7 @@ from attnprune import checkpoints, recipe, runtime, trainer
 from attnprune.config import RunConfig, build_config, merge
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.evaluation import evaluate_model
-from attnprune.runs import CHECKPOINTS, locked, read_resumed
+from attnprune.runs import CHECKPOINTS, locked, read_resumed, without_local_paths
 from attnprune.sidecar import open_sidecar
 from tests.factory import byte_tokenizer, save_text, save_tiny_llama
 
@@ -87,6 +87,70 @@ def test_every_scope_loads_back_and_moves_only_its_weights(inputs, tmp_path, sco
     runtime.verify_probe(sparse, sidecar.manifest)
 
 
+STILL = {"learning_rate": 1e-30, "gate_learning_rate": 1e-30, "steps": 1}
+
+
+@pytest.mark.parametrize("scope", ["gates", "lora", "attn", "full"])
+def test_a_run_starts_from_the_gates_and_weights_of_a_sidecar(inputs, tmp_path, scope):
+    first = recipe.sparsify(run_config(inputs, tmp_path / "first", train={"scope": scope, "steps": 8}))
+    again = run_config(inputs, tmp_path / "again", model={"init": str(first.path)}, train={"scope": scope, **STILL})
+    second = recipe.sparsify(again)
+    assert (second.path / "run.toml").read_text().count(str(first.path)) == 1
+    assert str(tmp_path) not in without_local_paths(again).to_toml()
+    assert all((a == b).all() for a, b in zip(first.biases(), second.biases(), strict=True))
+    before, after = first.weights(), second.weights()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    a, b = first.manifest.result, second.manifest.result
+    assert (a.loss, a.base_loss, a.kl, a.open_edges) == (b.loss, b.base_loss, b.kl, b.open_edges)
+
+
+def test_the_density_limit_falls_from_where_the_sidecar_left_it(uninterrupted, inputs, tmp_path):
+    overrides = {
+        "model": {"init": str(uninterrupted.path)},
+        "constraint": {"kind": "density", "target_density": 0.1},
+        "train": {**STILL, "steps": 100, "eval_every": 100, "save_every": 100},
+    }
+    recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    way = trainer.DENSITY_WAY * 100
+    start, aim = uninterrupted.manifest.result.density, 0.1 * trainer.DENSITY_AIM
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "multiplier" in line):
+        share = min(1.0, line["step"] / way)
+        assert line["violation"] == pytest.approx(math.log(line["density"] / (start ** (1 - share) * aim**share)))
+
+
+def test_a_sidecar_to_start_from_must_fit_the_run(uninterrupted, inputs, tmp_path):
+    def starting(**overrides):
+        return recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+
+    lora = recipe.sparsify(run_config(inputs, tmp_path / "lora", train={"scope": "lora", "steps": 1}))
+    full, adapters = {"init": str(uninterrupted.path)}, {"init": str(lora.path)}
+    with pytest.raises(InputError, match="weights do not fit a run with scope lora"):
+        starting(model=full, train={"scope": "lora"})
+    with pytest.raises(InputError, match="weights do not fit a run with scope attn"):
+        starting(model=full, train={"scope": "attn"})
+    with pytest.raises(InputError, match=r"adapters of rank 16 \(alpha 32\) do not fit a run with scope lora"):
+        starting(model=adapters, train={"scope": "lora", "lora_rank": 8})
+    with pytest.raises(InputError, match=r"adapters of rank 16 .* do not fit a run with scope full"):
+        starting(model=adapters)
+    with pytest.raises(InputError, match="no such file or folder"):
+        starting(model={"init": str(tmp_path / "none")})
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="wrong base model"):
+        starting(model={"name": str(other), **full})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_started_from_a_sidecar_resumes(inputs, uninterrupted, tmp_path):
+    overrides = {"model": {"init": str(uninterrupted.path)}}
+    whole = recipe.sparsify(run_config(inputs, tmp_path / "whole", **overrides))
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(run_config(inputs, tmp_path / "cut", **overrides), callbacks=[_SignalAt(5, signal.SIGTERM)])
+    recipe.sparsify(read_resumed(tmp_path / "cut", {}), resume=True)
+    assert artefact(tmp_path / "cut") == artefact(whole.path)
+
+
 def test_density_first_mode_reaches_its_target(inputs, tmp_path):
     overrides = {"constraint": {"kind": "density", "target_density": 0.4, "rate": 0.1},
                  "train": {"steps": 120, "eval_every": 20, "save_every": 100, "gate_learning_rate": 0.1}}  # fmt: skip
@@ -125,6 +189,27 @@ def test_a_density_limit_falls_geometrically_to_a_little_below_its_target(inputs
     limits = [density / math.exp(violation) for violation, density in pairs]
     aim = 0.25 * trainer.DENSITY_AIM
     assert limits == pytest.approx([math.sqrt(aim), *[aim] * 9], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "distill", "runs"),
+    [
+        ({"kind": "density", "target_density": 0.5}, 0.0, False),
+        ({"kind": "density", "target_density": 0.5}, 0.5, True),
+        ({"kind": "loss", "paired": False}, 0.0, False),
+        ({"kind": "loss"}, 0.0, True),
+        ({"kind": "kl"}, 0.0, True),
+    ],
+)
+def test_the_base_runs_in_training_only_where_it_is_needed(inputs, tmp_path, constraint, distill, runs):
+    train = {"steps": 2, "distill": distill}
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", constraint=constraint, train=train))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    mean = sidecar.manifest.result.base_loss
+    for line in (line for line in lines if "multiplier" in line):
+        assert ("kl" in line) == runs
+        assert (line["base_loss"] != pytest.approx(mean, abs=1e-5)) == runs
+        assert line["gap"] == pytest.approx(line["train_loss"] - line["base_loss"], abs=1e-5)
 
 
 def test_an_unpaired_constraint_compares_with_one_base_loss(inputs, tmp_path):

@@ -58,6 +58,9 @@ def sparsify(
     device: Annotated[str | None, _option("--device", help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, _option("--dtype", help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, _option("--revision", help="Hub branch, tag or commit of MODEL.")] = None,
+    init: Annotated[
+        str | None, _option("--init", help="Sidecar of MODEL to start from: folder or Hub repository.")
+    ] = None,
     config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,
     resume: Annotated[Path | None, _option("--resume", help="Continue the unfinished run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -69,7 +72,7 @@ def sparsify(
     if target_density is not None and constraint is None:
         constraint = "density"
     flags = {
-        "model": {"name": model, "revision": revision, "device": device, "dtype": dtype},
+        "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
         "data": {"source": data, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
         "gate": {"estimator": estimator, "temperature": temperature},
         "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},

@@ -62,11 +62,12 @@ class Report:
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(log-probabilities [N, V] of the counted predictions, their cross-entropies [N]) for next-token prediction."""
-    targets = labels[:, 1:].reshape(-1)
+    predictions, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].reshape(-1)
     counted = targets != IGNORED_LABEL
-    log_probabilities = functional.log_softmax(logits[:, :-1].flatten(0, 1)[counted].float(), -1)
-    losses = -log_probabilities.gather(-1, targets[counted, None]).squeeze(-1)
-    return log_probabilities, losses
+    if not bool(counted.all()):  # picking rows copies them, forward and backward
+        predictions, targets = predictions[counted], targets[counted]
+    log_probabilities = functional.log_softmax(predictions.float(), -1)
+    return log_probabilities, -log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def kl_divergence(base: Tensor, sparse: Tensor) -> Tensor:

@@ -50,9 +50,12 @@ VARIANTS: dict[str, dict] = {
     "learning rate 3e-4": {"train": {"learning_rate": 3e-4}},
     "learning rate 3e-3": {"train": {"learning_rate": 3e-3}},
     "text, learning rate 3e-3": {"train": {"distill": 0.0, "learning_rate": 3e-3}},
-    # Runs end a few percent below their target; this one ends just below 1 %.
+    # Runs end up to 12 % below their target; these end just below 1 %.
     "text, learning rate 3e-3, 1.05 %": {
         "constraint": {"target_density": 0.0105}, "train": {"distill": 0.0, "learning_rate": 3e-3},
+    },
+    "text, learning rate 3e-3, 1.11 %": {
+        "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 3e-3},
     },
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},

@@ -37,7 +37,7 @@ from attnprune.export import STAGING, export
 from attnprune.measure import Reference, token_losses
 from attnprune.runs import CHECKPOINTS, DEMO, METRICS_FILE, RUN_FILE, check_output, locked, output_folder
 from attnprune.sidecar import Sidecar, check_base, open_sidecar
-from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal
+from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal, compares_with_base
 
 DEFAULT_SEQ_LEN = 512
 CALIBRATION_BLOCKS = 16
@@ -263,6 +263,7 @@ def _run(
     base_entry = runtime.identity(base)
     if init is not None:
         check_base(init.manifest, base.model)
+        more.append(f"start: the gates and weights of {init.path}")
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
@@ -381,7 +382,7 @@ def _train(
 def make_plan(
     model: Any, reference: Reference, config: RunConfig, train: Blocks, held_out: Blocks, notes: list[str]
 ) -> Plan:
-    """Time one real micro-batch (forward, base, backward) and add up what the run will need; leaves no trace."""
+    """Time one real micro-batch (forward, base if needed, backward), add up what the run will need; leaves no trace."""
     settings = config.train
     micro = settings.micro_batch_size or settings.batch_size
     device = next(model.parameters()).device
@@ -393,7 +394,8 @@ def make_plan(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1]
             penalty = torch.stack([gate.last.penalty.sum() for gate in gates_of(model) if gate.last is not None]).sum()
-            token_losses(reference(ids), labels)
+            if compares_with_base(config):
+                token_losses(reference(ids), labels)
         (losses.mean() + 0.0 * penalty).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -230,11 +230,9 @@ class SparsifyTrainer(Trainer):
     def _compare(self, ids: Tensor, labels: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
         """The base's loss on a batch, and KL(base || sparse), nats per token.
 
-        A run that learns from the text alone under a density or an unpaired loss needs neither: it is spared a third of
-        its time and gets the base's mean held-out loss and no KL.
+        A run that needs neither is spared a third of its time and gets the base's mean held-out loss and no KL.
         """
-        kind, paired = self.constraint.kind, self.config.constraint.paired
-        if self.config.train.distill == 0 and (kind == "density" or (kind == "loss" and not paired)):
+        if not compares_with_base(self.config):
             return torch.tensor(self._mean_base_loss), None
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
         with torch.no_grad(), autocast:
@@ -242,6 +240,7 @@ class SparsifyTrainer(Trainer):
         with torch.no_grad():
             base_log_p, base_losses = token_losses(base_logits, labels)
         kl = kl_divergence(base_log_p, log_p).mean()
+        paired = self.config.constraint.paired
         return base_losses.mean() if paired else torch.tensor(self._mean_base_loss), kl
 
     def _lagrangian(self, penalty: Tensor, damage: Tensor, constraint: Constraint) -> Tensor:
@@ -353,6 +352,12 @@ def constraint_of(config: RunConfig) -> Constraint:
     """The constraint of a run."""
     c = config.constraint
     return Constraint(c.kind, c.target_density if c.kind == "density" else c.tolerance)
+
+
+def compares_with_base(config: RunConfig) -> bool:
+    """Whether the base runs at every training step: to be learned from, or as the other side of the constraint."""
+    constraint = config.constraint
+    return config.train.distill > 0 or constraint.kind == "kl" or (constraint.kind == "loss" and constraint.paired)
 
 
 def _edges(gates: list[Gate]) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,14 @@ OPEN = {
     "gate": {"initial_mass": 0.0, "bias_init": 100.0},
     "constraint": {"target_density": 1.0, "minimum": 1e-9, "initial": 1e-9},
 }
+PUBLISHED = {
+    "gate": {"estimator": "gumbel", "penalty": "mean", "initial_mass": 0.0, "bias_init": 0.0},
+    "constraint": {"kind": "loss", "tolerance": 0.01, "paired": False, "start_factor": 1.0, "gain": 0.0},
+    "train": {
+        "learning_rate": 3e-4, "distill": 0.0, "adam_beta2": 0.999, "gate_learning_rate": 1e-12,
+        "final_fraction": 0.0,
+    },
+}  # fmt: skip
 # The density is fixed and the loss compared; then the loss is fixed and the density compared, the published way last.
 VARIANTS: dict[str, dict] = {
     "density 1 %": {},
@@ -64,14 +72,8 @@ VARIANTS: dict[str, dict] = {
     "density 0.5 %": {"constraint": {"target_density": 0.005}},
     "density 0.3 %": {"constraint": {"target_density": 0.003}},
     "loss 0.01": {"constraint": {"kind": "loss", "tolerance": 0.01, "start_factor": 10.0}},
-    "published": {
-        "gate": {"estimator": "gumbel", "penalty": "mean", "initial_mass": 0.0, "bias_init": 0.0},
-        "constraint": {"kind": "loss", "tolerance": 0.01, "paired": False, "start_factor": 1.0, "gain": 0.0},
-        "train": {
-            "learning_rate": 3e-4, "distill": 0.0, "adam_beta2": 0.999, "gate_learning_rate": 1e-12,
-            "final_fraction": 0.0,
-        },
-    },
+    "published": PUBLISHED,
+    "published, learning rate 3e-3": merge(PUBLISHED, {"train": {"learning_rate": 3e-3}}),
     # The open-gate controls: the same budget with gates that cannot close, learning the same way or from the text.
     "control": OPEN,
     "control, text": merge(OPEN, {"train": {"distill": 0.0}}),

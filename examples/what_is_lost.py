@@ -99,14 +99,16 @@ def accuracy(model: Any, tokenizer: Any, task: Task) -> float:
     """Share of items whose right ending has the lowest mean loss per token."""
     right = 0
     for context, endings in task:
-        start = tokenizer(context, add_special_tokens=False)["input_ids"]
+        start = torch.tensor([tokenizer(context, add_special_tokens=False)["input_ids"]])
         rows = [tokenizer(ending, add_special_tokens=False)["input_ids"] for ending in endings]
         width = max(map(len, rows))
-        ids = torch.tensor(
-            [start + row + [start[0]] * (width - len(row)) for row in rows]
-        )  # causal: the tail is unseen
-        losses = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), -1)
-        losses = -losses.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, len(start) - 1 :]
+        # Causal: what fills up the shorter rows is seen by no token that counts.
+        ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows])
+        first = model(input_ids=start, use_cache=True, logits_to_keep=1)
+        first.past_key_values.batch_repeat_interleave(len(rows))
+        later = model(input_ids=ids, past_key_values=first.past_key_values).logits[:, :-1]
+        logits = torch.cat([first.logits.expand(len(rows), -1, -1), later], 1)
+        losses = -torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None]).squeeze(-1)
         means = [loss[: len(row)].mean().item() for loss, row in zip(losses, rows, strict=True)]
         right += means.index(min(means)) == 0
     return right / len(task)

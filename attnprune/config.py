@@ -29,7 +29,9 @@ class ModelConfig(Section):
 
     name: str = Field(default="", description="Hub id, folder, .gguf file, or 'demo'")
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
-    init: str | None = Field(default=None, description="sidecar of this model to start from")
+    init: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="sidecar of this model to start from"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on CUDA"
@@ -83,7 +85,9 @@ class ConstraintConfig(Section):
         default=3.0,
         description="how many times wider the tolerance is at the first step; it narrows until the final phase",
     )
-    paired: bool = Field(default=True, description="compare with the base on the same tokens; else with its mean loss")
+    paired: bool = Field(
+        default=True, description="kind loss: compare with the base on the same tokens; else with its mean loss"
+    )
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
     rate: Fraction = Field(default=0.01, description="multiplier step size")

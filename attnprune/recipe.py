@@ -7,6 +7,7 @@ measure the artefact.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.export import STAGING, export
 from attnprune.measure import Reference, token_losses
 from attnprune.runs import CHECKPOINTS, DEMO, METRICS_FILE, RUN_FILE, check_output, locked, output_folder
-from attnprune.sidecar import Sidecar, check_base, open_sidecar
+from attnprune.sidecar import Sidecar, check_base, is_merged, open_sidecar
 from attnprune.trainer import MetricsFile, SparsifyTrainer, StopOnSignal, compares_with_base
 
 DEFAULT_SEQ_LEN = 512
@@ -80,8 +81,9 @@ def resolve(config: RunConfig, base: runtime.BaseModel | None = None) -> tuple[R
         text.source = data.DEFAULT_HUB_DATASET
         notes.append(f"data: {text.source}, because general web text is closest to what open models were trained on")
     config.output.folder = str(output_folder(config))
-    for section, key in ((model, "name"), (model, "init"), (text, "source")):  # run.toml must mean the same anywhere
-        if getattr(section, key) not in (None, DEMO, "task") and Path(getattr(section, key)).exists():
+    # run.toml must mean the same from any folder
+    for section, key, ours in ((model, "name", DEMO), (model, "init", None), (text, "source", "task")):
+        if getattr(section, key) not in (ours, None) and Path(getattr(section, key)).exists():
             setattr(section, key, str(Path(getattr(section, key)).resolve()))
     if base is None:
         return config, notes
@@ -158,12 +160,46 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
     return model, reference
 
 
+def sidecar_to_start_from(config: RunConfig) -> Sidecar:
+    """The sidecar that `config.model.init` names.
+
+    Raises:
+        InputError: it is no sidecar, but a merged model for example.
+    """
+    assert config.model.init is not None
+    folder = hub.locate(config.model.init, weights=False)
+    if is_merged(folder):
+        raise InputError(
+            f"{config.model.init}: is a merged model", hint="--init takes the sidecar that it was made from"
+        )
+    return open_sidecar(hub.locate(config.model.init))
+
+
+def check_start(sidecar: Sidecar, model: nn.Module) -> None:
+    """Refuse a sidecar that was made on another base than `model`, which has no gates yet.
+
+    Raises:
+        InputError: another data type, other structure or other weights.
+    """
+    dtype, made_on = str(model.dtype).removeprefix("torch."), sidecar.manifest.base.dtype
+    if dtype != made_on:
+        raise InputError(f"{sidecar.path}: made on a {made_on} base, not {dtype}", hint=f"--dtype {made_on}")
+    try:
+        check_base(sidecar.manifest, model)
+    except InputError as error:  # its hint is for loading
+        raise InputError(f"{sidecar.path}: {error.message}") from None
+
+
 def start_from(model: Any, sidecar: Sidecar, config: RunConfig) -> None:
     """Put a sidecar's gate biases and weights into the gated model that is about to train.
 
     Raises:
-        InputError: what the sidecar changed is not what this run trains (scope, rank or alpha of the adapters).
+        InputError: what the sidecar changed is not what this run trains (scope, rank or alpha of the adapters), or it
+            does not fit the model.
     """
+    gates = gates_of(model)
+    if [len(gate.bias) for gate in gates] != sidecar.manifest.gate.heads:
+        raise InputError(f"{sidecar.path}: the gates do not fit the model's layers and heads")
     entry, trains = sidecar.manifest.weights, {n: p for n, p in model.named_parameters() if p.requires_grad}
     # PEFT stores an adapter's tensors without the name ("default") that they have in the model.
     weights = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", name): t for name, t in sidecar.weights().items()}
@@ -173,8 +209,9 @@ def start_from(model: Any, sidecar: Sidecar, config: RunConfig) -> None:
         raise InputError(f"{sidecar.path}: its {what} do not fit a run with scope {config.train.scope}")
     with torch.no_grad():
         for name, tensor in weights.items():
-            trains[name].copy_(tensor)
-        for gate, bias in zip(gates_of(model), sidecar.biases(), strict=True):
+            if not bool(trains[name].copy_(tensor).isfinite().all()):
+                raise InputError(f"{sidecar.path}: {name} is not finite in {trains[name].dtype}")
+        for gate, bias in zip(gates, sidecar.biases(), strict=True):
             gate.bias.copy_(torch.from_numpy(bias.copy()))
 
 
@@ -233,22 +270,24 @@ def sparsify(
     folder = Path(config.output.folder)
     if not resume:
         check_output(folder)
-    init = open_sidecar(hub.locate(config.model.init)) if config.model.init else None
     with locked(folder):
-        return _run(config, notes, folder, init, resume, callbacks or [], on_plan, on_note)
+        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note)
 
 
 def _run(
     config: RunConfig,
     notes: list[str],
     folder: Path,
-    init: Sidecar | None,
     resume: bool,
     callbacks: list[TrainerCallback],
     on_plan: Callable[[Plan], bool] | None,
     on_note: Callable[[str], None],
 ) -> Sidecar | None:
     """`sparsify` with the folder held."""
+    continues = resume and checkpoints.last_good(folder / CHECKPOINTS)[0] is not None  # a checkpoint is all it needs
+    init = sidecar_to_start_from(config) if config.model.init and not continues else None
+    if init is not None and config.model.dtype == "auto":
+        config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
     base = load_base(config)
     config, more = resolve(config, base)
     if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train
@@ -262,7 +301,7 @@ def _run(
     set_seed(config.train.seed)
     base_entry = runtime.identity(base)
     if init is not None:
-        check_base(init.manifest, base.model)
+        check_start(init, base.model)
         more.append(f"start: the gates and weights of {init.path}")
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
     attach_gates(base.model, config, train_blocks)
@@ -270,12 +309,16 @@ def _run(
     if init is not None:
         start_from(model, init, config)
     run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
+    if init is not None:
+        run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
     plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
     if on_plan is not None and not on_plan(plan):
         return None
     try:
         checkpoint = _start(folder, config, run_facts, resume, on_note)
-        trainer = _train(model, config, train_blocks, held_out, reference, folder, init, checkpoint, callbacks)
+        trainer = _train(
+            model, config, train_blocks, held_out, reference, folder, init is not None, checkpoint, callbacks
+        )
         trainer.load_best()
         trainer.model.cpu()  # makes room on a GPU
         sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, folder)
@@ -332,8 +375,13 @@ def _start(
     stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
     for name, value in facts.items():
         if stored.get(name) != value:
-            what = {"train": "training data", "held_out": "held-out data", "base": "base model"}[name]
-            raise InputError(f"{folder}: the {what} differs from the run's")
+            what = {
+                "train": "training data",
+                "held_out": "held-out data",
+                "base": "base model",
+                "init": "first sidecar",
+            }
+            raise InputError(f"{folder}: the {what[name]} differs from the run's")
     good, skipped = checkpoints.last_good(folder / CHECKPOINTS)
     for damaged in skipped:
         on_note(f"skipping {damaged.name} (incomplete)")
@@ -353,7 +401,7 @@ def _train(
     held_out: Blocks,
     reference: Reference,
     folder: Path,
-    init: Sidecar | None,
+    from_sidecar: bool,
     checkpoint: Path | None,
     callbacks: list[TrainerCallback],
 ) -> SparsifyTrainer:
@@ -362,8 +410,7 @@ def _train(
     inner.output.folder = str(folder / CHECKPOINTS)
     stopper = StopOnSignal()
     callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
-    start_density = init.manifest.result.density if init else 1.0
-    trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, start_density)
+    trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, from_sidecar)
     if checkpoint is not None:
         trainer.restore_best(checkpoint)
     set_seed(config.train.seed)

@@ -7,7 +7,6 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,31 @@ from attnprune.gates import mix_seed
 from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measure, token_losses
 
 BEST_FILE = "best.safetensors"
-DENSITY_WAY = 0.6  # share of the steps in which the density limit falls from 1 to its target
+DENSITY_WAY = 0.6  # share of the steps in which the density limit falls to its target
 DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
 
 
 class DualState(TrainerCallback, ExportableState):
-    """The multiplier and the best checkpoint so far; saved in `trainer_state.json` and restored on resume.
+    """What a run knows besides the model; saved in `trainer_state.json` and restored on resume.
+
+    The multiplier, the best evaluation so far, and the density at which the falling density limit starts (None: that of
+    the first batch, once it is known).
 
     The multiplier moves in `on_step_end`, after the optimiser step, so that gradient accumulation and a save at a step
     boundary see one update per step. Restoring replaces this object: look it up, never keep a reference.
     """
 
-    def __init__(self, multiplier: dict[str, Any], best: dict[str, Any] | None = None):
+    def __init__(
+        self, multiplier: dict[str, Any], best: dict[str, Any] | None = None, start_density: float | None = 1.0
+    ):
         self.multiplier = Multiplier(**multiplier)
         self.best = best
+        self.start_density = start_density
         self.observed: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"multiplier": self.multiplier.state(), "best": self.best}, "attributes": {}}
+        args = {"multiplier": self.multiplier.state(), "best": self.best, "start_density": self.start_density}
+        return {"args": args, "attributes": {}}
 
     def on_step_end(self, args, state, control, **kwargs):
         violation = sum(o["violation"] for o in self.observed) / len(self.observed)
@@ -127,7 +133,8 @@ class SparsifyTrainer(Trainer):
         config: the resolved run.
         reference: token ids -> logits of the unchanged base model, without gradient.
         callbacks: progress displays and the like.
-        start_density: where the falling limit of a density-first run starts.
+        from_sidecar: the model starts sparse: its state is the first candidate for the best one, and the falling limit
+            of a density-first run starts at its density instead of 1.
     """
 
     model: Any
@@ -140,22 +147,21 @@ class SparsifyTrainer(Trainer):
         held_out: Blocks,
         reference: Reference,
         callbacks: list[TrainerCallback],
-        start_density: float = 1.0,
+        from_sidecar: bool = False,
     ):
         self.config = config
         self.constraint = constraint_of(config)
         self.reference = reference
-        self.start_density = start_density
         self.best_state: dict[str, Tensor] = {}
         c = config.constraint
         multiplier = Multiplier(
             value=c.initial, update=c.update, rate=c.rate, gain=c.gain, smoothing=c.smoothing,
             minimum=c.minimum, maximum=c.maximum, clip=c.clip,
         )  # fmt: skip
-        dual = DualState(multiplier.state())
+        dual = DualState(multiplier.state(), start_density=None if from_sidecar else 1.0)
         super().__init__(
             model=model,
-            args=_training_arguments(config),
+            args=_training_arguments(config, eval_on_start=from_sidecar),
             train_dataset=train,
             eval_dataset=held_out,
             callbacks=[dual, FiniteGradients(), *callbacks, Seal()],
@@ -163,6 +169,9 @@ class SparsifyTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
+        # Now, not in the first step, where it would add to the memory of the training graph.
+        needed = not (compares_with_base(config) and config.constraint.paired)
+        self._mean_base_loss = mean_loss(reference, held_out, self.args.device) if needed else math.nan
 
     @property
     def dual(self) -> DualState:
@@ -205,6 +214,8 @@ class SparsifyTrainer(Trainer):
         loss = losses.mean()
         base_loss, kl = self._compare(ids, labels, log_p)
         gap = loss - base_loss
+        if dual.start_density is None:
+            dual.start_density = float(density)
         constraint = self._current_constraint()
         share = 1.0 if constraint.kind == "kl" else self.config.train.distill
         damage = gap if kl is None else share * kl + (1 - share) * gap
@@ -267,7 +278,7 @@ class SparsifyTrainer(Trainer):
         if self.constraint.kind == "density":
             way = min(1.0, (done + 1) / max(1, DENSITY_WAY * self.config.train.steps))
             aim = limit * DENSITY_AIM if limit < 1 else limit
-            start = max(aim, self.start_density)
+            start = max(aim, self.dual.start_density or 0.0)
             return replace(self.constraint, limit=start ** (1 - way) * aim**way)
         left = max(0.0, 1 - done / max(1, self._pressure_steps))
         return replace(self.constraint, limit=limit * (1 + (self.config.constraint.start_factor - 1) * left))
@@ -277,12 +288,6 @@ class SparsifyTrainer(Trainer):
         """Steps before the final phase."""
         train = self.config.train
         return train.steps - int(train.steps * train.final_fraction)
-
-    @cached_property
-    def _mean_base_loss(self) -> float:
-        """The base loss as one number for the whole run (constraint not paired)."""
-        held_out: Any = self.eval_dataset
-        return mean_loss(self.reference, held_out, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the constraint's numbers of the last micro-batch to each training log."""
@@ -379,7 +384,7 @@ def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     return torch.optim.AdamW
 
 
-def _training_arguments(config: RunConfig) -> TrainingArguments:
+def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     micro = train.micro_batch_size or train.batch_size
     on_cpu = config.model.device == "cpu"
@@ -400,6 +405,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         logging_steps=max(1, min(10, train.steps // 10)),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
+        eval_on_start=eval_on_start,
         eval_steps=train.eval_every,
         save_strategy="steps",
         save_steps=train.save_every,

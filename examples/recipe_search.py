@@ -65,6 +65,9 @@ VARIANTS: dict[str, dict] = {
     "text, learning rate 3e-3, 1.11 %": {
         "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 3e-3},
     },
+    "text, learning rate 6e-3, 1.11 %": {
+        "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 6e-3},
+    },
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},
     "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},
@@ -78,6 +81,7 @@ VARIANTS: dict[str, dict] = {
     "control": OPEN,
     "control, text": merge(OPEN, {"train": {"distill": 0.0}}),
     "control, text, learning rate 3e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 3e-3}}),
+    "control, text, learning rate 6e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 6e-3}}),
 }  # fmt: skip
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 # glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
@@ -125,15 +129,19 @@ def attnprune_command(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def facts() -> dict:
     """Where and with what the runs were made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": "python examples/recipe_search.py examples/small-lm",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "versions": {
             "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
         },
-        "commit": commit,
+        "commit": commit(),
     }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit that this copy of the repository is at."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
@@ -159,7 +167,7 @@ def main() -> None:
             folder = Path(scratch) / "run"
             train(options.model, settings, folder)
             made = record(options.model, variant, seed, settings, folder)
-        made["seconds"] = round(time.perf_counter() - began)
+        made |= {"seconds": round(time.perf_counter() - began), "commit": commit()}
         with writing:
             runs.append(made)
             options.out.write_text(json.dumps({**facts(), "runs": runs}, indent=1) + "\n")

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ from attnprune import checkpoints, recipe, runtime, trainer
 from attnprune.config import RunConfig, build_config, merge
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.evaluation import evaluate_model
+from attnprune.merged import write_merged
 from attnprune.runs import CHECKPOINTS, locked, read_resumed, without_local_paths
 from attnprune.sidecar import open_sidecar
 from tests.factory import byte_tokenizer, save_text, save_tiny_llama
+from tests.sidecars import save_sidecar
 
 FORK = multiprocessing.get_context("fork")  # children start with torch imported, and can be killed
 
@@ -112,12 +115,22 @@ def test_the_density_limit_falls_from_where_the_sidecar_left_it(uninterrupted, i
         "train": {**STILL, "steps": 100, "eval_every": 100, "save_every": 100},
     }
     recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
-    way = trainer.DENSITY_WAY * 100
-    start, aim = uninterrupted.manifest.result.density, 0.1 * trainer.DENSITY_AIM
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for line in (line for line in lines if "multiplier" in line):
-        share = min(1.0, line["step"] / way)
-        assert line["violation"] == pytest.approx(math.log(line["density"] / (start ** (1 - share) * aim**share)))
+    way, aim = trainer.DENSITY_WAY * 100, 0.1 * trainer.DENSITY_AIM
+    pairs = zip(logged(tmp_path / "run", "violation"), logged(tmp_path / "run", "density"), strict=True)
+    limits = [density / math.exp(violation) for violation, density in pairs]  # logged every tenth step
+    shares = [min(1.0, step / way) for step in range(10, 101, 10)]
+    start = (limits[0] / aim ** shares[0]) ** (1 / (1 - shares[0]))  # the density of the first batch
+    assert start == pytest.approx(uninterrupted.manifest.result.density, rel=0.1)
+    assert limits == pytest.approx([start ** (1 - share) * aim**share for share in shares], rel=1e-4)
+
+
+def test_a_run_never_ends_worse_than_the_sidecar_it_started_from(uninterrupted, inputs, tmp_path):
+    overrides = {"model": {"init": str(uninterrupted.path)}, "train": {"learning_rate": 1.0, "steps": 3}}
+    assert uninterrupted.manifest.result.feasible
+    ruined = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    assert ruined.manifest.result.open_edges == uninterrupted.manifest.result.open_edges
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations if "eval_density" in line] == [0, 3]
 
 
 def test_a_sidecar_to_start_from_must_fit_the_run(uninterrupted, inputs, tmp_path):
@@ -137,18 +150,62 @@ def test_a_sidecar_to_start_from_must_fit_the_run(uninterrupted, inputs, tmp_pat
     with pytest.raises(InputError, match="no such file or folder"):
         starting(model={"init": str(tmp_path / "none")})
     other = save_tiny_llama(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match="wrong base model"):
+    with pytest.raises(InputError, match=r"run: wrong base model") as caught:
         starting(model={"name": str(other), **full})
+    assert caught.value.hint is None  # the option that loading has for this does not exist here
+    with pytest.raises(InputError, match="made on a float32 base, not bfloat16"):
+        starting(model={"dtype": "bfloat16", **adapters}, train={"scope": "lora"})
+    loaded = attnprune.load(uninterrupted.path, base=str(inputs[0]))
+    write_merged(*loaded, uninterrupted, tmp_path / "merged", same_dtype=True)
+    with pytest.raises(InputError, match="is a merged model"):
+        starting(model={"init": str(tmp_path / "merged")})
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_started_from_a_sidecar_resumes(inputs, uninterrupted, tmp_path):
-    overrides = {"model": {"init": str(uninterrupted.path)}}
+@pytest.mark.parametrize("heads", [[4], [4, 3], [1, 1]])
+def test_gates_that_do_not_fit_are_refused(inputs, tmp_path, heads):
+    good = save_sidecar(tmp_path / "sidecar", inputs[0])
+    gate = good.manifest.gate.model_copy(update={"heads": heads})
+    forged = replace(good, manifest=good.manifest.model_copy(update={"gate": gate}))
+    config = run_config(inputs, tmp_path / "run", train={"scope": "gates"})
+    model = runtime.load_base(str(inputs[0])).model
+    recipe.attach(model)
+    with pytest.raises(InputError, match="gates do not fit"):
+        recipe.start_from(model, forged, config)
+
+
+def test_weights_that_become_infinite_are_refused(inputs, tmp_path):
+    sidecar = save_sidecar(tmp_path / "sidecar", inputs[0], kind="delta")
+    model = runtime.load_base(str(inputs[0])).model
+    recipe.attach(model)
+    weights = {name: tensor.double() for name, tensor in sidecar.weights().items()}
+    next(iter(weights.values()))[0, 0] = 1e300
+    object.__setattr__(sidecar, "weights", lambda: weights)
+    with pytest.raises(InputError, match="weight is not finite in torch.float32"):
+        recipe.start_from(model, sidecar, run_config(inputs, tmp_path / "run"))
+
+
+def test_a_run_that_started_from_a_sidecar_resumes(inputs, tmp_path):
+    first = save_sidecar(tmp_path / "first", inputs[0]).path
+    overrides = {"model": {"init": str(first)}, "constraint": {"kind": "density", "target_density": 0.1}}
     whole = recipe.sparsify(run_config(inputs, tmp_path / "whole", **overrides))
     with pytest.raises(InterruptedRunError):
         recipe.sparsify(run_config(inputs, tmp_path / "cut", **overrides), callbacks=[_SignalAt(5, signal.SIGTERM)])
+    first.rename(tmp_path / "moved")  # a checkpoint is all that a resumed run needs
     recipe.sparsify(read_resumed(tmp_path / "cut", {}), resume=True)
     assert artefact(tmp_path / "cut") == artefact(whole.path)
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_same_sidecar_only(inputs, tmp_path):
+    first = save_sidecar(tmp_path / "first", inputs[0])
+    config = run_config(inputs, tmp_path / "run", model={"init": str(first.path)})
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(config, callbacks=[_SignalAt(0, signal.SIGTERM)])
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS / "checkpoint-1")
+    shutil.rmtree(first.path)
+    save_sidecar(tmp_path / "first", inputs[0], seed=1)
+    with pytest.raises(InputError, match="the first sidecar differs from the run's"):
+        recipe.sparsify(read_resumed(tmp_path / "run", {}), resume=True)
 
 
 def test_density_first_mode_reaches_its_target(inputs, tmp_path):

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 
 from attnprune.report.terminal import constraint_text, percent
-from attnprune.runs import RUN_FILE
+from attnprune.runs import RUN_FILE, load_run_file
 from attnprune.sidecar import Sidecar
 
 PICTURE = "density.png"
@@ -77,10 +77,16 @@ def _results(sidecar: Sidecar) -> str:
         ("KL(base ‖ sparse)", f"{result.kl:.4f} nats per token"),
         ("asked for", f"{constraint_text(result.constraint, result.limit).replace('||', '‖')}: {verdict}"),
         ("measured on", f"{_plain(result.data)}, {result.tokens:,} held-out tokens in blocks of T = {result.seq_len}"),
-        ("trained for", f"{result.steps:,} steps, seed {result.seed}"),
+        ("trained for", f"{result.steps:,} steps, seed {result.seed}{_start(sidecar)}"),
     ]
     body = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
     return f"| | |\n|---|---|\n{body}"
+
+
+def _start(sidecar: Sidecar) -> str:
+    """Steps alone would say too little of a run that continued another one."""
+    file = sidecar.path / RUN_FILE
+    return ", starting from another sidecar" if file.is_file() and load_run_file(file).model.init else ""
 
 
 def _plain(text: str) -> str:

@@ -181,7 +181,7 @@ def test_weights_that_become_infinite_are_refused(inputs, tmp_path):
     weights = {name: tensor.double() for name, tensor in sidecar.weights().items()}
     next(iter(weights.values()))[0, 0] = 1e300
     object.__setattr__(sidecar, "weights", lambda: weights)
-    with pytest.raises(InputError, match="weight is not finite in torch.float32"):
+    with pytest.raises(InputError, match="is not finite in"):
         recipe.start_from(model, sidecar, run_config(inputs, tmp_path / "run"))
 
 

@@ -205,8 +205,12 @@ def start_from(model: Any, sidecar: Sidecar, config: RunConfig) -> None:
     weights = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", name): t for name, t in sidecar.weights().items()}
     fits = all(name in trains and trains[name].shape == tensor.shape for name, tensor in weights.items())
     if not fits or (entry.kind == "lora" and entry.alpha != model.peft_config["default"].lora_alpha):
-        what = f"adapters of rank {entry.rank} (alpha {entry.alpha:g})" if entry.kind == "lora" else "weights"
-        raise InputError(f"{sidecar.path}: its {what} do not fit a run with scope {config.train.scope}")
+        what, scope = "weights", "full"
+        if entry.kind == "lora":
+            what, scope = f"adapters of rank {entry.rank} (alpha {entry.alpha:g})", f"lora --lora-rank {entry.rank}"
+        raise InputError(
+            f"{sidecar.path}: its {what} do not fit a run with scope {config.train.scope}", hint=f"--scope {scope}"
+        )
     with torch.no_grad():
         for name, tensor in weights.items():
             if not bool(trains[name].copy_(tensor).isfinite().all()):

@@ -26,7 +26,7 @@ from attnprune.gates import mix_seed
 from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measure, token_losses
 
 BEST_FILE = "best.safetensors"
-DENSITY_WAY = 0.6  # share of the steps in which the density limit falls to its target
+DENSITY_WAY = 0.2  # share of the steps in which the density limit falls to its target
 DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
 
 

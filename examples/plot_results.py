@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 RESULTS = Path(__file__).parent / "results"
 SMOLLM2 = {  # file -> what the run was
     "smollm2-cpu": "first recipe, KL ≤ 0.05, T = 256",
@@ -25,7 +27,10 @@ def small_lm() -> Figure:
     for colour, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
         same = [run for run in runs if run["variant"] == variant]
         tests = [(run["tokens"] / 1e6, run["test"]) for run in same]
-        style: dict[str, Any] = {"color": f"C{colour % 10}", "marker": "s" if "control" in variant else "o"}
+        style: dict[str, Any] = {
+            "color": COLOURS[colour % len(COLOURS)],
+            "marker": "s" if "control" in variant else "o",
+        }
         left.plot(
             [tokens for tokens, _ in tests], [test["loss"] - test["base_loss"] for _, test in tests],
             label=variant, linestyle="", **style,

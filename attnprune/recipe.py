@@ -288,8 +288,10 @@ def _run(
     on_note: Callable[[str], None],
 ) -> Sidecar | None:
     """`sparsify` with the folder held."""
-    continues = resume and checkpoints.last_good(folder / CHECKPOINTS)[0] is not None  # a checkpoint is all it needs
-    init = sidecar_to_start_from(config) if config.model.init and not continues else None
+    init = None
+    # A run that has a checkpoint needs nothing else.
+    if config.model.init and not (resume and checkpoints.last_good(folder / CHECKPOINTS)[0]):
+        init = sidecar_to_start_from(config)
     if init is not None and config.model.dtype == "auto":
         config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
     base = load_base(config)
@@ -310,10 +312,9 @@ def _run(
     train_blocks, held_out = data.load(config, base.model, base.tokenizer, base_entry["content"])
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
-    if init is not None:
-        start_from(model, init, config)
     run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
     if init is not None:
+        start_from(model, init, config)
         run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
     plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
     if on_plan is not None and not on_plan(plan):

@@ -110,7 +110,8 @@ def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that two runs cannot write to it; created if missing, and removed again if left empty.
+    """Hold the run's folder, so that two runs cannot write to it. What of its path was missing is created, and removed
+    again if it is left empty.
 
     The lock is on the folder itself: no file stays behind, and the kernel frees it when a process is killed.
 
@@ -118,6 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: another run holds it, or it cannot be created.
     """
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -131,5 +133,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            folder.rmdir()  # does nothing unless empty
+            for path in missing:
+                path.rmdir()  # fails unless empty
         os.close(handle)

@@ -212,9 +212,26 @@ print(model(input_ids=ids, labels=ids).loss.item(), len(tokenizer))
 
 def test_dry_run_prints_the_plan_and_writes_nothing(place):
     before = listing(place)
-    done = attnprune("sparsify", "model", "--data", "text.txt", "--out", "dry", "--dry-run", *TINY, cwd=place)
+    done = attnprune("sparsify", "model", "--data", "text.txt", "--out", "a/b/dry", "--dry-run", *TINY, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "per 1,000 steps" in done.stderr
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["LONG"], ["model", "--data", "LONG"], ["model", "--init", "LONG"], ["model", "--out", "LONG"]],
+    ids=["model", "data", "init", "out"],
+)
+def test_a_name_too_long_for_the_file_system_is_bad_input(place, arguments):
+    before = listing(place)
+    long = ["x" * 300 if argument == "LONG" else argument for argument in arguments]
+    done = attnprune(
+        "sparsify", "--data", "text.txt", "--out", "new", *long, *TINY, cwd=place
+    )  # the last of each counts
+    assert done.returncode == 2, done.stderr
+    assert "file name too long" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert listing(place) == before
 
 

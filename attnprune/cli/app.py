@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -82,6 +83,8 @@ def run() -> int:
         explain = getattr(error, "format_message", None)
         if explain is not None:  # a usage error of Typer's command-line parser, whose class is private
             return _fail(error, f"usage: {explain() or 'no command given'}", "attnprune --help", 2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # any look at a path raises it
+            return _fail(error, f"file name too long: {error.filename}", None, 2)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(error, "out of GPU memory", "use a smaller --batch-size or --micro-batch-size", 1)
         return _fail(error, f"internal error: {type(error).__name__}: {error}", "ATTNPRUNE_DEBUG=1 shows where", 1)

@@ -59,6 +59,7 @@ class GateConfig(Section):
         default="threshold", description="gumbel adds logistic noise in training"
     )
     temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
+    slope_temperature: Positive = Field(default=1.0, description="temperature T_s of the straight-through slope")
     penalty: Literal["log", "mean"] = Field(
         default="log", description="what is minimised: the logarithm of the smooth density, or the density"
     )

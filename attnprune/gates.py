@@ -1,8 +1,8 @@
 """The gate's mathematics on plain tensors: logit -> open or closed, its slope, its penalty, its noise.
 
 For a gate logit z (score plus head bias) and noise eps the gate is `A = 1[z + eps > 0]`; backwards it has the
-straight-through slope `sigma'(z + eps)` (arXiv 2411.06890). The penalty counts expected edges as `sigma(z / T_p)`.
-The functions work elementwise on any shape and never see a model.
+straight-through slope `sigma'((z + eps) / T_s) / T_s` (arXiv 2411.06890 with T_s = 1). The penalty counts expected
+edges as `sigma(z / T_p)`. The functions work elementwise on any shape and never see a model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ def gate_open(logits: Tensor, noise: Tensor | None = None) -> Tensor:
     return logits > 0 if noise is None else logits + noise > 0
 
 
-def straight_through_slope(logits: Tensor, noise: Tensor | None = None) -> Tensor:
-    """dA/dz used in the backward pass: `sigma'(z + eps)`."""
-    open_probability = torch.sigmoid(logits if noise is None else logits + noise)
-    return open_probability * (1 - open_probability)
+def straight_through_slope(logits: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """dA/dz used in the backward pass: `sigma'((z + eps) / T_s) / T_s`, whose integral is 1 for every T_s."""
+    return edge_penalty_slope(logits if noise is None else logits + noise, temperature)
 
 
 def edge_penalty(logits: Tensor, temperature: float) -> Tensor:

@@ -343,11 +343,11 @@ def _run(
 
 
 def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
-    """Attach gates with the run's temperature and initial biases."""
+    """Attach gates with the run's temperatures and initial biases."""
     settings = config.gate
     gates = attach(model, bias=settings.bias_init)
     for gate in gates:
-        gate.temperature = settings.temperature
+        gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
         gate.deterministic = config.train.deterministic
     if settings.initial_mass and not config.model.init:
         rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()

@@ -65,6 +65,14 @@ VARIANTS: dict[str, dict] = {
     "text, learning rate 3e-3, 1.11 %": {
         "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 3e-3},
     },
+    "text, learning rate 3e-3, 1.11 %, slope temperature 0.5": {
+        "gate": {"slope_temperature": 0.5},
+        "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 3e-3},
+    },
+    "text, learning rate 3e-3, 1.11 %, penalty temperature 0.5": {
+        "gate": {"temperature": 0.5},
+        "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 3e-3},
+    },
     "text, learning rate 6e-3, 1.11 %": {
         "constraint": {"target_density": 0.0111}, "train": {"distill": 0.0, "learning_rate": 6e-3},
     },

@@ -64,7 +64,7 @@ def compile_case(case: Case) -> Resources:
     """Compile for the case's GPU generation; raises what the compiler raises."""
     arguments = case.kernel.arg_names
     constants = {name: value for name, value in case.constants.items() if name in arguments}
-    scalars = {"scaling": "fp32", "inv_temperature": "fp32"}
+    scalars = {"scaling": "fp32", "inv_temperature": "fp32", "inv_slope_temperature": "fp32"}
     signature, attributes = {}, {}
     for index, name in enumerate(arguments):
         if name in constants:
@@ -148,6 +148,7 @@ def training_cases() -> list[Case]:
                 "BN": tile.keys,
                 "NOISE": noise,
                 "TEMPERATURE": False,
+                "SLOPE_TEMPERATURE": False,
                 "SINGLE": name == "single",
                 "FAST": True,
                 "PRECISION": "ieee",

@@ -82,10 +82,11 @@ def test_equals_reference(monkeypatch, kv_heads, mask, noisy, softcap, use_sinks
     if chunk is not None:
         monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
     leaves, visible = inputs(kv_heads=kv_heads), visible_mask(mask)
-    gate_settings = GateSettings(temperature=3.0, noise_seed=SEED if noisy else None)
+    temperatures = {"temperature": 3.0, "slope_temperature": 0.5}
+    gate_settings = GateSettings(**temperatures, noise_seed=SEED if noisy else None)
     actual = run(gated_attention, leaves, visible, use_sinks, softcap=softcap, settings=gate_settings)
     noise = drawn_noise(leaves[0], LENGTH) if noisy else None
-    expected = run(gated_attention_reference, leaves, visible, use_sinks, softcap=softcap, noise=noise, temperature=3.0)
+    expected = run(gated_attention_reference, leaves, visible, use_sinks, softcap=softcap, noise=noise, **temperatures)
     assert_relative(actual[0], expected[0])
     assert_relative(actual[1], expected[1])
     for mine, truth in zip(actual[2], expected[2], strict=True):

@@ -95,7 +95,7 @@ def test_any_valid_value_survives_toml(text, positive, any_float, density, share
         {
             "model": {"name": text, "revision": text},
             "data": {"source": text, "train_tokens": count},
-            "gate": {"temperature": positive, "bias_init": any_float},
+            "gate": {"temperature": positive, "slope_temperature": positive, "bias_init": any_float},
             "constraint": {"tolerance": positive, "target_density": density, "smoothing": share},
             "train": {"gradient_checkpointing": flag, "learning_rate": positive, "steps": count},
             "output": {"folder": text},
@@ -168,6 +168,7 @@ BAD = [
     ("data.eval_tokens", 0),
     ("data.text_field", 3),
     ("gate.temperature", 0),
+    ("gate.slope_temperature", 0),
     ("gate.bias_init", math.inf),
     ("gate.estimator", "hard"),
     ("model.dtype", "int8"),

@@ -73,7 +73,7 @@ def test_the_variable_forces_a_backend(environment):
 def test_reference_and_chunked_agree(environment, mask, noise_seed):
     query, key, value, bias = tensors()
     visible = visible_mask(mask)
-    settings = GateSettings(temperature=2.0, noise_seed=noise_seed)
+    settings = GateSettings(temperature=2.0, slope_temperature=0.5, noise_seed=noise_seed)
     made = {
         backend: gated_attention(query, key, value, bias, visible, scaling=0.25, settings=settings, backend=backend)
         for backend in ("chunked", "reference")

@@ -26,12 +26,14 @@ def test_noise_shifts_the_gate():
     assert gates.gate_open(logits, eps).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("noisy", [False, True])
-def test_straight_through_slope_is_the_derivative_of_sigmoid(noisy):
+def test_straight_through_slope_is_the_derivative_of_a_tempered_sigmoid(noisy, temperature):
     logits = LOGITS.clone().requires_grad_()
     eps = torch.randn_like(LOGITS) if noisy else None
-    torch.sigmoid(logits if eps is None else logits + eps).sum().backward()
-    torch.testing.assert_close(gates.straight_through_slope(LOGITS, eps), logits.grad, rtol=1e-12, atol=1e-15)
+    torch.sigmoid((logits if eps is None else logits + eps) / temperature).sum().backward()
+    slope = gates.straight_through_slope(LOGITS, eps, temperature)
+    torch.testing.assert_close(slope, logits.grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

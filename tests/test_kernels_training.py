@@ -39,7 +39,7 @@ def backpropagate(function, inputs, above, dtype):
     return [output, penalty, *[x.grad for x in inputs]], rest
 
 
-def defined(inputs, above, visible, seed=None, temperature=1.0):
+def defined(inputs, above, visible, seed=None, temperature=1.0, slope_temperature=1.0):
     """What the definition says, with the noise that any implementation must draw."""
     batch, heads, length, width = inputs[0].shape
     noise = None
@@ -51,7 +51,7 @@ def defined(inputs, above, visible, seed=None, temperature=1.0):
     def function(query, key, value, bias):
         output, _, penalty = gated_attention_reference(
             query, key, value, bias, visible.to(DEVICE), scaling=width**-0.5, counted=counted, noise=noise,
-            temperature=temperature,
+            temperature=temperature, slope_temperature=slope_temperature,
         )  # fmt: skip
         is_open = open_edges_reference(query, key, bias, counted, width**-0.5)
         return output, penalty, is_open.sum((0, 2, 3))
@@ -59,14 +59,16 @@ def defined(inputs, above, visible, seed=None, temperature=1.0):
     return backpropagate(function, inputs, above, torch.float64)
 
 
-def kernels(inputs, above, visible, seed=None, temperature=1.0, deterministic=True, dtype=torch.float32):
+def kernels(
+    inputs, above, visible, seed=None, temperature=1.0, slope_temperature=1.0, deterministic=True, dtype=torch.float32
+):
     width = inputs[0].shape[-1]
     spans = spans_of(visible.to(DEVICE), counted_pairs(visible.to(DEVICE)))
     assert spans is not None
 
     def function(query, key, value, bias):
         output, _, penalty, open_edges = ops.gated_attention(
-            query, key, value, bias.float(), *spans, width**-0.5, temperature, seed, deterministic
+            query, key, value, bias.float(), *spans, width**-0.5, temperature, slope_temperature, seed, deterministic
         )
         return output, penalty, open_edges
 
@@ -92,14 +94,18 @@ def test_output_counts_and_gradients_are_the_definition_s(mask, seed):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "length", "width", "seed", "temperature"),
-    [(3, 1, 37, 24, None, 4.0), (4, 4, 33, 16, SEED, 4.0), (2, 1, 16, 8, None, 1.0), (1, 1, 1, 16, SEED, 1.0)],
-)
-def test_head_counts_widths_and_temperatures(heads, kv_heads, length, width, seed, temperature):
+    ("heads", "kv_heads", "length", "width", "seed", "temperatures"),
+    [
+        (3, 1, 37, 24, None, (4.0, 1.0)), (4, 4, 33, 16, SEED, (4.0, 1.0)), (2, 1, 16, 8, None, (1.0, 1.0)),
+        (1, 1, 1, 16, SEED, (1.0, 1.0)), (2, 1, 37, 16, None, (1.0, 0.5)), (2, 2, 33, 16, SEED, (1.0, 0.5)),
+        (2, 1, 33, 16, None, (0.5, 0.5)), (2, 1, 33, 16, SEED, (4.0, 2.0)),
+    ],
+)  # fmt: skip
+def test_head_counts_widths_and_temperatures(heads, kv_heads, length, width, seed, temperatures):
     inputs, above = leaves(heads, kv_heads, length, width)
     visible = visible_mask("causal", BATCH, length)
-    made, _ = kernels(inputs, above, visible, seed, temperature)
-    assert_close(made, defined(inputs, above, visible, seed, temperature)[0])
+    made, _ = kernels(inputs, above, visible, seed, *temperatures)
+    assert_close(made, defined(inputs, above, visible, seed, *temperatures)[0])
 
 
 @pytest.mark.parametrize(("mask", "seed"), [("window", None), ("right_pad", SEED)])
@@ -205,7 +211,7 @@ def test_operator_passes_pytorch_s_own_checks(seed):
     spans = spans_of(visible_mask("causal", BATCH, 20).to(DEVICE))
     assert spans is not None
     inputs = [x.to(DEVICE, torch.float32).requires_grad_() for x in inputs]
-    torch.library.opcheck(ops.gated_attention, (*inputs, *spans, 0.25, 1.0, seed, True))
+    torch.library.opcheck(ops.gated_attention, (*inputs, *spans, 0.25, 1.0, 0.5, seed, True))
 
 
 def test_checkpointing_can_keep_the_attention():

@@ -51,6 +51,7 @@ class GateSettings:
 
     Attributes:
         temperature: penalty temperature T_p.
+        slope_temperature: temperature T_s of the straight-through slope.
         noise_seed: seed of the logistic noise (`gumbel` estimator); None for the noise-free `threshold` estimator.
         on_chunk: called with (query slice, key slice, open-and-visible bool [N, H, C, K]) for every block, for
             statistics; it must not keep the tensor. A block may hold only N of the B sequences.
@@ -58,6 +59,7 @@ class GateSettings:
     """
 
     temperature: float = 1.0
+    slope_temperature: float = 1.0
     noise_seed: int | None = None
     on_chunk: OnChunk | None = None
     deterministic: bool = True
@@ -262,10 +264,10 @@ class _GatedAttention(torch.autograd.Function):
 def _gate_gradient(
     part: _Part, d_pattern: Tensor, grad_penalty: Tensor, counted: Tensor | None, settings: GateSettings
 ) -> Tensor:
-    """`P * g * slope + d_penalty * penalty_slope`; without noise and at T_p = 1 the two slopes are one."""
+    """`P * g * slope + d_penalty * penalty_slope`; without noise and at T_p = T_s the two slopes are one."""
     pressure = grad_penalty[:, None, None]
-    slope = gates.straight_through_slope(part.noisy)
-    if counted is None and part.noisy is part.logits and settings.temperature == 1:
+    slope = gates.straight_through_slope(part.noisy, temperature=settings.slope_temperature)
+    if counted is None and part.noisy is part.logits and settings.temperature == settings.slope_temperature:
         return slope.mul_(d_pattern + pressure)
     penalty_slope = gates.edge_penalty_slope(part.logits, settings.temperature).mul_(pressure)
     if counted is not None:

@@ -151,8 +151,9 @@ def _kernels(
         output, open_edges = ops.prefill(query, key, value, bias, spans.rows, scaling)
         return GatedOutput(output, torch.zeros_like(bias), open_edges, spans.visible_edges)
     output, _, penalty, open_edges = ops.gated_attention(
-        query, key, value, bias, *spans, scaling, settings.temperature, settings.noise_seed, settings.deterministic
-    )
+        query, key, value, bias, *spans, scaling, settings.temperature, settings.slope_temperature,
+        settings.noise_seed, settings.deterministic,
+    )  # fmt: skip
     return GatedOutput(output, penalty, open_edges, spans.visible_edges)
 
 
@@ -168,8 +169,9 @@ def _reference(
         lanes, rows, columns = (torch.arange(n, device=query.device) for n in (batch * heads, queries, key.shape[2]))
         noise = logistic_noise(settings.noise_seed, lanes, rows, columns, bias.dtype).view(batch, heads, queries, -1)
     output, _, penalty = gated_attention_reference(
-        *wide, visible, counted=counted, noise=noise, temperature=settings.temperature, **options
-    )
+        *wide, visible, counted=counted, noise=noise, temperature=settings.temperature,
+        slope_temperature=settings.slope_temperature, **options,
+    )  # fmt: skip
     is_open = open_edges_reference(*wide[:2], bias, counted, options["scaling"], options["softcap"])
     if settings.on_chunk is not None:
         settings.on_chunk(slice(0, queries), slice(0, key.shape[2]), is_open)

@@ -69,7 +69,7 @@ class Gate(nn.Module):
         bias: [H] fp32, added to each score to give the gate logit. It stays fp32 when the model is cast to 16 bits.
         layer: index of the layer.
         forced_open: every gate open (the dense model; also the open-gate control).
-        temperature: penalty temperature T_p.
+        temperature, slope_temperature: T_p of the penalty and T_s of the straight-through slope.
         return_pattern: set while the model is called with `output_attentions=True`; some families do not pass it on.
         noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
         deterministic: the kernels' backward pass without atomics.
@@ -83,6 +83,7 @@ class Gate(nn.Module):
         self.layer = layer
         self.forced_open = False
         self.temperature = 1.0
+        self.slope_temperature = 1.0
         self.noise_seed: int | None = None
         self.deterministic = True
         self.on_chunk: OnChunk | None = None
@@ -118,6 +119,7 @@ class Gate(nn.Module):
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
         settings = GateSettings(
             temperature=self.temperature,
+            slope_temperature=self.slope_temperature,
             noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
             on_chunk=self.on_chunk,
             deterministic=self.deterministic,

@@ -34,7 +34,7 @@ def _(visible: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("attnprune::gated_attention", mutates_args=())
 def gated_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, scaling: float,
-    temperature: float, noise_seed: int | None, deterministic: bool,
+    temperature: float, slope_temperature: float, noise_seed: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(output [B, H, Q, D], log-sum-exp [B, H, Q] of the scores in log2 units, penalty [H], open edges int64 [H]).
 
@@ -42,14 +42,14 @@ def gated_attention(
     """
     from attnprune.attention.kernels import training
 
-    call = training.Call(scaling, temperature, noise_seed)
+    call = training.Call(scaling, temperature, slope_temperature, noise_seed)
     with torch.cuda.device_of(query):
         made = training.forward(query, key, value, bias, Spans(rows, columns), call)
     return made.output, made.lse, made.soft.sum((0, 2)), made.hard.sum((0, 2))
 
 
 @gated_attention.register_fake
-def _(query, key, value, bias, rows, columns, scaling, temperature, noise_seed, deterministic):
+def _(query, key, value, bias, rows, columns, scaling, *settings):
     batch, heads, queries, width = query.shape
     output = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -59,13 +59,13 @@ def _(query, key, value, bias, rows, columns, scaling, temperature, noise_seed, 
 @torch.library.custom_op("attnprune::gated_attention_backward", mutates_args=())
 def gated_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, output: Tensor, lse: Tensor,
-    grad_output: Tensor, grad_penalty: Tensor, scaling: float, temperature: float, noise_seed: int | None,
-    deterministic: bool,
+    grad_output: Tensor, grad_penalty: Tensor, scaling: float, temperature: float, slope_temperature: float,
+    noise_seed: int | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and bias."""
     from attnprune.attention.kernels import training
 
-    call = training.Call(scaling, temperature, noise_seed)
+    call = training.Call(scaling, temperature, slope_temperature, noise_seed)
     saved = (query, key, value, bias, Spans(rows, columns), output, lse)
     with torch.cuda.device_of(query):
         return training.backward(*saved, grad_output, grad_penalty, call, deterministic)
@@ -88,7 +88,7 @@ def _backward(ctx, grad_output, grad_lse, grad_penalty, grad_open):
     bias, output = saved[3], saved[6]
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     grad_penalty = torch.zeros_like(bias) if grad_penalty is None else grad_penalty
-    return *gated_attention_backward(*saved, grad_output, grad_penalty, *ctx.settings), *[None] * 6
+    return *gated_attention_backward(*saved, grad_output, grad_penalty, *ctx.settings), *[None] * 7
 
 
 gated_attention.register_autograd(_backward, setup_context=_setup)

@@ -25,6 +25,7 @@ def gated_attention_reference(
     counted: Tensor | None = None,
     noise: Tensor | None = None,
     temperature: float = 1.0,
+    slope_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated attention by its definition.
 
@@ -36,6 +37,7 @@ def gated_attention_reference(
         sinks: attention sinks [H]: a logit that takes part in the denominator and is never gated.
         counted: bool like `visible`: the pairs that the penalty counts (both tokens real); default `visible`.
         noise: [B, H, Q, K] or None.
+        temperature, slope_temperature: T_p of the penalty and T_s of the gate's straight-through slope.
 
     Returns:
         output [B, H, Q, D], pattern `P * A` [B, H, Q, K], and the edge penalty summed over counted pairs, [H].
@@ -54,7 +56,7 @@ def gated_attention_reference(
         probabilities = torch.softmax(masked, -1)
     probabilities = probabilities.masked_fill(~visible, 0.0)  # also turns the NaN of an empty row into 0
 
-    soft = torch.sigmoid(logits if noise is None else logits + noise)
+    soft = torch.sigmoid((logits if noise is None else logits + noise) / slope_temperature)
     hard = gates.gate_open(logits, noise).to(scores.dtype)
     gate = hard + soft - soft.detach()
     pattern = probabilities * gate

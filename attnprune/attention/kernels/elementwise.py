@@ -80,7 +80,8 @@ def penalty_slope(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.con
 @triton.jit
 def score_gradient(
     s, scale, bias, lse, delta, value_gradient, pressure, visible, state, keys, inv_temperature,
-    MASK: tl.constexpr, NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
+    inv_slope_temperature, MASK: tl.constexpr, NOISE: tl.constexpr, TEMPERATURE: tl.constexpr,
+    SLOPE_TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """(P * A, dS, gate part of dS) of a tile of scores s, with P the softmax over all visible keys and A the gate.
 
@@ -99,14 +100,18 @@ def score_gradient(
         closed_odds = 1.0 - u
         open_odds = u * y
         is_open = open_odds > closed_odds
-        r = reciprocal(closed_odds + open_odds, FAST)
-        slope = (open_odds * r) * (closed_odds * r)
+        if SLOPE_TEMPERATURE:
+            noisy = z + tl.log2(u) - tl.log2(closed_odds)
+            slope = penalty_slope(y, noisy, inv_slope_temperature, True, FAST)
+        else:
+            r = reciprocal(closed_odds + open_odds, FAST)
+            slope = (open_odds * r) * (closed_odds * r)
         gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
     else:
         is_open = z > 0.0
-        slope = penalty_slope(y, z, 1.0, False, FAST)
-        if TEMPERATURE:
-            gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, True, FAST)
+        slope = penalty_slope(y, z, inv_slope_temperature, SLOPE_TEMPERATURE, FAST)
+        if TEMPERATURE or SLOPE_TEMPERATURE:
+            gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
         else:
             gate = (through + pressure) * slope
     gradient = tl.where(is_open, through, 0.0) - p * delta + gate

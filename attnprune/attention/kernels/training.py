@@ -153,8 +153,9 @@ def prepare_kernel(
 @triton.jit
 def _dq_tile(
     dq, db, q, do, lse, delta, pressure, K, V, k_stride, v_stride, keys_total, first, last, j0, scale, bias, state,
-    inv_temperature, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, NOISE: tl.constexpr,
-    TEMPERATURE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    inv_temperature, inv_slope_temperature, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE_TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     j = j0 + tl.arange(0, BN)
     k = tiles.load_rows(K, j, k_stride, keys_total, D, DP, MASK)
@@ -164,17 +165,18 @@ def _dq_tile(
     visible = (j[None, :] >= first[:, None]) & (j[None, :] < last[:, None])
     _, ds, gate = ew.score_gradient(
         s, scale, bias, lse[:, None], delta[:, None], g, pressure[:, None], visible, state[:, None], j[None, :],
-        inv_temperature, MASK, NOISE, TEMPERATURE, FAST)  # fmt: skip
+        inv_temperature, inv_slope_temperature, MASK, NOISE, TEMPERATURE, SLOPE_TEMPERATURE, FAST)  # fmt: skip
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, db + tl.sum(gate, 1)
 
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, DO, DQ, LSE, DELTA, PRESSURE, STATE, DBIAS, BIAS, ROWS, scaling, inv_temperature, queries, keys,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
+    Q, K, V, DO, DQ, LSE, DELTA, PRESSURE, STATE, DBIAS, BIAS, ROWS, scaling, inv_temperature,
+    inv_slope_temperature, queries, keys, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE_TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the bias gradient of each row. Grid (row blocks, B * H)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -204,7 +206,8 @@ def dq_kernel(
         for j0 in range(low, high, BN):
             dq, db = _dq_tile(
                 dq, db, q, do, lse, delta, pressure, K, V, k_t, v_t, keys, first, last, j0, scale, bias, state,
-                inv_temperature, D, DP, BN, PART != 1, NOISE, TEMPERATURE, FAST, PRECISION)  # fmt: skip
+                inv_temperature, inv_slope_temperature, D, DP, BN, PART != 1, NOISE, TEMPERATURE, SLOPE_TEMPERATURE,
+                FAST, PRECISION)  # fmt: skip
     tl.store(DBIAS + statistics, db, mask=inside)
     tiles.store_rows(DQ + b * dq_b + h * dq_h, i, dq_t, queries, dq * scaling, D, DP)
 
@@ -212,9 +215,10 @@ def dq_kernel(
 @triton.jit
 def _dkdv_tile(
     dk, dv, db, k, v, Q, DO, DQ, LSE, DELTA, PRESSURE, STATE, q_stride, d_stride, dq_stride, queries, first, last,
-    i0, j, scale, scaling, bias, inv_temperature,
+    i0, j, scale, scaling, bias, inv_temperature, inv_slope_temperature,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, NOISE: tl.constexpr,
-    TEMPERATURE: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    TEMPERATURE: tl.constexpr, SLOPE_TEMPERATURE: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = i0 + tl.arange(0, BM)
     inside = i < queries
@@ -229,7 +233,7 @@ def _dkdv_tile(
     visible = (i[None, :] >= first[:, None]) & (i[None, :] < last[:, None])
     weights, ds, gate = ew.score_gradient(
         s, scale, bias, lse[None, :], delta[None, :], g, pressure[None, :], visible, state[None, :], j[:, None],
-        inv_temperature, MASK, NOISE, TEMPERATURE, FAST)  # fmt: skip
+        inv_temperature, inv_slope_temperature, MASK, NOISE, TEMPERATURE, SLOPE_TEMPERATURE, FAST)  # fmt: skip
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
     ds_low = ds.to(q.dtype)
     dk = tl.dot(ds_low, q, dk, input_precision=PRECISION)
@@ -245,10 +249,11 @@ def _dkdv_tile(
 @triton.jit
 def dkdv_kernel(
     Q, K, V, DO, DQ, DK, DV, LSE, DELTA, PRESSURE, STATE, DBIAS, BIAS, COLUMNS, scaling, inv_temperature,
-    queries, keys, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
+    inv_slope_temperature, queries, keys, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SLOPE_TEMPERATURE: tl.constexpr, SINGLE: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, summed over the query heads of a group. Grid (key blocks, B * H_kv).
 
@@ -280,7 +285,8 @@ def dkdv_kernel(
                 dk, dv, db = _dkdv_tile(
                     dk, dv, db, k, v, q_head, do_head, dq_head, LSE + row, DELTA + row, PRESSURE + row, STATE + row,
                     q_t, d_t, dq_t, queries, first, last, i0, j, scale, scaling, bias, inv_temperature,
-                    D, DP, BM, PART != 1, NOISE, TEMPERATURE, SINGLE, FAST, PRECISION)  # fmt: skip
+                    inv_slope_temperature, D, DP, BM, PART != 1, NOISE, TEMPERATURE, SLOPE_TEMPERATURE, SINGLE, FAST,
+                    PRECISION)  # fmt: skip
         if SINGLE:
             tl.store(DBIAS + head * tl.num_programs(0) + block, tl.sum(db))
     tiles.store_rows(DK + b * dk_b + kv * dk_h, j, dk_t, keys, dk * scaling, D, DP)
@@ -297,10 +303,11 @@ class Forward(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The settings of one call: `noise_seed` None for the noise-free estimator, `temperature` T_p."""
+    """The settings of one call: temperatures T_p and T_s; `noise_seed` None for the noise-free estimator."""
 
     scaling: float
     temperature: float = 1.0
+    slope_temperature: float = 1.0
     noise_seed: int | None = None
 
 
@@ -359,20 +366,21 @@ def backward(
     kv_heads, keys = key.shape[1:3]
     delta, pressure = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device).unbind(0)
     state = torch.empty_like(lse, dtype=torch.int32) if call.noise_seed is not None else delta
-    options = _options(query, key, call, "dq")
+    sharp = {"SLOPE_TEMPERATURE": call.slope_temperature != 1.0}  # the forward pass has no slope
+    options = _options(query, key, call, "dq") | sharp
     prepare_kernel[triton.cdiv(queries, 64), batch * heads](
         output, grad_output, grad_penalty.float().contiguous(), spans.rows, delta, pressure, state, _seed(call),
         queries, *tiles.strides(output, grad_output), H=heads, D=options["D"], DP=options["DP"], BM=64,
         NOISE=options["NOISE"],
     )  # fmt: skip
-    numbers = (call.scaling, 1 / call.temperature, queries, keys)
+    numbers = (call.scaling, 1 / call.temperature, 1 / call.slope_temperature, queries, keys)
     grad_query, grad_bias = torch.empty_like(query), torch.empty_like(lse)
     if deterministic:
         dq_kernel[triton.cdiv(queries, options["BM"]), batch * heads](
             query, key, value, grad_output, grad_query, lse, delta, pressure, state, grad_bias, bias, spans.rows,
             *numbers, *tiles.strides(query, key, value, grad_output, grad_query), **options,
         )  # fmt: skip
-    options = _options(query, key, call, "dkdv" if deterministic else "single")
+    options = _options(query, key, call, "dkdv" if deterministic else "single") | sharp
     blocks = triton.cdiv(keys, options["BN"])
     if not deterministic:
         grad_query, grad_bias = torch.zeros_like(query, dtype=torch.float32), lse.new_empty(batch, heads, blocks)

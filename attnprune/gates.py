@@ -27,13 +27,18 @@ def straight_through_slope(logits: Tensor, noise: Tensor | None = None, temperat
 
 def edge_penalty(logits: Tensor, temperature: float) -> Tensor:
     """Smooth count of one edge, `sigma(z / T_p)`. A temperature above 1 lets the penalty reach wide-open gates."""
-    return torch.sigmoid(logits / temperature)
+    return torch.sigmoid(_divided(logits, temperature))
 
 
 def edge_penalty_slope(logits: Tensor, temperature: float) -> Tensor:
     """d(edge_penalty)/dz."""
     penalty = edge_penalty(logits, temperature)
-    return penalty * (1 - penalty) / temperature
+    return _divided(penalty * (1 - penalty), temperature)
+
+
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    """x / temperature without a pass over memory at 1, the default."""
+    return x if temperature == 1 else x / temperature
 
 
 def _hash32(x: Any) -> Any:

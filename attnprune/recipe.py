@@ -91,6 +91,8 @@ def resolve(config: RunConfig, base: runtime.BaseModel | None = None) -> tuple[R
     if train.scope == "auto":
         train.scope = "full" if size < SMALL_MODEL else "lora"
         notes.append(f"scope: {train.scope}, for a model of {size:,} parameters")
+    if train.precision == "bf16" and model.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        notes.append("precision: this processor has no bf16 instructions; fp32 is many times faster")
     context = runtime.context_length(base.model) or DEFAULT_SEQ_LEN
     if text.seq_len == 0:
         text.seq_len = min(DEFAULT_SEQ_LEN, context)

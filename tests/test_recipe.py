@@ -54,6 +54,16 @@ def uninterrupted(inputs, tmp_path_factory):
     return recipe.sparsify(run_config(inputs, tmp_path_factory.mktemp("whole") / "run"))
 
 
+@pytest.mark.parametrize(("capability", "precision", "told"), [
+    ("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False),
+])  # fmt: skip
+def test_bf16_on_a_processor_without_it_is_told(inputs, tmp_path, monkeypatch, capability, precision, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    config = run_config(inputs, tmp_path / "run", train={"precision": precision})
+    _, notes = recipe.resolve(config, recipe.load_base(config))
+    assert any("no bf16 instructions" in note for note in notes) == told
+
+
 def artefact(folder: Path) -> dict[str, bytes]:
     names = ("gates.safetensors", "delta.safetensors", "attnprune.json")
     return {name: (folder / name).read_bytes() for name in names}

@@ -10,7 +10,6 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 RESULTS = Path(__file__).parent / "results"
 SMOLLM2 = {  # file -> what the run was
     "smollm2-cpu": "first recipe, KL ≤ 0.05, T = 256",
@@ -22,14 +21,15 @@ SMOLLM2 = {  # file -> what the run was
 def small_lm() -> Figure:
     """Loss on unseen text and density of every run on the small language model, and the loss as tokens go by."""
     runs = json.loads((RESULTS / "recipe-search.json").read_text())["runs"]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    for colour, variant in enumerate(variants):
         same = [run for run in runs if run["variant"] == variant]
         tests = [(run["tokens"] / 1e6, run["test"]) for run in same]
         style: dict[str, Any] = {
-            "color": COLOURS[colour % len(COLOURS)],
-            "marker": "s" if "control" in variant else "o",
+            "color": colormaps["turbo"](colour / len(variants)),
+            "marker": "s" if "control" in variant else "oDv"[colour % 3],
         }
         left.plot(
             [tokens for tokens, _ in tests], [test["loss"] - test["base_loss"] for _, test in tests],
@@ -41,7 +41,7 @@ def small_lm() -> Figure:
             right.plot(steps, [100 * point["density"] for point in run["curve"]], alpha=0.7, **style)
     left.axhline(0, color="0.6", linewidth=1)
     left.set(xlabel="million tokens", ylabel="loss - base on test.jsonl, nats", title="end of each run")
-    left.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     right.set(xlabel="million tokens", ylabel="density on held-out text, %", yscale="log", title="on the way")
     return figure
 

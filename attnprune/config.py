@@ -15,6 +15,7 @@ from attnprune.errors import InputError
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]  # beyond, fp32 and the kernels' bounds decide the slope
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -58,8 +59,8 @@ class GateConfig(Section):
     estimator: Literal["threshold", "gumbel"] = Field(
         default="threshold", description="gumbel adds logistic noise in training"
     )
-    temperature: Positive = Field(default=1.0, description="penalty temperature T_p")
-    slope_temperature: Positive = Field(default=1.0, description="temperature T_s of the straight-through slope")
+    temperature: Temperature = Field(default=1.0, description="penalty temperature T_p")
+    slope_temperature: Temperature = Field(default=0.5, description="temperature T_s of the straight-through slope")
     penalty: Literal["log", "mean"] = Field(
         default="log", description="what is minimised: the logarithm of the smooth density, or the density"
     )
@@ -87,7 +88,8 @@ class ConstraintConfig(Section):
         description="how many times wider the tolerance is at the first step; it narrows until the final phase",
     )
     paired: bool = Field(
-        default=True, description="kind loss: compare with the base on the same tokens; else with its mean loss"
+        default=True,
+        description="kind loss: compare with the base on the same tokens; else with its mean held-out loss",
     )
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")

@@ -148,7 +148,7 @@ def training_cases() -> list[Case]:
                 "BN": tile.keys,
                 "NOISE": noise,
                 "TEMPERATURE": False,
-                "SLOPE_TEMPERATURE": False,
+                "SHARPNESS": 2,
                 "SINGLE": name == "single",
                 "FAST": True,
                 "PRECISION": "ieee",

@@ -85,17 +85,18 @@ def test_the_defaults_survive_toml():
     text=st.text(st.characters(exclude_categories=["Cs"])),
     positive=st.floats(1e-300, 1e300, allow_subnormal=False),
     any_float=st.floats(-100, 100),
+    temperature=st.floats(1e-3, 1e3),
     density=st.floats(0, 1, exclude_min=True),
     share=st.floats(0, 1, exclude_max=True),
     count=st.integers(1, 2**62),
     flag=st.booleans(),
 )
-def test_any_valid_value_survives_toml(text, positive, any_float, density, share, count, flag):
+def test_any_valid_value_survives_toml(text, positive, any_float, temperature, density, share, count, flag):
     config = build_config(
         {
             "model": {"name": text, "revision": text},
             "data": {"source": text, "train_tokens": count},
-            "gate": {"temperature": positive, "slope_temperature": positive, "bias_init": any_float},
+            "gate": {"temperature": temperature, "slope_temperature": temperature, "bias_init": any_float},
             "constraint": {"tolerance": positive, "target_density": density, "smoothing": share},
             "train": {"gradient_checkpointing": flag, "learning_rate": positive, "steps": count},
             "output": {"folder": text},
@@ -169,6 +170,8 @@ BAD = [
     ("data.text_field", 3),
     ("gate.temperature", 0),
     ("gate.slope_temperature", 0),
+    ("gate.slope_temperature", 1e-9),
+    ("gate.temperature", 1e308),
     ("gate.bias_init", math.inf),
     ("gate.estimator", "hard"),
     ("model.dtype", "int8"),

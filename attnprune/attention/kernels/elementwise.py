@@ -78,10 +78,27 @@ def penalty_slope(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.con
 
 
 @triton.jit
+def gate_slope(opens, closes, z, inv_temperature, SHARPNESS: tl.constexpr, FAST: tl.constexpr):
+    """sigma'(z / T_s) / T_s, with e^z = opens / closes.
+
+    Where 1 / T_s is SHARPNESS, 1 or 2, the odds of z / T_s are a product; SHARPNESS 0 takes any T_s from z.
+    """
+    if SHARPNESS == 0:
+        opens, closes = odds(z * inv_temperature), 1.0
+    if SHARPNESS == 2:
+        opens, closes = opens * opens, closes * closes
+    r = reciprocal(opens + closes, FAST)
+    slope = (opens * r) * (closes * r)
+    if SHARPNESS != 1:
+        slope = slope * inv_temperature
+    return slope
+
+
+@triton.jit
 def score_gradient(
     s, scale, bias, lse, delta, value_gradient, pressure, visible, state, keys, inv_temperature,
     inv_slope_temperature, MASK: tl.constexpr, NOISE: tl.constexpr, TEMPERATURE: tl.constexpr,
-    SLOPE_TEMPERATURE: tl.constexpr, FAST: tl.constexpr,
+    SHARPNESS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """(P * A, dS, gate part of dS) of a tile of scores s, with P the softmax over all visible keys and A the gate.
 
@@ -95,24 +112,20 @@ def score_gradient(
     p = tl.exp2(s * scale - lse)
     y = odds(z)
     through = p * value_gradient
+    opens, closes = y, 1.0
+    noisy = z
     if NOISE:
         u = uniform(state, keys)
-        closed_odds = 1.0 - u
-        open_odds = u * y
-        is_open = open_odds > closed_odds
-        if SLOPE_TEMPERATURE:
-            noisy = z + tl.log2(u) - tl.log2(closed_odds)
-            slope = penalty_slope(y, noisy, inv_slope_temperature, True, FAST)
-        else:
-            r = reciprocal(closed_odds + open_odds, FAST)
-            slope = (open_odds * r) * (closed_odds * r)
-        gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
+        opens, closes = u * y, 1.0 - u
+        is_open = opens > closes
+        if SHARPNESS == 0:
+            noisy = z + tl.log2(u) - tl.log2(closes)
     else:
         is_open = z > 0.0
-        slope = penalty_slope(y, z, inv_slope_temperature, SLOPE_TEMPERATURE, FAST)
-        if TEMPERATURE or SLOPE_TEMPERATURE:
-            gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
-        else:
-            gate = (through + pressure) * slope
+    slope = gate_slope(opens, closes, noisy, inv_slope_temperature, SHARPNESS, FAST)
+    if NOISE or TEMPERATURE or SHARPNESS != 1:
+        gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
+    else:
+        gate = (through + pressure) * slope
     gradient = tl.where(is_open, through, 0.0) - p * delta + gate
     return tl.where(is_open, p, 0.0), gradient, gate

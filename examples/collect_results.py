@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--data", action="append", default=[], help="other texts to measure on")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, required=True)
@@ -33,7 +33,10 @@ def main() -> None:
 
     command = [sys.executable, "-m", "attnprune", "eval", str(options.run), "--base", options.base, "--json"]
     command += ["--tokens", str(options.tokens)] + [part for text in options.data for part in ("--data", text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    reports = []
+    if options.data:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        reports = json.loads(done.stdout)["reports"]
     manifest = json.loads((options.run / "attnprune.json").read_text())
     lines = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -50,7 +53,7 @@ def main() -> None:
         "sidecar_bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "result_on_the_held_out_split": manifest["result"],
         "curve": [{k: line[k] for k in CURVE} for line in lines if "eval_density" in line],
-        "other_texts": [{k: v for k, v in r.items() if k != "heads"} for r in json.loads(done.stdout)["reports"]],
+        "other_texts": [{k: v for k, v in r.items() if k != "heads"} for r in reports],
     }  # fmt: skip
     options.out.write_text(json.dumps(evidence, indent=1) + "\n")
 

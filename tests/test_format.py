@@ -840,7 +840,7 @@ def test_too_many_tensors_are_refused_quickly(count):
     raw = many_tensors(count)
     start = time.process_time()
     refused(lambda: format.parse_safetensors(raw, "name"))
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 5.0  # quadratic work would take minutes
 
 
 def test_as_many_tensors_as_promised_are_read():

@@ -6,7 +6,7 @@ sigmoids come from y without a logarithm (u uniform, logit(u) logistic noise):
     z + logit(u) > 0  <=>  u y > 1 - u       sigma(z) = y / (1 + y)       sigma(z + logit(u)) = u y / (1 - u + u y)
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
@@ -83,10 +83,10 @@ def gate_slope(opens, closes, z, inv_temperature, SHARPNESS: tl.constexpr, FAST:
 
     Where 1 / T_s is SHARPNESS, 1 or 2, the odds of z / T_s are a product; SHARPNESS 0 takes any T_s from z.
     """
-    if SHARPNESS == 0:
-        opens, closes = odds(z * inv_temperature), 1.0
     if SHARPNESS == 2:
         opens, closes = opens * opens, closes * closes
+    if SHARPNESS == 0:
+        opens, closes = odds(z * inv_temperature), 1.0
     r = reciprocal(opens + closes, FAST)
     slope = (opens * r) * (closes * r)
     if SHARPNESS != 1:

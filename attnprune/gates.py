@@ -37,7 +37,7 @@ def edge_penalty_slope(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _divided(x: Tensor, temperature: float) -> Tensor:
-    """x / temperature without a pass over memory at 1, the default."""
+    """x / temperature without a pass over memory at 1."""
     return x if temperature == 1 else x / temperature
 
 

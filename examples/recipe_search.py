@@ -88,7 +88,9 @@ VARIANTS: dict[str, dict] = {
     "published": PUBLISHED,
     # The loss compared on the same tokens: unpaired, the sampling error of the base's mean enters the tolerance.
     "published, paired": merge(PUBLISHED, {"constraint": {"paired": True}}),
-    "published, learning rate 3e-3": merge(PUBLISHED, {"train": {"learning_rate": 3e-3}}),
+    "published, paired, learning rate 3e-3": merge(
+        PUBLISHED, {"constraint": {"paired": True}, "train": {"learning_rate": 3e-3}}
+    ),
     # The open-gate controls: the same budget with gates that cannot close, learning the same way or from the text.
     "control": OPEN,
     "control, text": merge(OPEN, {"train": {"distill": 0.0}}),

@@ -11,36 +11,41 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 RESULTS = Path(__file__).parent / "results"
-SMOLLM2 = {  # file -> what the run was
-    "smollm2-cpu": "first recipe, KL ≤ 0.05, T = 256",
-    "smollm2-wide": "tolerance 0.3 → 0.05, T = 512",
-    "smollm2-kl": "default recipe, 0.125 → 0.05, T = 512",
+SMOLLM2 = {  # file -> (what the run was, thousand tokens before it, thousand tokens a step)
+    "smollm2-cpu": ("first recipe, KL ≤ 0.05, T = 256", 0, 1.024),
+    "smollm2-wide": ("tolerance 0.3 → 0.05, T = 512", 0, 1.024),
+    "smollm2-kl": ("default recipe, 0.125 → 0.05, T = 512", 0, 1.024),
+    "smollm2-half-long": ("from there at 0.5 %", 409.6, 0.512),
 }
+MANY = 6  # million tokens
 
 
 def small_lm() -> Figure:
-    """Loss on unseen text and density of every run on the small language model, and the loss as tokens go by."""
+    """Loss on unseen text against density of every run on the small language model, and the density as tokens go by."""
     runs = json.loads((RESULTS / "recipe-search.json").read_text())["runs"]
     figure = Figure(figsize=(14, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     variants = list(dict.fromkeys(run["variant"] for run in runs))
     for colour, variant in enumerate(variants):
         same = [run for run in runs if run["variant"] == variant]
-        tests = [(run["tokens"] / 1e6, run["test"]) for run in same]
         style: dict[str, Any] = {
             "color": colormaps["turbo"](colour / len(variants)),
             "marker": "s" if "control" in variant else "oDv"[colour % 3],
         }
-        left.plot(
-            [tokens for tokens, _ in tests], [test["loss"] - test["base_loss"] for _, test in tests],
-            label=variant, linestyle="", **style,
-        )  # fmt: skip
+        for run in same:
+            test, fill = run["test"], "full" if run["tokens"] > MANY * 1e6 else "none"
+            left.plot(100 * test["density"], test["loss"] - test["base_loss"], linestyle="", fillstyle=fill, **style)
+        right.plot([], label=variant, linestyle="", **style)
         for run in same if "control" not in variant else ():
             per_step = run["tokens"] / run["settings"]["train"]["steps"] / 1e6
             steps = [point["step"] * per_step for point in run["curve"]]
             right.plot(steps, [100 * point["density"] for point in run["curve"]], alpha=0.7, **style)
     left.axhline(0, color="0.6", linewidth=1)
-    left.set(xlabel="million tokens", ylabel="loss - base on test.jsonl, nats", title="end of each run")
+    left.set(
+        xlabel="density on test.jsonl, %", xscale="log", ylabel="loss - base on test.jsonl, nats",
+        title=f"end of each run (filled: more than {MANY} million tokens)",
+    )  # fmt: skip
+    left.xaxis.set_major_formatter(ScalarFormatter())
     figure.legend(fontsize=7, loc="outside right upper")
     right.set(xlabel="million tokens", ylabel="density on held-out text, %", yscale="log", title="on the way")
     return figure
@@ -50,12 +55,9 @@ def smollm2() -> Figure:
     """Open edges per query and KL to the base of the runs on SmolLM2-135M, as tokens go by."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, label in SMOLLM2.items():
-        file = RESULTS / f"{name}.json"
-        if not file.exists():
-            continue
-        curve = json.loads(file.read_text())["curve"]
-        thousands = [point["step"] * 1.024 for point in curve]  # all of them: 1,024 tokens a step
+    for name, (label, before, per_step) in SMOLLM2.items():
+        curve = json.loads((RESULTS / f"{name}.json").read_text())["curve"]
+        thousands = [before + point["step"] * per_step for point in curve]
         left.plot(thousands, [point["eval_edges_per_query"] for point in curve], marker=".", label=label)
         right.plot(thousands, [point["eval_kl"] for point in curve], marker=".", label=label)
     left.set(xlabel="thousand tokens", ylabel="open edges per query and head", yscale="log")

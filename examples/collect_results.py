@@ -18,7 +18,10 @@ import transformers
 
 import attnprune
 
-CURVE = ("step", "eval_density", "eval_loss", "eval_base_loss", "eval_kl", "eval_edges_per_query", "eval_feasible")
+CURVE = (
+    "step", "eval_density", "eval_loss", "eval_base_loss", "eval_kl", "eval_agreement", "eval_edges_per_query",
+    "eval_feasible",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     python examples/train_small_lm.py peps.txt rust_rfcs.txt --out examples/small-lm --texts-only
     python examples/recipe_search.py examples/small-lm --out examples/results/recipe-search.json
 
-Every run selects its best state on blocks of train.jsonl that it did not train on; the numbers reported are measured
-on test.jsonl, which neither the base model nor any run has seen. Runs already in the JSON file are not repeated.
+Every run selects its best state on blocks of train.jsonl that it did not train on. It is then measured on text that
+neither the base model nor any run has seen: test.jsonl, to choose settings by, and unseen.jsonl, to report (runs of
+before it existed have only the first). Runs already in the JSON file are not repeated.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ VARIANTS: dict[str, dict] = {
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 # glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
+TEXTS = {"test": 65_536, "unseen": 10**6}  # tokens from the start of each, or what there is
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 
 
@@ -114,12 +116,8 @@ def train(model: Path, settings: dict, folder: Path) -> None:
 
 
 def record(model: Path, variant: str, seed: int, settings: dict, folder: Path) -> dict:
-    """What a finished run came to, measured on test.jsonl."""
-    test_file = str(model / "test.jsonl")
-    done = attnprune_command(
-        ["eval", str(folder), "--data", test_file, "--base", str(model), "--tokens", "65536", "--json"]
-    )
-    test = json.loads(done.stdout)["reports"][0]
+    """What a finished run came to, measured on test.jsonl and unseen.jsonl."""
+    measured = {name: measure(model, folder, name, tokens) for name, tokens in TEXTS.items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "attnprune.json").read_text())["result"]
     return {
@@ -128,10 +126,18 @@ def record(model: Path, variant: str, seed: int, settings: dict, folder: Path) -
         "settings": settings,
         "tokens": settings["train"]["steps"] * settings["train"]["batch_size"] * settings["data"]["seq_len"],
         "selected": {key: result[key] for key in ("density", "loss", "base_loss", "feasible")},
-        "test": {key: test[key] for key in REPORTED},
+        **measured,
         "curve": [{k: line[name] for k, name in CURVE.items()} for line in lines if "eval_density" in line],
         "multiplier": [[line["step"], line["multiplier"]] for line in lines if "multiplier" in line][::5],
     }
+
+
+def measure(model: Path, folder: Path, text: str, tokens: int) -> dict:
+    """One `attnprune eval` on a text beside the model."""
+    data = ["--data", str(model / f"{text}.jsonl"), "--tokens", str(tokens)]
+    done = attnprune_command(["eval", str(folder), "--base", str(model), *data, "--json"])
+    report = json.loads(done.stdout)["reports"][0]
+    return {key: report[key] for key in REPORTED}
 
 
 def attnprune_command(arguments: list[str]) -> subprocess.CompletedProcess:

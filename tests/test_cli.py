@@ -235,11 +235,13 @@ def test_a_name_too_long_for_the_file_system_is_bad_input(place, arguments):
     assert listing(place) == before
 
 
-def test_constraint_not_met_exits_3_and_keeps_the_result(place, tmp_path):
-    tight = [*TINY, "--tolerance", "1e-9", "--steps", "4", "--out", tmp_path / "run"]
+@pytest.mark.parametrize("option", ["--tolerance", "--target-density"])
+def test_constraint_not_met_exits_3_and_keeps_the_result(place, tmp_path, option):
+    tight = [*TINY, option, "1e-9", "--steps", "4", "--out", tmp_path / "run"]
     done = attnprune("sparsify", "model", "--data", "text.txt", *tight, cwd=place)
     assert done.returncode == 3
     assert "does not hold" in done.stderr.splitlines()[-1]
+    assert f"a larger {option}" in done.stderr.splitlines()[-1]
     assert (tmp_path / "run" / "attnprune.json").exists()
 
 

@@ -130,8 +130,9 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
     )
     result = sidecar.manifest.result
     if not result.feasible:
+        option = "--target-density" if result.constraint == "density" else "--tolerance"
         raise ConstraintNotMetError(
             f"{sidecar.path}: finished and saved, but {result.constraint} <= {result.limit:g} does not hold",
-            hint="try more --steps or a larger --tolerance, with another --out",
+            hint=f"try more --steps or a larger {option}, with another --out",
         )
     return 0

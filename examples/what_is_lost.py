@@ -78,7 +78,7 @@ def continuation_task(texts: list[str], rng: random.Random, items: int) -> Task:
 def word_task(texts: list[str], rng: random.Random, items: int, *, seen: bool) -> Task:
     """Which of four words ends the passage: words `seen` earlier in the same passage, or words from other passages."""
     task: Task = []
-    everywhere = [w for t in texts for w in set(re.findall(r"[A-Za-z]{5,}", t))]
+    everywhere = [w for t in texts for w in sorted(set(re.findall(r"[A-Za-z]{5,}", t)))]
     for text in rng.sample(texts, len(texts)):
         words = text.split()[:60]
         before = sorted(set(re.findall(r"[A-Za-z]{5,}", " ".join(words[:-1]))))

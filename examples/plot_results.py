@@ -35,11 +35,12 @@ def small_lm() -> Figure:
         for run in same:
             test, fill = run["test"], "full" if run["tokens"] > MANY * 1e6 else "none"
             left.plot(100 * test["density"], test["loss"] - test["base_loss"], linestyle="", fillstyle=fill, **style)
-        right.plot([], label=variant, linestyle="", **style)
-        for run in same if "control" not in variant else ():
+            if "control" in variant:
+                continue
             per_step = run["tokens"] / run["settings"]["train"]["steps"] / 1e6
             steps = [point["step"] * per_step for point in run["curve"]]
             right.plot(steps, [100 * point["density"] for point in run["curve"]], alpha=0.7, **style)
+        right.plot([], label=variant, linestyle="", **style)
     left.axhline(0, color="0.6", linewidth=1)
     left.set(
         xlabel="density on test.jsonl, %", xscale="log", ylabel="loss - base on test.jsonl, nats",

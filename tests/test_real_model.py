@@ -31,7 +31,7 @@ def sparse(tmp_path_factory):
         {
             "model": {"name": str(gguf_file()), "device": "cpu"},
             "data": {"source": str(save_text(folder / "text.txt", 60)), "seq_len": 48, "eval_tokens": 192},
-            "train": {"steps": 3, "batch_size": 2, "eval_every": 3, "save_every": 3, "precision": "fp32"},
+            "train": {"steps": 3, "batch_size": 2, "eval_every": 3, "save_every": 3},
             "output": {"folder": str(folder / "run")},
         }
     )

@@ -383,6 +383,19 @@ def test_bf16_base_with_lora_loads_back(inputs, tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+def test_bf16_training_computes_in_bf16_and_keeps_fp32_weights(inputs, tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        sidecar = recipe.sparsify(run_config(inputs, out, train={"steps": 2, "precision": precision}))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[precision] = [line["train_loss"] for line in lines if "train_loss" in line]
+        model = attnprune.load(sidecar.path, base=str(inputs[0])).model
+        assert model.dtype == torch.float32
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
+    assert losses["bf16"] != losses["fp32"]
+
+
 # --- interruption -----------------------------------------------------------------------------------------------------
 
 

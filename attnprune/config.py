@@ -59,7 +59,7 @@ class GateConfig(Section):
     estimator: Literal["threshold", "gumbel"] = Field(
         default="threshold", description="gumbel adds logistic noise in training"
     )
-    temperature: Temperature = Field(default=1.0, description="penalty temperature T_p")
+    temperature: Temperature = Field(default=0.5, description="penalty temperature T_p")
     slope_temperature: Temperature = Field(default=0.5, description="temperature T_s of the straight-through slope")
     penalty: Literal["log", "mean"] = Field(
         default="log", description="what is minimised: the logarithm of the smooth density, or the density"

@@ -33,7 +33,7 @@ from attnprune.config import merge
 # from the text is not learning another domain.
 COMMON = {
     "data": {"seq_len": 256, "eval_tokens": 16384},
-    "gate": {"slope_temperature": 1.0},
+    "gate": {"temperature": 1.0, "slope_temperature": 1.0},
     "constraint": {"kind": "density", "target_density": 0.01},
     "train": {
         "scope": "full", "batch_size": 8, "learning_rate": 1e-3, "min_lr_ratio": 0.02, "distill": 0.5,
@@ -82,6 +82,7 @@ VARIANTS: dict[str, dict] = {
     "text, learning rate 3e-3, 5 %, slope temperature 0.5": text_at(0.05, slope_temperature=0.5),
     "text, learning rate 3e-3, 0.5 %, slope temperature 0.5": text_at(0.005, slope_temperature=0.5),
     "text, learning rate 3e-3, 0.3 %, slope temperature 0.5": text_at(0.003, slope_temperature=0.5),
+    "text, learning rate 3e-3, 0.3 %, both temperatures 0.5": text_at(0.003, slope_temperature=0.5, temperature=0.5),
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},
     "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},

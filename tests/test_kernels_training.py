@@ -98,7 +98,8 @@ def test_output_counts_and_gradients_are_the_definition_s(mask, seed):
     [
         (3, 1, 37, 24, None, (4.0, 1.0)), (4, 4, 33, 16, SEED, (4.0, 1.0)), (2, 1, 16, 8, None, (1.0, 1.0)),
         (1, 1, 1, 16, SEED, (1.0, 1.0)), (2, 1, 37, 16, None, (1.0, 0.5)), (2, 2, 33, 16, SEED, (1.0, 0.5)),
-        (2, 1, 33, 16, None, (0.5, 0.5)), (2, 1, 33, 16, SEED, (4.0, 2.0)), (2, 1, 33, 16, None, (1.0, 2.0)),
+        (2, 1, 33, 16, None, (0.5, 0.5)), (2, 1, 33, 16, SEED, (0.5, 0.5)), (2, 1, 33, 16, SEED, (4.0, 2.0)),
+        (2, 1, 33, 16, None, (2.0, 2.0)), (2, 1, 33, 16, None, (0.5, 1.0)), (2, 1, 33, 16, None, (1.0, 2.0)),
     ],
 )  # fmt: skip
 def test_head_counts_widths_and_temperatures(heads, kv_heads, length, width, seed, temperatures):

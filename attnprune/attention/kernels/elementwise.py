@@ -58,38 +58,28 @@ def odds(z):
 
 
 @triton.jit
-def penalty(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.constexpr):
-    """Smooth count of one edge, sigma(z / T_p)."""
-    if TEMPERATURE:
+def penalty(y, z, inv_temperature, SHARP: tl.constexpr, FAST: tl.constexpr):
+    """Smooth count of one edge, sigma(z / T), with y = e^z.
+
+    Where 1 / T is SHARP, 1 or 2, the odds of z / T are a product; SHARP 0 takes any T from z.
+    """
+    if SHARP == 2:
+        y = y * y
+    if SHARP == 0:
         y = odds(z * inv_temperature)
     return y * reciprocal(1.0 + y, FAST)
 
 
 @triton.jit
-def penalty_slope(y, z, inv_temperature, TEMPERATURE: tl.constexpr, FAST: tl.constexpr):
-    """d(penalty)/dz = sigma'(z / T_p) / T_p."""
-    if TEMPERATURE:
-        y = odds(z * inv_temperature)
-        r = reciprocal(1.0 + y, FAST)
-        return y * r * r * inv_temperature
-    else:
-        r = reciprocal(1.0 + y, FAST)
-        return y * r * r
-
-
-@triton.jit
-def gate_slope(opens, closes, z, inv_temperature, SHARPNESS: tl.constexpr, FAST: tl.constexpr):
-    """sigma'(z / T_s) / T_s, with e^z = opens / closes.
-
-    Where 1 / T_s is SHARPNESS, 1 or 2, the odds of z / T_s are a product; SHARPNESS 0 takes any T_s from z.
-    """
-    if SHARPNESS == 2:
+def sigmoid_slope(opens, closes, z, inv_temperature, SHARP: tl.constexpr, FAST: tl.constexpr):
+    """sigma'(z / T) / T, with e^z = opens / closes; SHARP as for the penalty."""
+    if SHARP == 2:
         opens, closes = opens * opens, closes * closes
-    if SHARPNESS == 0:
+    if SHARP == 0:
         opens, closes = odds(z * inv_temperature), 1.0
     r = reciprocal(opens + closes, FAST)
     slope = (opens * r) * (closes * r)
-    if SHARPNESS != 1:
+    if SHARP != 1:
         slope = slope * inv_temperature
     return slope
 
@@ -97,8 +87,8 @@ def gate_slope(opens, closes, z, inv_temperature, SHARPNESS: tl.constexpr, FAST:
 @triton.jit
 def score_gradient(
     s, scale, bias, lse, delta, value_gradient, pressure, visible, state, keys, inv_temperature,
-    inv_slope_temperature, MASK: tl.constexpr, NOISE: tl.constexpr, TEMPERATURE: tl.constexpr,
-    SHARPNESS: tl.constexpr, FAST: tl.constexpr,
+    inv_slope_temperature, MASK: tl.constexpr, NOISE: tl.constexpr, SHARP_P: tl.constexpr, SHARP_S: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """(P * A, dS, gate part of dS) of a tile of scores s, with P the softmax over all visible keys and A the gate.
 
@@ -118,13 +108,13 @@ def score_gradient(
         u = uniform(state, keys)
         opens, closes = u * y, 1.0 - u
         is_open = opens > closes
-        if SHARPNESS == 0:
+        if SHARP_S == 0:
             noisy = z + tl.log2(u) - tl.log2(closes)
     else:
         is_open = z > 0.0
-    slope = gate_slope(opens, closes, noisy, inv_slope_temperature, SHARPNESS, FAST)
-    if NOISE or TEMPERATURE or SHARPNESS != 1:
-        gate = through * slope + pressure * penalty_slope(y, z, inv_temperature, TEMPERATURE, FAST)
+    slope = sigmoid_slope(opens, closes, noisy, inv_slope_temperature, SHARP_S, FAST)
+    if NOISE or SHARP_P != SHARP_S or SHARP_P == 0:
+        gate = through * slope + pressure * sigmoid_slope(y, 1.0, z, inv_temperature, SHARP_P, FAST)
     else:
         gate = (through + pressure) * slope
     gradient = tl.where(is_open, through, 0.0) - p * delta + gate

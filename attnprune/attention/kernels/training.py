@@ -56,7 +56,7 @@ def tile_for(kernel: str, width: int, noise: bool, dtype: torch.dtype) -> Tile:
 def _forward_tile(
     acc, m, total, soft, hard, q, K, V, k_stride, v_stride, keys_total, first, last, j0, scale, bias, state,
     inv_temperature, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, NOISE: tl.constexpr,
-    TEMPERATURE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    SHARP_P: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     j = j0 + tl.arange(0, BN)
     k = tiles.load_rows(K, j, k_stride, keys_total, D, DP, MASK)
@@ -72,7 +72,7 @@ def _forward_tile(
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
     y = ew.odds(z)
-    soft += tl.sum(ew.penalty(y, z, inv_temperature, TEMPERATURE, FAST), 1)
+    soft += tl.sum(ew.penalty(y, z, inv_temperature, SHARP_P, FAST), 1)
     hard += tl.sum(tl.where(z > 0.0, 1.0, 0.0), 1)  # exact in fp32 below 2^24 keys
     if NOISE:
         u = ew.uniform(state[:, None], j[None, :])
@@ -88,7 +88,7 @@ def forward_kernel(
     Q, K, V, OUT, LSE, SOFT, HARD, BIAS, ROWS, seed, scaling, inv_temperature, queries, keys,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NOISE: tl.constexpr, SHARP_P: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp (log2 units) and per row the smooth and the hard edge count. Grid (row blocks, B * H)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
@@ -117,7 +117,7 @@ def forward_kernel(
         for j0 in range(low, high, BN):
             acc, m, total, soft, hard = _forward_tile(
                 acc, m, total, soft, hard, q, K, V, k_t, v_t, keys, first, last, j0, scale, bias, state,
-                inv_temperature, D, DP, BN, PART != 1, NOISE, TEMPERATURE, FAST, PRECISION)  # fmt: skip
+                inv_temperature, D, DP, BN, PART != 1, NOISE, SHARP_P, FAST, PRECISION)  # fmt: skip
     empty = last <= first  # hidden scores are finite: a row that sees nothing has summed them
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     statistics = head.to(tl.int64) * queries + i
@@ -154,7 +154,7 @@ def prepare_kernel(
 def _dq_tile(
     dq, db, q, do, lse, delta, pressure, K, V, k_stride, v_stride, keys_total, first, last, j0, scale, bias, state,
     inv_temperature, inv_slope_temperature, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SHARPNESS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SHARP_P: tl.constexpr, SHARP_S: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     j = j0 + tl.arange(0, BN)
@@ -165,7 +165,7 @@ def _dq_tile(
     visible = (j[None, :] >= first[:, None]) & (j[None, :] < last[:, None])
     _, ds, gate = ew.score_gradient(
         s, scale, bias, lse[:, None], delta[:, None], g, pressure[:, None], visible, state[:, None], j[None, :],
-        inv_temperature, inv_slope_temperature, MASK, NOISE, TEMPERATURE, SHARPNESS, FAST)  # fmt: skip
+        inv_temperature, inv_slope_temperature, MASK, NOISE, SHARP_P, SHARP_S, FAST)  # fmt: skip
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, db + tl.sum(gate, 1)
 
@@ -175,7 +175,7 @@ def dq_kernel(
     Q, K, V, DO, DQ, LSE, DELTA, PRESSURE, STATE, DBIAS, BIAS, ROWS, scaling, inv_temperature,
     inv_slope_temperature, queries, keys, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SHARPNESS: tl.constexpr, FAST: tl.constexpr,
+    NOISE: tl.constexpr, SHARP_P: tl.constexpr, SHARP_S: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and the bias gradient of each row. Grid (row blocks, B * H)."""
@@ -206,7 +206,7 @@ def dq_kernel(
         for j0 in range(low, high, BN):
             dq, db = _dq_tile(
                 dq, db, q, do, lse, delta, pressure, K, V, k_t, v_t, keys, first, last, j0, scale, bias, state,
-                inv_temperature, inv_slope_temperature, D, DP, BN, PART != 1, NOISE, TEMPERATURE, SHARPNESS,
+                inv_temperature, inv_slope_temperature, D, DP, BN, PART != 1, NOISE, SHARP_P, SHARP_S,
                 FAST, PRECISION)  # fmt: skip
     tl.store(DBIAS + statistics, db, mask=inside)
     tiles.store_rows(DQ + b * dq_b + h * dq_h, i, dq_t, queries, dq * scaling, D, DP)
@@ -217,7 +217,7 @@ def _dkdv_tile(
     dk, dv, db, k, v, Q, DO, DQ, LSE, DELTA, PRESSURE, STATE, q_stride, d_stride, dq_stride, queries, first, last,
     i0, j, scale, scaling, bias, inv_temperature, inv_slope_temperature,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, NOISE: tl.constexpr,
-    TEMPERATURE: tl.constexpr, SHARPNESS: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr,
+    SHARP_P: tl.constexpr, SHARP_S: tl.constexpr, SINGLE: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     i = i0 + tl.arange(0, BM)
@@ -233,7 +233,7 @@ def _dkdv_tile(
     visible = (i[None, :] >= first[:, None]) & (i[None, :] < last[:, None])
     weights, ds, gate = ew.score_gradient(
         s, scale, bias, lse[None, :], delta[None, :], g, pressure[None, :], visible, state[None, :], j[:, None],
-        inv_temperature, inv_slope_temperature, MASK, NOISE, TEMPERATURE, SHARPNESS, FAST)  # fmt: skip
+        inv_temperature, inv_slope_temperature, MASK, NOISE, SHARP_P, SHARP_S, FAST)  # fmt: skip
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
     ds_low = ds.to(q.dtype)
     dk = tl.dot(ds_low, q, dk, input_precision=PRECISION)
@@ -252,7 +252,7 @@ def dkdv_kernel(
     inv_slope_temperature, queries, keys, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, d_b, d_h, d_t, dq_b, dq_h, dq_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NOISE: tl.constexpr, TEMPERATURE: tl.constexpr, SHARPNESS: tl.constexpr, SINGLE: tl.constexpr,
+    NOISE: tl.constexpr, SHARP_P: tl.constexpr, SHARP_S: tl.constexpr, SINGLE: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV, summed over the query heads of a group. Grid (key blocks, B * H_kv).
@@ -285,7 +285,7 @@ def dkdv_kernel(
                 dk, dv, db = _dkdv_tile(
                     dk, dv, db, k, v, q_head, do_head, dq_head, LSE + row, DELTA + row, PRESSURE + row, STATE + row,
                     q_t, d_t, dq_t, queries, first, last, i0, j, scale, scaling, bias, inv_temperature,
-                    inv_slope_temperature, D, DP, BM, PART != 1, NOISE, TEMPERATURE, SHARPNESS, SINGLE, FAST,
+                    inv_slope_temperature, D, DP, BM, PART != 1, NOISE, SHARP_P, SHARP_S, SINGLE, FAST,
                     PRECISION)  # fmt: skip
         if SINGLE:
             tl.store(DBIAS + head * tl.num_programs(0) + block, tl.sum(db))
@@ -318,10 +318,15 @@ def _options(query: Tensor, key: Tensor, call: Call, kernel: str) -> dict:
     return {
         "H": heads, "G": heads // key.shape[1], "D": width, "DP": tiles.padded(width),
         "BM": tile.queries, "BN": tile.keys, "NOISE": call.noise_seed is not None,
-        "TEMPERATURE": call.temperature != 1.0, "FAST": not tiles.INTERPRETED,
+        "SHARP_P": _sharpness(call.temperature), "FAST": not tiles.INTERPRETED,
         "PRECISION": tiles.precision(query.dtype),
         "num_warps": tile.warps, "num_stages": tile.stages, **tiles.FUSED,
     }  # fmt: skip
+
+
+def _sharpness(temperature: float) -> int:
+    """1 / T where the kernels need no exponential for it, else 0."""
+    return {1.0: 1, 0.5: 2}.get(temperature, 0)
 
 
 def _seed(call: Call) -> int:
@@ -366,7 +371,7 @@ def backward(
     kv_heads, keys = key.shape[1:3]
     delta, pressure = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device).unbind(0)
     state = torch.empty_like(lse, dtype=torch.int32) if call.noise_seed is not None else delta
-    sharp = {"SHARPNESS": {1.0: 1, 0.5: 2}.get(call.slope_temperature, 0)}  # the forward pass has no slope
+    sharp = {"SHARP_S": _sharpness(call.slope_temperature)}  # the forward pass has no slope
     options = _options(query, key, call, "dq") | sharp
     prepare_kernel[triton.cdiv(queries, 64), batch * heads](
         output, grad_output, grad_penalty.float().contiguous(), spans.rows, delta, pressure, state, _seed(call),

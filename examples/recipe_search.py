@@ -83,6 +83,8 @@ VARIANTS: dict[str, dict] = {
     "text, learning rate 3e-3, 0.5 %, slope temperature 0.5": text_at(0.005, slope_temperature=0.5),
     "text, learning rate 3e-3, 0.3 %, slope temperature 0.5": text_at(0.003, slope_temperature=0.5),
     "text, learning rate 3e-3, 0.3 %, both temperatures 0.5": text_at(0.003, slope_temperature=0.5, temperature=0.5),
+    "text, learning rate 3e-3, 0.2 %, both temperatures 0.5": text_at(0.002, slope_temperature=0.5, temperature=0.5),
+    "text, learning rate 3e-3, 0.13 %, both temperatures 0.5": text_at(0.0013, slope_temperature=0.5, temperature=0.5),
     "gumbel noise": {"gate": {"estimator": "gumbel"}},
     "penalty temperature 4": {"gate": {"temperature": 4.0}},
     "bias 4 in every head": {"gate": {"initial_mass": 0.0, "bias_init": 4.0}},

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from attnprune.runs import DEMO
 IGNORED_LABEL = -100
 DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 _PIECE_CHARACTERS = 1 << 16
+_PIECES_AT_ONCE = 64
+_CACHE_BYTES = 4 << 30
 _MAX_LINE_BYTES = 64 << 20
 
 
@@ -134,17 +137,15 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows: list[list[int]] = []
     buffer: list[int] = []
-    for document in documents:
-        for piece in _pieces(document):
-            buffer += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            if (len(rows) + len(buffer) // body) * seq_len >= max_tokens:
-                break
-        buffer += eos
+    pieces = ((piece, last) for document in documents for piece, last in _pieces(document))
+    # Many pieces in one call: a fast tokenizer works on them in parallel.
+    while len(rows) * seq_len < max_tokens and (batch := list(islice(pieces, _PIECES_AT_ONCE))):
+        tokens = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (_, last), ids in zip(batch, tokens, strict=True):
+            buffer += ids + eos if last else ids
         whole = len(buffer) // body
         rows += [bos + buffer[i * body : (i + 1) * body] for i in range(whole)]
         buffer = buffer[whole * body :]
-        if len(rows) * seq_len >= max_tokens:
-            break
     if not rows:
         raise InputError(
             f"{name}: the text is shorter than one block of {seq_len} tokens", hint="use a smaller --seq-len"
@@ -153,15 +154,15 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     return Blocks(ids, ids.clone(), name)
 
 
-def _pieces(document: str) -> Iterator[str]:
-    """Cut a long document at line ends, because tokenizers slow down on megabytes in one call."""
+def _pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last) of a document cut at line ends: tokenizers slow down on megabytes at once."""
     start = 0
     while len(document) - start > _PIECE_CHARACTERS:
         end = document.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
         end = end if end > start else start + _PIECE_CHARACTERS
-        yield document[start:end]
+        yield document[start:end], False
         start = end
-    yield document[start:]
+    yield document[start:], True
 
 
 def documents(source: str, text_field: str = "text") -> Iterable[str]:
@@ -296,7 +297,7 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise InputError("self: this tokenizer has no BOS or EOS token to start a text with")
-    ids = _sample(model, start, -(-tokens // seq_len), seq_len, seed)
+    ids = sample(model, start, -(-tokens // seq_len), seq_len, seed)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".tmp-{os.getpid()}")
     save_file({"input_ids": ids}, temporary)
@@ -304,8 +305,11 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     return Blocks(ids, ids.clone(), "self")
 
 
-def _sample(model: Any, start: int, rows: int, seq_len: int, seed: int) -> Tensor:
-    """Rows of `seq_len` tokens drawn from the model itself; the global random state is left alone."""
+def sample(model: Any, start: int, rows: int, seq_len: int, seed: int, rows_at_once: int = 0) -> Tensor:
+    """[rows, seq_len] tokens drawn from the model, each row from `start` on; the global random state is left alone.
+
+    What is drawn depends on `rows_at_once`; 0 means 8 on a CPU, on CUDA as many as keep keys and values in 4 GiB.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -314,17 +318,27 @@ def _sample(model: Any, start: int, rows: int, seq_len: int, seed: int) -> Tenso
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=start
     )
+    on_cuda = model.device.type == "cuda"
+    at_once = rows_at_once or (max(8, _CACHE_BYTES // (seq_len * _cached_bytes(model))) if on_cuda else 8)
     pieces = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [model.device] if on_cuda else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
-            for first in range(0, rows, 8):
-                prompt = torch.full((min(8, rows - first), 1), start, device=model.device)
+            for first in range(0, rows, at_once):
+                prompt = torch.full((min(at_once, rows - first), 1), start, device=model.device)
                 pieces.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)).cpu())
     finally:
         model.generation_config = own
     return torch.cat(pieces)
+
+
+def _cached_bytes(model: Any) -> int:
+    """Bytes of keys and values that one token adds to the cache."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

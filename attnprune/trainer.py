@@ -384,6 +384,13 @@ def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     return torch.optim.AdamW
 
 
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """The training arguments that recompute activations; transformers 5.17 and earlier know them by the older name."""
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False} if on else None}
+
+
 def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     micro = train.micro_batch_size or train.batch_size
@@ -414,8 +421,7 @@ def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingAr
         seed=train.seed,
         data_seed=train.seed,
         use_cpu=on_cpu,
-        activation_checkpointing=train.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        **_checkpointing(train.gradient_checkpointing),
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,

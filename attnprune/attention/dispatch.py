@@ -139,6 +139,8 @@ def _kernels(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, visible: Tensor, scaling: float, settings: GateSettings
 ) -> GatedOutput | None:
     """The kernels for training, for one query and for many; None for a mask that is not made of intervals."""
+    # Under autocast an fp32 model's rotary embedding widens query and key again; the matrix units take one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     training = torch.is_grad_enabled() or settings.noise_seed is not None
     if not training and query.shape[2] == 1:  # any mask, and no look at it: fit for CUDA graphs
         visible = visible.expand(query.shape[0], *visible.shape[1:])

@@ -138,8 +138,9 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     rows: list[list[int]] = []
     buffer: list[int] = []
     pieces = ((piece, last) for document in documents for piece, last in _pieces(document))
-    # Many pieces in one call: a fast tokenizer works on them in parallel.
-    while len(rows) * seq_len < max_tokens and (batch := list(islice(pieces, _PIECES_AT_ONCE))):
+    at_once = 1  # and then more, since a fast tokenizer works on them in parallel; a stream is not read far beyond
+    while len(rows) * seq_len < max_tokens and (batch := list(islice(pieces, at_once))):
+        at_once = min(2 * at_once, _PIECES_AT_ONCE)
         tokens = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for (_, last), ids in zip(batch, tokens, strict=True):
             buffer += ids + eos if last else ids

@@ -375,16 +375,16 @@ def test_no_more_than_max_tokens_and_no_endless_reading(max_tokens, rows):
 
     blocks = pack(endless(), byte_tokenizer(), 4, max_tokens, "name")
     assert blocks.input_ids.shape == (rows, 4)
-    assert taken["documents"] <= max_tokens // 11 + 2
+    assert taken["documents"] <= 2 * (max_tokens // 11 + 2)
 
 
 def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(monkeypatch):
     monkeypatch.setattr(data, "_PIECE_CHARACTERS", 100)
     tokenizer, seen = byte_tokenizer(), Counter()
 
-    def counting(text, **options):
-        seen["characters"] += len(text)
-        return tokenizer(text, **options)
+    def counting(texts, **options):
+        seen["characters"] += len("".join(texts))
+        return tokenizer(texts, **options)
 
     for attribute in ("bos_token_id", "eos_token_id"):
         setattr(counting, attribute, getattr(tokenizer, attribute))
@@ -397,9 +397,19 @@ def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(monkeypatch):
 )
 def test_pieces_join_to_the_document(monkeypatch, text):
     monkeypatch.setattr(data, "_PIECE_CHARACTERS", 64)
-    pieces = list(data._pieces(text))
+    pieces, last = zip(*data._pieces(text), strict=True)
     assert "".join(pieces) == text
     assert all(len(piece) <= 64 for piece in pieces)
+    assert last == (*[False] * (len(pieces) - 1), True)
+
+
+def test_blocks_do_not_depend_on_how_many_pieces_are_tokenized_at_once(monkeypatch):
+    tokenizer = trained_tokenizer()
+    monkeypatch.setattr(data, "_PIECE_CHARACTERS", 64)
+    texts = [prose(700, seed) for seed in range(9)] + ["", "x"]
+    together = pack(texts, tokenizer, 16, 10**6, "name")
+    monkeypatch.setattr(data, "_PIECES_AT_ONCE", 1)
+    assert pack(texts, tokenizer, 16, 10**6, "name").fingerprint == together.fingerprint
 
 
 def trained_tokenizer():
@@ -419,7 +429,7 @@ def trained_tokenizer():
 def test_a_long_document_gives_almost_the_tokens_of_one_call():
     tokenizer, text = trained_tokenizer(), prose(200_000, seed=1)
     whole = tokenizer(text)["input_ids"]
-    pieces = list(data._pieces(text))
+    pieces = [piece for piece, _ in data._pieces(text)]
     assert len(pieces) > 2  # 64 Ki characters each
     in_pieces = pack([text], tokenizer, 1, 10**9, "name").input_ids.flatten().tolist()
     assert tokenizer.decode(in_pieces[:-1]) == text
@@ -624,6 +634,19 @@ def test_self_written_text_is_deterministic_for_a_seed(writer, tmp_path):
     torch.manual_seed(99)
     assert write(writer, tmp_path / "b").fingerprint == first.fingerprint
     assert write(writer, tmp_path / "c", seed=1).fingerprint != first.fingerprint
+
+
+def test_rows_can_be_written_together(writer):
+    written = [data.sample(writer, 0, 12, 8, 0, at_once) for at_once in (0, 8, 12)]
+    assert torch.equal(written[0], written[1])  # eight at a time on a CPU
+    assert written[2].shape == (12, 8)
+    assert not torch.equal(written[0], written[2])
+
+
+def test_the_bytes_of_a_cached_token_are_those_of_its_keys_and_values(writer):
+    cache = writer(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).past_key_values
+    stored = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert data._cached_bytes(writer) * 3 == stored
 
 
 def test_self_written_text_leaves_the_global_generators_alone(writer, tmp_path):

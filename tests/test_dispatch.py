@@ -105,6 +105,25 @@ def test_the_kernels_agree_with_chunked_in_every_phase(environment, queries, mod
     assert int(made[0].visible_edges) == int(made[1].visible_edges)
 
 
+def test_the_kernels_take_query_and_key_in_the_dtype_of_the_value(environment):
+    """An fp32 model under autocast: its rotary embedding returns fp32, its value projection 16 bits."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        environment.setenv("TRITON_INTERPRET", "1")
+    *inputs, bias = tensors()
+    made = {}
+    for backend in ("triton", "chunked"):
+        query, key, value = (x.half().float().requires_grad_() for x in inputs)
+        values = value.half() if backend == "triton" else value
+        output = gated_attention(query, key, values, bias, visible_mask("causal"), scaling=0.25, backend=backend).output
+        output.float().square().sum().backward()
+        made[backend] = [output, query.grad, key.grad, value.grad]
+    assert made["triton"][0].dtype == torch.float16
+    assert [x.dtype for x in made["triton"][1:]] == [torch.float32] * 3
+    for ours, expected in zip(*made.values(), strict=True):
+        assert torch.allclose(ours.float(), expected, atol=1e-2)
+
+
 def test_a_mask_that_is_no_interval_runs_chunked_unless_forced(environment):
     pytest.importorskip("triton")
     query, key, value, bias = tensors()

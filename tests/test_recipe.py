@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import attnprune
 from attnprune import checkpoints, recipe, runtime, trainer
@@ -327,6 +327,16 @@ def test_eval_on_text_that_the_base_writes(uninterrupted, inputs, tmp_path, monk
 def test_gumbel_and_gradient_accumulation_run(inputs, tmp_path):
     overrides = {"gate": {"estimator": "gumbel"}, "train": {"micro_batch_size": 2, "steps": 4}}
     assert recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides)) is not None
+
+
+def test_activation_checkpointing_goes_by_the_name_that_transformers_knows(monkeypatch):
+    asked = trainer._checkpointing(True)
+    assert set(asked) <= set(TrainingArguments.__dataclass_fields__)
+    monkeypatch.setattr(TrainingArguments, "__dataclass_fields__", {"gradient_checkpointing": None})  # up to 5.17
+    assert trainer._checkpointing(True) == {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}
+    }  # fmt: skip
+    assert not trainer._checkpointing(False)["gradient_checkpointing"]
 
 
 def test_8bit_adam_runs_on_cpu(inputs, tmp_path):

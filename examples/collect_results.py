@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", action="append", default=[], help="other texts to measure on")
     parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--device", default="cpu", help="where to measure the other texts: cpu or cuda")
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     command = [sys.executable, "-m", "attnprune", "eval", str(options.run), "--base", options.base, "--json"]
-    command += ["--tokens", str(options.tokens)] + [part for text in options.data for part in ("--data", text)]
+    command += ["--device", options.device, "--tokens", str(options.tokens)]
+    command += [part for text in options.data for part in ("--data", text)]
     reports = []
     if options.data:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -46,7 +48,8 @@ def main() -> None:
     manifest["result"]["data"] = Path(manifest["result"]["data"]).name
     evidence = {
         "note": options.note,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "versions": {
             "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
         },

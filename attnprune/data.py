@@ -29,7 +29,7 @@ IGNORED_LABEL = -100
 DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 _PIECE_CHARACTERS = 1 << 16
 _PIECES_AT_ONCE = 64
-_CACHE_BYTES = 4 << 30
+_SAMPLING_BYTES = 4 << 30
 _MAX_LINE_BYTES = 64 << 20
 
 
@@ -287,7 +287,8 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     On this text the expected loss difference to the base IS the KL divergence, and no data set is needed.
     `key` identifies the model; the cache file name also holds the sizes and the seed.
     """
-    name = f"self-{hashlib.sha256(f'{key} {seq_len} {tokens} {seed}'.encode()).hexdigest()[:16]}.safetensors"
+    drawn = f"{key} {seq_len} {tokens} {seed} {model.device.type}"
+    name = f"self-{hashlib.sha256(drawn.encode()).hexdigest()[:16]}.safetensors"
     file = cache / name
     if file.exists():
         try:
@@ -295,10 +296,7 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
             return Blocks(ids, ids.clone(), "self")
         except SafetensorError:
             file.unlink()  # cut short: write it again
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise InputError("self: this tokenizer has no BOS or EOS token to start a text with")
-    ids = sample(model, start, -(-tokens // seq_len), seq_len, seed)
+    ids = sample(model, tokenizer, -(-tokens // seq_len), seq_len, seed)
     cache.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".tmp-{os.getpid()}")
     save_file({"input_ids": ids}, temporary)
@@ -306,11 +304,18 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     return Blocks(ids, ids.clone(), "self")
 
 
-def sample(model: Any, start: int, rows: int, seq_len: int, seed: int, rows_at_once: int = 0) -> Tensor:
-    """[rows, seq_len] tokens drawn from the model, each row from `start` on; the global random state is left alone.
+def sample(model: Any, tokenizer: Any, rows: int, seq_len: int, seed: int, rows_at_once: int = 0) -> Tensor:
+    """[rows, seq_len] tokens drawn from the model, each row from its start token on, at temperature 1.
 
-    What is drawn depends on `rows_at_once`; 0 means 8 on a CPU, on CUDA as many as keep keys and values in 4 GiB.
+    What is drawn depends on `rows_at_once` and on the device; 0 means 8 on a CPU, on CUDA as many as fit into 4 GiB.
+    The global random state is left alone.
+
+    Raises:
+        InputError: the tokenizer has no token to start with.
     """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError("self: this tokenizer has no BOS or EOS token to start a text with")
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -319,10 +324,9 @@ def sample(model: Any, start: int, rows: int, seq_len: int, seed: int, rows_at_o
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=start
     )
-    on_cuda = model.device.type == "cuda"
-    at_once = rows_at_once or (max(8, _CACHE_BYTES // (seq_len * _cached_bytes(model))) if on_cuda else 8)
+    at_once = rows_at_once or rows_that_fit(model, seq_len)
     pieces = []
-    devices = [model.device] if on_cuda else []
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
@@ -334,12 +338,16 @@ def sample(model: Any, start: int, rows: int, seq_len: int, seed: int, rows_at_o
     return torch.cat(pieces)
 
 
-def _cached_bytes(model: Any) -> int:
-    """Bytes of keys and values that one token adds to the cache."""
+def rows_that_fit(model: Any, seq_len: int) -> int:
+    """Rows to sample at once: 8 on a CPU; on CUDA as many as keep their cache and their logits in about 4 GiB."""
+    if model.device.type != "cuda":
+        return 8
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    cached = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    logits = 4 * config.vocab_size * torch.float32.itemsize  # logits, softmax and what the draw makes of them
+    return max(8, _SAMPLING_BYTES // (seq_len * cached + logits))
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

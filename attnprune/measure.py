@@ -18,7 +18,6 @@ from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.data import IGNORED_LABEL, Blocks
 
 BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
-CUDA_BATCH_TOKENS = 4096
 
 Reference = Callable[[Tensor], Tensor]
 """Token ids [B, T] -> logits [B, T, V] of the base model."""
@@ -76,18 +75,13 @@ def kl_divergence(base: Tensor, sparse: Tensor) -> Tensor:
     return functional.kl_div(sparse, base, log_target=True, reduction="none").sum(-1)
 
 
-def batch_rows(blocks: Blocks, device: torch.device) -> int:
-    """Blocks per forward pass when nothing is trained."""
-    return max(1, (CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS) // blocks.seq_len)
-
-
 @torch.no_grad()
 def mean_loss(reference: Reference, blocks: Blocks, device: torch.device) -> float:
     """Token-mean cross-entropy of the base on `blocks`, nats."""
     parts = [
         token_losses(reference(ids.to(device)), labels.to(device))[1]
         for ids, labels in zip(
-            *(t.split(batch_rows(blocks, device)) for t in (blocks.input_ids, blocks.labels)), strict=True
+            *(t.split(max(1, BATCH_TOKENS // blocks.seq_len)) for t in (blocks.input_ids, blocks.labels)), strict=True
         )
     ]
     return torch.cat(parts).double().mean().item()
@@ -99,10 +93,10 @@ def measure(
 ) -> Report:
     """Measure `model` on `blocks`; with `reference` also against the base, with `control` also with open gates.
 
-    `batch_size` is in blocks; 0 means `batch_rows`.
+    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time.
     """
+    batch_size = batch_size or max(1, BATCH_TOKENS // blocks.seq_len)
     device = next(model.parameters()).device
-    batch_size = batch_size or batch_rows(blocks, device)
     gates = gates_of(model)
     sums: dict[str, float] = dict.fromkeys(("loss", "base", "control", "kl", "agree", "exact", "tokens"), 0.0)
     open_edges = [torch.zeros_like(gate.bias, dtype=torch.int64) for gate in gates]
@@ -197,9 +191,9 @@ def gate_statistics(model: nn.Module, blocks: Blocks) -> GateStatistics:
 
     Distances are counted against all causal pairs of the block (a sliding window makes the far buckets empty).
     """
+    batch_size = max(1, BATCH_TOKENS // blocks.seq_len)
     gates = gates_of(model)
     device = gates[0].bias.device
-    batch_size = batch_rows(blocks, device)
     length = blocks.seq_len
     edges = offset_edges(length).to(device)
     by_offset = [torch.zeros(len(gate.bias), length, dtype=torch.int64, device=device) for gate in gates]

@@ -385,7 +385,7 @@ def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:
-    """The training arguments that recompute activations; transformers 5.17 and earlier know them by the older name."""
+    """The training arguments that recompute activations; transformers 5.17 knows them by an older name."""
     known = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: on, f"{name}_kwargs": {"use_reentrant": False} if on else None}

@@ -49,7 +49,7 @@ def main() -> None:
     evidence = {
         "note": options.note,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        | ({"device": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
         "versions": {
             "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
         },

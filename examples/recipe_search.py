@@ -78,6 +78,7 @@ ONE_CHANGE = {
     "LoRA rank 4": {"train": {"scope": "lora", "lora_rank": 4}},
     "gates alone": {"train": {"scope": "gates"}},
 }
+FROM_BASE = merge(HELD, {"train": {"distill": 1.0}})
 # The density is fixed and the loss compared; then the loss is fixed and the density compared, the published way last.
 VARIANTS: dict[str, dict] = {
     "density 1 %": {},
@@ -101,6 +102,9 @@ VARIANTS: dict[str, dict] = {
     "text, learning rate 3e-3, 0.2 %, both temperatures 0.5": text_at(0.002, slope_temperature=0.5, temperature=0.5),
     "text, learning rate 3e-3, 0.13 %, both temperatures 0.5": text_at(0.0013, slope_temperature=0.5, temperature=0.5),
     **{f"held at 1 %, {name}": merge(HELD, change) for name, change in ONE_CHANGE.items()},
+    "held at 1 %, from the base": FROM_BASE,
+    "held at 1 %, from the base, attention alone": merge(FROM_BASE, ONE_CHANGE["attention alone"]),
+    "held at 1 %, from the base, LoRA rank 16": merge(FROM_BASE, ONE_CHANGE["LoRA rank 16"]),
     "published": PUBLISHED,
     # The loss compared on the same tokens: unpaired, the sampling error of the base's mean enters the tolerance.
     "published, paired": merge(PUBLISHED, {"constraint": {"paired": True}}),

@@ -1,8 +1,9 @@
-"""Text to learn from: what a base model writes by itself (temperature 1), with other texts behind it, as .jsonl.
+"""Text to learn from: what a base model writes by itself (temperature 1), then other texts, as one .jsonl file.
 
     python examples/write_text.py MODEL --rows 8192 --with peps.txt --with rust_rfcs.txt --out mixed.jsonl
 
-Meant for a GPU: `--data self` needs no file, but writes fewer rows at once and knows no other text.
+`--data self` needs no file, but knows no other text. Here rows become text and are tokenised again, and on CUDA they
+are drawn from bf16 weights: close to the model's own distribution, not exactly it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from attnprune import data, runtime
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--rows-at-once", type=int, default=0)
-    parser.add_argument("--with", dest="others", type=Path, action="append", default=[])
+    parser.add_argument("model", help="Hub id, folder or .gguf file")
+    parser.add_argument("--rows", type=int, default=8192, help="texts to write")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of each")
+    parser.add_argument("--rows-at-once", type=int, default=0, help="0: 8 on a CPU, 4 GiB of them on CUDA")
+    parser.add_argument("--with", dest="others", type=Path, action="append", default=[], help="text file behind them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     device = runtime.pick_device("auto")
     base = runtime.load_base(args.model, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     start = time.perf_counter()
-    ids = data.sample(base.model, base.tokenizer.bos_token_id, args.rows, args.seq_len, args.seed, args.rows_at_once)
+    ids = data.sample(base.model, base.tokenizer, args.rows, args.seq_len, args.seed, args.rows_at_once)
     seconds = time.perf_counter() - start
     with args.out.open("w", encoding="utf-8") as out:
         for text in base.tokenizer.batch_decode(ids) + [file.read_text(encoding="utf-8") for file in args.others]:
-            out.write(json.dumps({"text": text}) + "\n")
+            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     print(f"{ids.numel():,} tokens in {seconds:.0f} s")
 
 

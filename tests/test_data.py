@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -637,16 +638,20 @@ def test_self_written_text_is_deterministic_for_a_seed(writer, tmp_path):
 
 
 def test_rows_can_be_written_together(writer):
-    written = [data.sample(writer, 0, 12, 8, 0, at_once) for at_once in (0, 8, 12)]
+    written = [data.sample(writer, StartTokens(), 12, 8, 0, at_once) for at_once in (0, 8, 12)]
     assert torch.equal(written[0], written[1])  # eight at a time on a CPU
     assert written[2].shape == (12, 8)
     assert not torch.equal(written[0], written[2])
 
 
-def test_the_bytes_of_a_cached_token_are_those_of_its_keys_and_values(writer):
-    cache = writer(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).past_key_values
-    stored = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    assert data._cached_bytes(writer) * 3 == stored
+def test_on_cuda_as_many_rows_are_sampled_as_fit(writer):
+    assert data.rows_that_fit(writer, 8) == 8
+    cache = writer(torch.zeros(1, 8, dtype=torch.int64), use_cache=True).past_key_values
+    cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    on_cuda = SimpleNamespace(config=writer.config, dtype=writer.dtype, device=torch.device("cuda"))
+    rows, logits = data.rows_that_fit(on_cuda, 8), 16 * writer.config.vocab_size
+    assert rows * (cached + logits) <= data._SAMPLING_BYTES < (rows + 1) * (cached + logits)
+    assert data.rows_that_fit(on_cuda, 10**9) == 8
 
 
 def test_self_written_text_leaves_the_global_generators_alone(writer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -18,10 +19,10 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import attnprune
-from attnprune import checkpoints, recipe, runtime, trainer
+from attnprune import checkpoints, data, recipe, runtime, trainer
 from attnprune.config import RunConfig, build_config, merge
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
-from attnprune.evaluation import evaluate_model
+from attnprune.evaluation import SELF_SEED, evaluate_model
 from attnprune.merged import write_merged
 from attnprune.runs import CHECKPOINTS, locked, read_resumed, without_local_paths
 from attnprune.sidecar import open_sidecar
@@ -322,6 +323,13 @@ def test_eval_on_text_that_the_base_writes(uninterrupted, inputs, tmp_path, monk
     [report] = evaluate_model(str(uninterrupted.path), uninterrupted, ["self"], base=str(inputs[0]), tokens=64)
     assert (report.data, report.seq_len) == ("self", 16)
     assert report.kl > 0
+
+
+def test_text_to_measure_on_is_not_that_of_a_runs_seed(inputs):
+    base = runtime.load_base(str(inputs[0]))
+    seeds = (0, 1, 2**32 - 1, SELF_SEED)
+    drawn = [data.sample(base.model, base.tokenizer, 4, 16, seed) for seed in seeds]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
 def test_gumbel_and_gradient_accumulation_run(inputs, tmp_path):

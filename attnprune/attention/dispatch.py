@@ -116,7 +116,7 @@ def gated_attention(
     Density and penalty count the pairs of two real tokens.
     """
     choice = choose(
-        query.device, query.dtype, query.shape[-1], softcap=softcap is not None, sinks=sinks is not None,
+        query.device, value.dtype, query.shape[-1], softcap=softcap is not None, sinks=sinks is not None,
         statistics=settings.on_chunk is not None, backend=backend,
     )  # fmt: skip
     made = None

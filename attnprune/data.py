@@ -285,7 +285,7 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     """Blocks sampled from the base model itself (temperature 1, from its start token), cached under `cache`.
 
     On this text the expected loss difference to the base IS the KL divergence, and no data set is needed.
-    `key` identifies the model; the cache file name also holds the sizes and the seed.
+    `key` identifies the model; the cache file name also holds the sizes, the seed and the kind of device.
     """
     drawn = f"{key} {seq_len} {tokens} {seed} {model.device.type}"
     name = f"self-{hashlib.sha256(drawn.encode()).hexdigest()[:16]}.safetensors"

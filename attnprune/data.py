@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +137,7 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     rows: list[list[int]] = []
     buffer: list[int] = []
     pieces = ((piece, last) for document in documents for piece, last in _pieces(document))
-    at_once = 1  # and then more, since a fast tokenizer works on them in parallel; a stream is not read far beyond
-    while len(rows) * seq_len < max_tokens and (batch := list(islice(pieces, at_once))):
-        at_once = min(2 * at_once, _PIECES_AT_ONCE)
+    while len(rows) * seq_len < max_tokens and (batch := _next_pieces(pieces, max_tokens - len(rows) * seq_len)):
         tokens = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for (_, last), ids in zip(batch, tokens, strict=True):
             buffer += ids + eos if last else ids
@@ -164,6 +161,15 @@ def _pieces(document: str) -> Iterator[tuple[str, bool]]:
         yield document[start:end], False
         start = end
     yield document[start:], True
+
+
+def _next_pieces(pieces: Iterator[tuple[str, bool]], tokens: int) -> list[tuple[str, bool]]:
+    """The next pieces, until they hold `tokens` characters: a fast tokenizer works on several in parallel."""
+    batch: list[tuple[str, bool]] = []
+    while tokens > 0 and len(batch) < _PIECES_AT_ONCE and (following := next(pieces, None)):
+        batch.append(following)
+        tokens -= len(following[0])
+    return batch
 
 
 def documents(source: str, text_field: str = "text") -> Iterable[str]:

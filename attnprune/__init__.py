@@ -8,26 +8,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnprune import registration
+from attnprune.sidecar import registration
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "attnprune.runtime",
+    "load": "attnprune.sidecar.loading",
     "attach": "attnprune.attention.interface",
     "detach": "attnprune.attention.interface",
-    "sparsify": "attnprune.recipe",
-    "RunConfig": "attnprune.config",
-    "Sidecar": "attnprune.sidecar",
-    "open_sidecar": "attnprune.sidecar",
+    "sparsify": "attnprune.training.recipe",
+    "RunConfig": "attnprune.runs.config",
+    "Sidecar": "attnprune.sidecar.folder",
+    "open_sidecar": "attnprune.sidecar.folder",
 }
 
 if TYPE_CHECKING:
     from attnprune.attention.interface import attach, detach
-    from attnprune.config import RunConfig
-    from attnprune.recipe import sparsify
-    from attnprune.runtime import load
-    from attnprune.sidecar import Sidecar, open_sidecar
+    from attnprune.runs.config import RunConfig
+    from attnprune.sidecar.folder import Sidecar, open_sidecar
+    from attnprune.sidecar.loading import load
+    from attnprune.training.recipe import sparsify
 
 __all__ = ["RunConfig", "Sidecar", "__version__", "attach", "detach", "load", "open_sidecar", "sparsify"]
 

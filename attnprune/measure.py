@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attnprune.attention.interface import gates_forced_open, gates_of
-from attnprune.data import IGNORED_LABEL, Blocks
+from attnprune.data.blocks import IGNORED_LABEL, Blocks
 
 BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 
 import attnprune
-from attnprune.config import merge
+from attnprune.runs.config import merge
 
 # What all runs share. The training text is the base model's own distribution, so its loss is honest, and learning half
 # from the text is not learning another domain.

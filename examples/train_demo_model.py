@@ -15,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from attnprune.data import addition_task
+from attnprune.data.texts import addition_task
 from attnprune.measure import measure
 
 CHARACTERS = "0123456789+=#"

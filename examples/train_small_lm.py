@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attnprune.data import pack
+from attnprune.data.blocks import pack
 from attnprune.measure import measure
 
 END_OF_TEXT = "<|endoftext|>"

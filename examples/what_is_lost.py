@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprune import data, runtime
+from attnprune.data.blocks import pack
+from attnprune.data.sources import documents
 from attnprune.measure import BATCH_TOKENS, token_losses
-from attnprune.sidecar import open_sidecar
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.folder import open_sidecar
 
 CHOICES = 4
 
@@ -134,8 +136,8 @@ def main() -> None:
 
     sidecar = open_sidecar(str(options.sidecar))
     seq_len = sidecar.manifest.result.seq_len
-    base = runtime.load_base(options.base)
-    sparse, tokenizer = runtime.load(str(options.sidecar), base=options.base)
+    base = bases.load_base(options.base)
+    sparse, tokenizer = loading.load(str(options.sidecar), base=options.base)
     models = {"base": base.model.eval(), "sparse": sparse.eval()}
     rng = random.Random(options.seed)
     result: dict[str, Any] = {
@@ -147,8 +149,8 @@ def main() -> None:
     }
     prompts: list[Tensor] = []
     for path in options.data:
-        texts = list(data.documents(str(path), "text"))
-        ids = data.pack(texts, tokenizer, seq_len, options.tokens, path.name).input_ids
+        texts = list(documents(str(path), "text"))
+        ids = pack(texts, tokenizer, seq_len, options.tokens, path.name).input_ids
         measured = {name: losses_of(model, ids) for name, model in models.items()}
         short = passages("\n".join(texts))
         tasks = {

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from attnprune.bench.record import Record
 from attnprune.circuit.result import CircuitResult
-from attnprune.format import AdapterConfig, Manifest
+from attnprune.sidecar.format import AdapterConfig, Manifest
 
 FORMATS = Path(__file__).parent.parent / "formats"
 SCHEMAS = {

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from attnprune import data, runtime
+from attnprune.data.sampling import sample
+from attnprune.sidecar import bases
 
 
 def main() -> None:
@@ -28,10 +29,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    device = runtime.pick_device("auto")
-    base = runtime.load_base(args.model, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    device = bases.pick_device("auto")
+    base = bases.load_base(args.model, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     start = time.perf_counter()
-    ids = data.sample(base.model, base.tokenizer, args.rows, args.seq_len, args.seed, args.rows_at_once)
+    ids = sample(base.model, base.tokenizer, args.rows, args.seq_len, args.seed, args.rows_at_once)
     seconds = time.perf_counter() - start
     with args.out.open("w", encoding="utf-8") as out:
         for text in base.tokenizer.batch_decode(ids) + [file.read_text(encoding="utf-8") for file in args.others]:

@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attnprune import export, format, masks, runtime, sidecar
 from attnprune.attention.interface import gates_of
-from attnprune.data import Blocks
+from attnprune.data.blocks import Blocks
 from attnprune.measure import gate_statistics, measure
-from attnprune.merged import write_merged
-from attnprune.probe import measure_probe, probe_blocks
-from attnprune.quiet import quiet
-from attnprune.report.edges import open_edges
+from attnprune.sidecar import bases, format, loading, masks
+from attnprune.sidecar.edges import open_edges
+from attnprune.sidecar.folder import Sidecar, file_entries, open_merged, open_sidecar, publish, save_files
+from attnprune.sidecar.merged import write_merged
+from attnprune.sidecar.probe import measure_probe, probe_blocks
+from attnprune.sidecar.quiet import quiet
+from attnprune.training import export
 
 VECTORS = Path(__file__).parent.parent / "formats" / "vectors" / "v1"
 VOCABULARY = ["<eos>", *"abcdefghijklmnopqrstuvwxyz", *".,:;?"]
@@ -86,21 +88,21 @@ def write_sidecar(folder: Path, base: Path, kind: str) -> None:
         ValueError: a score of the measured text lies within MARGIN of its gate: choose another seed.
     """
     name = base.name
-    dense = runtime.load_base(str(base), dtype=BASES[name][1])
-    entry = runtime.identity(dense)
-    sparse = runtime.load_base(str(base), dtype=BASES[name][1]).model
+    dense = bases.load_base(str(base), dtype=BASES[name][1])
+    entry = bases.identity(dense)
+    sparse = bases.load_base(str(base), dtype=BASES[name][1]).model
     generator = np.random.default_rng([SEEDS[name], list(KINDS.values()).index(kind)])
     weights, adapter, changed = changes(sparse, kind, generator)
     biases = [exact(generator, (HEADS,), 2**-4).numpy() for _ in range(LAYERS)]
     biases[-1][-1] = -1000.0  # one closed head
-    runtime.install(sparse, biases, weights, changed)
+    loading.install(sparse, biases, weights, changed)
     ids = torch.from_numpy(generator.integers(1, len(VOCABULARY), (4, LENGTH)))
     blocks = Blocks(ids, ids.clone(), "random tokens")
     if dense.model.dtype == torch.float32:
         check_margin(sparse, blocks)
-    report = measure(sparse, blocks, reference=runtime.dense(dense.model), control=True)
+    report = measure(sparse, blocks, reference=bases.dense(dense.model), control=True)
     staging = folder.with_name(f".{folder.name}")
-    sidecar.save_files(staging, export.gate_arrays(biases, gate_statistics(sparse, blocks)), weights, adapter)
+    save_files(staging, export.gate_arrays(biases, gate_statistics(sparse, blocks)), weights, adapter)
     measured = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "open_edges")
     measured += ("visible_edges", "exact_match", "seq_len", "tokens", "data")
     manifest = {
@@ -111,13 +113,13 @@ def write_sidecar(folder: Path, base: Path, kind: str) -> None:
         "base": {key: value for key, value in entry.items() if value is not None},
         "gate": {"logit": "score+bias", "threshold": 0, "heads": [HEADS] * LAYERS},
         "weights": changed.model_dump(exclude_none=True),
-        "files": sidecar.file_entries(staging),
+        "files": file_entries(staging),
         "result": {key: getattr(report, key) for key in measured}
         | {"data_sha256": blocks.fingerprint, "steps": 0, "seed": SEEDS[name]}
         | {"constraint": "density", "limit": 0.5, "feasible": report.density <= 0.5},
         "probe": measure_probe(sparse, ids[0].tolist()).model_dump(),
     }
-    sidecar.publish(staging, folder, format.Manifest.model_validate(manifest))
+    publish(staging, folder, format.Manifest.model_validate(manifest))
 
 
 def changes(
@@ -170,8 +172,8 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def expected_sidecar(folder: Path, base: Path | str) -> dict[str, Any]:
     """What a reader finds in a sidecar, and what its model gives on the probe."""
-    opened = sidecar.open_sidecar(folder)
-    loaded = runtime.load(folder, str(base))
+    opened = open_sidecar(folder)
+    loaded = loading.load(folder, str(base))
     gates = opened.gates
     changed = sorted(changed_names(opened)) if isinstance(base, Path) else []  # exact in our own vectors only
     parameters = dict(loaded.model.named_parameters())
@@ -190,7 +192,7 @@ def expected_sidecar(folder: Path, base: Path | str) -> dict[str, Any]:
     }
 
 
-def changed_names(opened: sidecar.Sidecar) -> set[str]:
+def changed_names(opened: Sidecar) -> set[str]:
     """The base's parameters that a sidecar changes."""
     names = set(opened.weights())
     if opened.manifest.weights.kind == "lora":
@@ -218,8 +220,8 @@ def probe_values(model: Any, manifest: format.Manifest) -> dict[str, Any]:
 
 def write_derived(out: Path, base: str) -> None:
     """The merged form of a base's LoRA sidecar and, for fp32 (16 bits round too freely), its mask on TEXT."""
-    source = sidecar.open_sidecar(out / f"{base}-lora")
-    model, tokenizer = runtime.load(source.path, str(out / "bases" / base))
+    source = open_sidecar(out / f"{base}-lora")
+    model, tokenizer = loading.load(source.path, str(out / "bases" / base))
     merged = out / f"{base}-merged"
     write_merged(model, tokenizer, source, fresh(merged), same_dtype=True)
     write_expected(out, merged.name, expected_merged(merged, base))
@@ -245,7 +247,7 @@ def expected_merged(folder: Path, base: str) -> dict[str, Any]:
         "base": base,
         "files": files_of(folder),
         "weights_sha256": {name: tensor_digest(values) for name, values in sorted(stored.items())},
-        "probe": probe_values(runtime.load(folder).model, sidecar.open_merged(folder).manifest),
+        "probe": probe_values(loading.load(folder).model, open_merged(folder).manifest),
     }
 
 

@@ -16,10 +16,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from attnprune import format
 from attnprune.errors import InputError
-from attnprune.report import terminal
-from attnprune.sidecar import open_sidecar
+from attnprune.report.sidecar import summary_data
+from attnprune.sidecar import format
+from attnprune.sidecar.folder import open_sidecar
 from tests.test_format import damage, decode, encode, make, swap
 
 SECONDS, BYTES, CHUNK = 2.0, 1 << 30, 1000
@@ -29,7 +29,7 @@ KINDS = ("none", "delta", "lora")
 def read_everything(folder):
     """What `inspect` and the first three levels of `verify` read."""
     opened = open_sidecar(folder)
-    terminal.summary_data(opened)
+    summary_data(opened)
     opened.weight_bytes()
     for name in opened.manifest.files:
         opened.read(name)

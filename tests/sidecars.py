@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attnprune import export, format, runtime, sidecar
 from attnprune.attention.interface import gates_of
-from attnprune.data import Blocks
+from attnprune.data.blocks import Blocks
 from attnprune.measure import gate_statistics, measure
-from attnprune.probe import probe_blocks
+from attnprune.sidecar import bases, format, loading
+from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
+from attnprune.sidecar.probe import probe_blocks
+from attnprune.training import export
 
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
 
 
-def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, biases=None) -> sidecar.Sidecar:
+def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, biases=None) -> Sidecar:
     """A sidecar of `base` that loads and whose probe holds; random gates unless `biases` [layers][heads] are given."""
-    fresh = runtime.load_base(str(base))
-    entry = runtime.identity(fresh)
+    fresh = bases.load_base(str(base))
+    entry = bases.identity(fresh)
     generator = torch.Generator().manual_seed(seed)
     weights, adapter, changed = _changes(fresh.model, kind, generator)
     config = fresh.model.config
@@ -27,21 +29,21 @@ def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, bi
     if biases is None:
         biases = [torch.randn(count, generator=generator).numpy() for count in heads]
     biases = [np.asarray(layer, np.float32) for layer in biases]
-    runtime.install(fresh.model, biases, weights, changed)
+    loading.install(fresh.model, biases, weights, changed)
     blocks = Blocks(ids := torch.randint(1, 250, (4, 32), generator=generator), ids.clone(), "random ids")
     report = measure(fresh.model, blocks)
     probe = ids[0].tolist()
     probed = measure(fresh.model, probe_blocks(probe))
     staging = folder.with_name(f".{folder.name}")
     arrays = export.gate_arrays(biases, gate_statistics(fresh.model, blocks))
-    sidecar.save_files(staging, arrays, weights, adapter)
+    save_files(staging, arrays, weights, adapter)
     manifest = {
         "format": format.FORMAT, "format_version": format.FORMAT_VERSION, "created_by": "attnprune 0.1.0",
         "requires": ["gate:threshold"] + ([f"weights:{kind}"] if kind != "none" else []),
         "base": {key: value for key, value in entry.items() if value is not None},
         "gate": {"logit": "score+bias", "threshold": 0, "heads": heads},
         "weights": changed.model_dump(exclude_none=True),
-        "files": sidecar.file_entries(staging),
+        "files": file_entries(staging),
         "result": {
             "loss": report.loss, "base_loss": report.loss, "kl": 0.0, "density": report.density,
             "edges_per_query": report.edges_per_query, "open_edges": report.open_edges,
@@ -53,7 +55,7 @@ def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, bi
                   "edge_tolerance": 0},
     }  # fmt: skip
     assert len(gates_of(fresh.model)) == len(heads)
-    return sidecar.publish(staging, folder, format.Manifest.model_validate(manifest))
+    return publish(staging, folder, format.Manifest.model_validate(manifest))
 
 
 def _changes(model, kind, generator):

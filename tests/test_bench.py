@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnprune import recipe
-from attnprune.bench import attention, clock, models
+from attnprune.bench import attention, clock, models, providers
+from attnprune.bench.cases import SUITES, gaussian_case
+from attnprune.bench.providers import GATED, SDPA
 from attnprune.bench.record import Record
 from attnprune.circuit.result import CircuitResult
 from attnprune.cli import app
-from attnprune.config import build_config
 from attnprune.errors import InputError
+from attnprune.runs.config import build_config
+from attnprune.training import recipe
 from tests.factory import save_text, save_tiny_llama
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ SHAPE = {
 
 
 def case(suite="train", density=0.1, noise=False, **changes):
-    return attention.gaussian_case(suite, density=density, noise=noise, **SHAPE | changes)
+    return gaussian_case(suite, density=density, noise=noise, **SHAPE | changes)
 
 
 def bench(*arguments, cwd=None):
@@ -52,7 +54,7 @@ def sidecar(tmp_path_factory):
     return folder / "sparse", text, base
 
 
-@pytest.mark.parametrize("suite", attention.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_the_wanted_density_is_what_is_measured(suite):
     made = case(suite, density=0.05, keys=400)
     assert made.density() == pytest.approx(0.05, abs=0.02)
@@ -63,7 +65,7 @@ def test_the_wanted_density_is_what_is_measured(suite):
 def test_providers_agree_with_the_definition_and_are_timed_side_by_side(monkeypatch, suite, noise):
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    providers = [*attention.SDPA, *attention.GATED]
+    providers = [*SDPA, *GATED]
     rows = {row.provider: row for row in attention.measure(case(suite, noise=noise), providers, 2)}
     chunked, eager = rows["chunked"], rows["eager"]
     assert chunked.error < 1e-5
@@ -82,7 +84,7 @@ def test_a_wrong_provider_is_found_and_not_timed(monkeypatch):
     def wrong(backend, case):
         return lambda query, key, value, bias: (query * 0.5, None)
 
-    monkeypatch.setattr(attention, "_sdpa", wrong)
+    monkeypatch.setattr(providers, "_sdpa", wrong)
     [row] = attention.measure(case("prefill"), ["sdpa-math"], 1)
     assert (row.status, row.timing) == ("wrong", None)
     assert "relative error" in row.note
@@ -102,7 +104,7 @@ def test_peak_memory_sees_a_large_tensor():
 
 
 def test_generation_that_depends_on_the_cache_is_wrong(monkeypatch, sidecar):
-    from attnprune.runtime import load
+    from attnprune.sidecar.loading import load
 
     model, _ = load(sidecar[0], str(sidecar[2]))
     ids = torch.randint(0, 200, (1, 6))

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from attnprune.attention.interface import attach
-from attnprune.bench import attention, clock
+from attnprune.bench import attention, clock, providers
+from attnprune.bench.cases import SUITES, captured_case
+from attnprune.bench.providers import _ours, attend, step
 from attnprune.cli import app
 from attnprune.errors import InputError
 from tests.conftest import spread
@@ -22,7 +24,7 @@ from tests.test_bench import CPU, case
 
 
 def test_a_provider_that_is_wrong_only_far_from_the_start_is_found(monkeypatch):
-    made, right = case("prefill", keys=400), attention._ours
+    made, right = case("prefill", keys=400), _ours
     assert [row.status for row in attention.measure(made, ["chunked"], 1)] == ["ok"]
 
     def wrong_later(backend, case):
@@ -32,7 +34,7 @@ def test_a_provider_that_is_wrong_only_far_from_the_start_is_found(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(attention, "_ours", wrong_later)
+    monkeypatch.setattr(providers, "_ours", wrong_later)
     [row] = attention.measure(made, ["chunked"], 1)
     assert row.status == "wrong"
 
@@ -57,7 +59,7 @@ def test_gates_on_their_threshold_do_not_count_as_errors(noise):
 
 def test_right_providers_are_judged_right_whatever_the_seed():
     for seed in range(4):
-        for suite in attention.SUITES:
+        for suite in SUITES:
             assert attention.error_of("chunked", case(suite, keys=320, seed=seed)) < 1e-5
 
 
@@ -68,7 +70,7 @@ def test_density_holds_for_every_sequence_and_a_single_query():
 
 def test_memory_of_a_training_step_holds_its_gradients():
     made = case("train", keys=512, width=64, heads=8, kv_heads=8)
-    peak = clock.peak_bytes(attention.step(attention.attend("sdpa-flash", made), made), CPU)
+    peak = clock.peak_bytes(step(attend("sdpa-flash", made), made), CPU)
     gradients = 3 * made.query.numel() * 4
     assert peak is None or peak > gradients
 
@@ -90,7 +92,7 @@ def test_a_checkout_is_named_and_a_foreign_one_is_not(tmp_path, monkeypatch):
     run([*git, "commit", "-qm", "ours"])
     head = run([*git, "rev-parse", "HEAD"]).stdout.strip()
     assert run(look, env=environment).stdout.strip() == head
-    (inside / "gates.py").write_text("")
+    (inside / "attention" / "gates.py").write_text("")
     assert run(look, env=environment).stdout.strip() == head + b"-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert clock.machine(CPU).commit is None
@@ -106,7 +108,7 @@ def test_layers_with_another_scaling_keep_it_and_richer_ones_are_refused(tiny_ll
     ids = torch.randint(1, 97, (1, 40))
     granite = spread(GraniteForCausalLM(GraniteConfig(**shape, attention_multiplier=1.5)))
     gates = attach(granite, 0.3)
-    made = attention.captured_case("prefill", granite, ids, 1, "granite", torch.float32)
+    made = captured_case("prefill", granite, ids, 1, "granite", torch.float32)
     with torch.no_grad():
         granite(input_ids=ids, use_cache=False)
     last = gates[1].last
@@ -118,7 +120,7 @@ def test_layers_with_another_scaling_keep_it_and_richer_ones_are_refused(tiny_ll
     gemma = spread(Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, sliding_window=16)))
     attach(gemma)
     with pytest.raises(InputError, match="capped scores"):
-        attention.captured_case("prefill", gemma, ids, 0, "gemma2", torch.float32)
+        captured_case("prefill", gemma, ids, 0, "gemma2", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_model_with_dropout_trains(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_provider_ends_with_exit_code_4(monkeypatch, capsys):
-    monkeypatch.setattr(attention, "_eager", lambda case: lambda query, key, value, bias: (0.9 * value, None))
+    monkeypatch.setattr(providers, "_eager", lambda case: lambda query, key, value, bias: (0.9 * value, None))
     arguments = ["--seq-len", "16", "--suite", "prefill", "--provider", "eager", "--repeats", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["attnprune", "bench", "attention", *arguments])
     assert app.run() == 4

@@ -8,7 +8,7 @@ import transformers
 
 from attnprune.attention.interface import attach, gates_forced_open, gates_of
 from attnprune.attention.reference import gated_attention_reference
-from attnprune.calibration import BIAS_LIMIT, bias_for_mass
+from attnprune.training.calibration import BIAS_LIMIT, bias_for_mass
 from tests.conftest import spread
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from attnprune import format, merged, runtime
+from attnprune.sidecar import bases, format, loading, merged
 from tests.factory import refused, save_text, save_tiny_llama
 from tests.sidecars import save_sidecar
 from tests.test_format import (
@@ -443,7 +443,7 @@ def real(tmp_path_factory):
     save_sidecar(root / "delta", gpt2, "delta")
     save_sidecar(root / "lora", llama, "lora")
     sidecar = save_sidecar(root / "none", llama)
-    model, tokenizer = runtime.load(sidecar.path, str(llama))
+    model, tokenizer = loading.load(sidecar.path, str(llama))
     merged.write_merged(model, tokenizer, sidecar, root / "merged", same_dtype=True)
     return root
 
@@ -682,12 +682,12 @@ def test_a_base_that_is_wrong_otherwise_is_refused_too(copy, row):
     mutate, *parts = MORE[row]
     base = copy("llama")
     mutate(base)
-    refused(lambda: runtime.load_base(str(base)), *parts)
+    refused(lambda: bases.load_base(str(base)), *parts)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 300], ids=["name", "path"])
 def test_a_name_of_a_base_that_is_too_long_is_refused(name):
-    refused(lambda: runtime.load_base(name), "file name too long")
+    refused(lambda: bases.load_base(name), "file name too long")
 
 
 # Merged folders

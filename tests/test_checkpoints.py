@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
-from attnprune import checkpoints
-from attnprune.checkpoints import SEAL, is_intact, last_good, rotate, seal, sha256_of, step_of, write_atomic
+from attnprune import files
+from attnprune.files import sha256_of, write_atomic
+from attnprune.training import checkpoints
+from attnprune.training.checkpoints import SEAL, is_intact, last_good, rotate, seal, step_of
 
 
 def make(run, step, *, sealed=True):
@@ -287,7 +289,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_text(tmp_path, monkeypatch, brok
 def test_the_new_text_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     order = []
     replace = os.replace
-    monkeypatch.setattr(checkpoints, "fsync", lambda path: order.append("folder" if path.is_dir() else "file"))
+    monkeypatch.setattr(files, "fsync", lambda path: order.append("folder" if path.is_dir() else "file"))
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     write_atomic(tmp_path / "a.json", "text")
     assert order == ["file", "rename", "folder"]

@@ -11,11 +11,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnprune import modeling_attnprune
 from attnprune.attention import chunked, sparse
 from attnprune.attention.chunked import GateSettings, gated_attention
+from attnprune.attention.gates import logistic_noise
 from attnprune.attention.reference import gated_attention_reference, open_edges_reference
-from attnprune.gates import logistic_noise
+from attnprune.sidecar import modeling_attnprune
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 13, 8
 MASKS = ["causal", "left_pad", "right_pad", "window", "packed"]

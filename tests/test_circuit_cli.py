@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from attnprune.circuit.folder import read_settings
 from attnprune.circuit.result import CircuitResult
-from attnprune.cli.circuit import _read_settings
 from tests.factory import save_tiny_llama
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -74,7 +74,7 @@ def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, 
     assert settings.pop("mask_steps") == 5
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text(json.dumps(settings))
-    assert _read_settings(tmp_path) == settings | {"mask_steps": 0}
+    assert read_settings(tmp_path) == settings | {"mask_steps": 0}
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):

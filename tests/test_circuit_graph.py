@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from attnprune.attention.interface import attach, gates_of
-from attnprune.circuit.adapters import anatomy_of, graph_of, open_gates
-from attnprune.circuit.graph import Graph
+from attnprune.circuit.model.adapters import anatomy_of, graph_of, open_gates
+from attnprune.circuit.model.graph import Graph
 from attnprune.errors import InputError, UnsupportedModelError
 from tests.test_families import build, ids, logits_of, merged
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnprune import runtime
-from attnprune.circuit import masks
-from attnprune.circuit.adapters import anatomy_of
-from attnprune.circuit.cache import Cache
-from attnprune.circuit.masks import EVERY, learn_circuits
+from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
-from attnprune.circuit.ranking import eap_ig_orders, score_edges
-from attnprune.circuit.search import circuit_of_size, smallest_held
-from attnprune.circuit.splits import Settings, Split, pattern_visible
+from attnprune.circuit.search import masks
+from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.masks import EVERY, learn_circuits
+from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
+from attnprune.circuit.search.sizes import circuit_of_size, smallest_held
+from attnprune.circuit.search.splits import Settings, Split, pattern_visible
 from attnprune.circuit.tasks import load_task
+from attnprune.sidecar import bases
 from tests.test_circuit_search import planted_task, silent
 
 
@@ -66,7 +66,7 @@ def test_a_step_that_breaks_the_circuit_is_taken_back(monkeypatch, steps):
 @pytest.fixture(scope="module")
 def addition():
     """(train, validation, ranked edges) of the bundled model."""
-    base = runtime.load_base("demo")
+    base = bases.load_base("demo")
     task = load_task("addition", base.tokenizer, count=24, more=96)
     anatomy = anatomy_of(base.model)
     ranked = Split(anatomy, task.train, "train", Cache(), 32, to_rank=True, by_template=True)

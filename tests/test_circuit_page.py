@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnprune.circuit.graph import Graph
+from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import CircuitResult
 from attnprune.report.circuit_page import render_page
 

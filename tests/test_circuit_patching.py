@@ -6,19 +6,11 @@ import pytest
 import torch
 
 from attnprune.attention.interface import attach, gates_forced_open, gates_of
-from attnprune.circuit.adapters import _LAYOUTS, anatomy_of, open_gates
-from attnprune.circuit.attribution import attribute, attribute_circuit, edge_gradients, gate_flips
-from attnprune.circuit.patching import (
-    CircuitRun,
-    Hooks,
-    collect,
-    collect_pair,
-    edge_effects,
-    message_effects,
-    node_effects,
-    run_circuit,
-    self_check,
-)
+from attnprune.circuit.model.activations import Hooks, collect, collect_pair
+from attnprune.circuit.model.adapters import _LAYOUTS, anatomy_of, open_gates
+from attnprune.circuit.model.attribution import attribute, attribute_circuit, edge_gradients, gate_flips
+from attnprune.circuit.model.effects import edge_effects, message_effects, node_effects
+from attnprune.circuit.model.patching import CircuitRun, run_circuit, self_check
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 from tests.test_families import BIAS, build, ids, load, logits_of, merged
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from attnprune.attention.interface import gates_of
-from attnprune.circuit.adapters import anatomy_of
-from attnprune.circuit.attribution import attribute
-from attnprune.circuit.patching import collect, edge_effects, node_effects, run_circuit, self_check
+from attnprune.circuit.model.activations import collect
+from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.model.attribution import attribute
+from attnprune.circuit.model.effects import edge_effects, node_effects
+from attnprune.circuit.model.patching import run_circuit, self_check
 from attnprune.circuit.planted import auroc, plant
 from attnprune.errors import InputError
 

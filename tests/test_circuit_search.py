@@ -7,19 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnprune import runtime
 from attnprune.attention.interface import attach
-from attnprune.circuit import controls, search
-from attnprune.circuit.adapters import anatomy_of
-from attnprune.circuit.cache import Cache, check_same, digest
-from attnprune.circuit.compare import analyse, compare, eap_ig_data, parity, result_of, task_facts
-from attnprune.circuit.graph import Graph
+from attnprune.circuit import controls
+from attnprune.circuit.analysis import analyse
+from attnprune.circuit.compare import compare, eap_ig_data, parity, result_of, task_facts
+from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.planted import plant
 from attnprune.circuit.result import CircuitResult
-from attnprune.circuit.search import Sized, circuit_of_size, needed_messages, size_grid, stable
-from attnprune.circuit.splits import QUICK, Settings, Split, faithfulness_interval, ratio_of_means
+from attnprune.circuit.search import deletion
+from attnprune.circuit.search.cache import Cache, check_same, digest
+from attnprune.circuit.search.counts import needed_messages
+from attnprune.circuit.search.sizes import Sized, circuit_of_size, size_grid, stable
+from attnprune.circuit.search.splits import QUICK, Settings, Split, faithfulness_interval, ratio_of_means
 from attnprune.circuit.tasks import Prompts, Task, load_task
 from attnprune.errors import AttnPruneError, InputError
+from attnprune.sidecar import bases
 
 NO_DELETION = Settings(deletions=0)
 
@@ -54,7 +57,7 @@ def planted_task(planted, prompts: int = 4) -> Task:
 
 
 def search_planted(family, gated, seed, monkeypatch, **settings):
-    monkeypatch.setattr("attnprune.circuit.compare.check_ability", lambda *_: None)  # its metric may be below 0
+    monkeypatch.setattr("attnprune.circuit.analysis.check_ability", lambda *_: None)  # its metric may be below 0
     planted = plant(family, gated=gated, seed=seed)
     found = analyse(
         planted.model, "planted", planted_task(planted), Settings(**settings), with_controls=False, label="model",
@@ -90,7 +93,7 @@ def test_target_1_ends_with_a_circuit_as_good_as_the_model(gated, monkeypatch):
 @pytest.fixture(scope="module")
 def addition():
     """The bundled model, the same with most edges closed by gates, and few prompts."""
-    dense, sparse = runtime.load_base("demo"), runtime.load_base("demo")
+    dense, sparse = bases.load_base("demo"), bases.load_base("demo")
     for gate in attach(sparse.model):
         gate.bias.data.fill_(1.0)
     return dense.model, sparse.model, load_task("addition", dense.tokenizer, count=12), dense.tokenizer
@@ -163,8 +166,8 @@ def test_models_are_as_before_after_the_search(both, addition):
 
 def test_a_second_search_takes_everything_from_the_cache(both, addition, monkeypatch):
     folder, settings, analyses = both
-    monkeypatch.setattr("attnprune.circuit.patching.run_circuit", None)  # would fail
-    monkeypatch.setattr("attnprune.circuit.compare.patching.self_check", lambda *_: None)
+    monkeypatch.setattr("attnprune.circuit.model.patching.run_circuit", None)  # would fail
+    monkeypatch.setattr("attnprune.circuit.analysis.patching.self_check", lambda *_: None)
     again = analyse(
         addition[0], "dense", addition[2], settings, with_controls=True, label="against", watch=silent,
         cache=Cache(folder),
@@ -181,7 +184,7 @@ def test_a_cache_of_another_model_is_refused(both, addition):
 
 
 def test_a_model_that_cannot_do_the_task_is_refused(addition):
-    model = runtime.load_base("demo").model
+    model = bases.load_base("demo").model
     with controls.random_weights(anatomy_of(model), 0), pytest.raises(AttnPruneError, match="cannot do the task"):
         analyse(
             model, "noise", addition[2], NO_DELETION, with_controls=False, label="model", watch=silent, cache=Cache()
@@ -284,7 +287,7 @@ def test_kl_of_the_whole_model_is_0_and_of_nothing_is_not(addition):
 
 
 def test_gates_are_shuffled_and_put_back(addition):
-    model = runtime.load_base("demo").model
+    model = bases.load_base("demo").model
     gates = attach(model)
     for number, gate in enumerate(gates):
         gate.bias.data = torch.arange(4.0) + 4 * number
@@ -329,8 +332,8 @@ class ConstantSplit:
 def test_deletion_begins_from_either_side_of_the_model(monkeypatch, faithfulness):
     graph = Graph(layers=2, heads=2, kv_heads=2, parallel=False)
     split = ConstantSplit(SimpleNamespace(graph=graph), faithfulness)
-    monkeypatch.setattr(search, "_weakest_first", lambda _, circuit: circuit.flatten().nonzero()[:, 0])
-    path = search.delete_blocks(split, graph.mask(), Settings(deletions=40), lambda *told: None)
+    monkeypatch.setattr(deletion, "_weakest_first", lambda _, circuit: circuit.flatten().nonzero()[:, 0])
+    path = deletion.delete_blocks(split, graph.mask(), Settings(deletions=40), lambda *told: None)
     assert split.evaluated <= 9  # the first look, then one for each of the eight blocks: nothing is refused
     assert not path[-1].any()
 

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from attnprune import data, runtime
 from attnprune.circuit.tasks import Ability, accuracy, check_ability, load_task, task_names, text, words
 from attnprune.circuit.tasks.encoding import Encoder, Lexicon, example
 from attnprune.circuit.tasks.prompts import (
@@ -27,7 +26,9 @@ from attnprune.circuit.tasks.prompts import (
     logit_difference,
     probability_difference,
 )
+from attnprune.data.texts import addition_task
 from attnprune.errors import AttnPruneError
+from attnprune.sidecar import bases
 from tests.factory import byte_tokenizer, refused
 from tests.test_real_model import gguf_file
 
@@ -52,7 +53,7 @@ def smol():
 
 @pytest.fixture(scope="module")
 def demo():
-    return AutoTokenizer.from_pretrained(runtime.demo_folder())
+    return AutoTokenizer.from_pretrained(bases.demo_folder())
 
 
 def word_tokenizer(bos: bool = True, leave_out: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -401,7 +402,7 @@ def test_the_corruptions_of_induction_change_what_heads_look_for_are_found_by_or
 
 def test_addition_asks_for_each_digit_of_sums_that_were_held_out(demo):
     task = load_task("addition", demo, count=60)
-    held_out = {tuple(row) for row in data.addition_task(demo)[1].input_ids.tolist()}
+    held_out = {tuple(row) for row in addition_task(demo)[1].input_ids.tolist()}
     pools = []
     for part in (task.train, task.validation, task.test):
         assert [len(batch) for batch in part] == [20, 20, 20]
@@ -433,7 +434,7 @@ def prompt_digits(batch, row):
 
 
 def test_the_bundled_model_can_add():
-    base = runtime.load_base("demo")
+    base = bases.load_base("demo")
     task = load_task("addition", base.tokenizer, count=30)
     with torch.no_grad():
         scores = [

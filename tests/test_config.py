@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnprune.config import RunConfig, build_config, merge, read_toml
 from attnprune.errors import InputError
+from attnprune.runs.config import RunConfig, build_config, merge, read_toml
 
 FIELDS = [
     (section, name, field)

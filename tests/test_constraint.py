@@ -11,7 +11,7 @@ from cooper.optim.torch_optimizers.nupi_optimizer import nuPIInitType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnprune.constraint import Constraint, Multiplier, lagrangian
+from attnprune.training.constraint import Constraint, Multiplier, lagrangian
 
 VIOLATIONS = [0.8, -0.3, 0.45, 0.45, -1.7, 2.5, 0.0, -0.2, 0.11, -4.0, -4.0, 3.0, 0.01, 0.6, -0.05]
 

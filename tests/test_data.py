@@ -16,10 +16,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attnprune import data
-from attnprune.config import build_config
-from attnprune.data import Blocks, addition_task, documents, pack, self_written, split
+from attnprune.data import blocks, sources
+from attnprune.data.blocks import IGNORED_LABEL, Blocks, _pieces, pack, split
+from attnprune.data.sampling import _SAMPLING_BYTES, rows_that_fit, sample, self_written
+from attnprune.data.sources import documents
+from attnprune.data.texts import addition_task, load_blocks
 from attnprune.errors import AttnPruneError, InputError
+from attnprune.runs.config import build_config
 from tests.factory import refused
 
 BOS, EOS = 256, 257
@@ -187,7 +190,7 @@ def test_a_70_megabyte_line_is_refused(tmp_path):
 
 
 def test_a_line_up_to_the_limit_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(sources, "_MAX_LINE_BYTES", 100)
     file = tmp_path / "a.jsonl"
     line = json.dumps({"text": "x" * 87}) + "\n"
     file.write_text(line)
@@ -380,7 +383,7 @@ def test_no_more_than_max_tokens_and_no_endless_reading(max_tokens, rows):
 
 
 def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 100)
     tokenizer, seen = byte_tokenizer(), Counter()
 
     def counting(texts, **options):
@@ -397,8 +400,8 @@ def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(monkeypatch):
     "text", ["", "x", "ab\n" * 100, "y" * 500, "\n" * 300, prose(5000), "ä日" * 99 + "\n" + "z" * 64]
 )
 def test_pieces_join_to_the_document(monkeypatch, text):
-    monkeypatch.setattr(data, "_PIECE_CHARACTERS", 64)
-    pieces, last = zip(*data._pieces(text), strict=True)
+    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 64)
+    pieces, last = zip(*_pieces(text), strict=True)
     assert "".join(pieces) == text
     assert all(len(piece) <= 64 for piece in pieces)
     assert last == (*[False] * (len(pieces) - 1), True)
@@ -406,10 +409,10 @@ def test_pieces_join_to_the_document(monkeypatch, text):
 
 def test_blocks_do_not_depend_on_how_many_pieces_are_tokenized_at_once(monkeypatch):
     tokenizer = trained_tokenizer()
-    monkeypatch.setattr(data, "_PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 64)
     texts = [prose(700, seed) for seed in range(9)] + ["", "x"]
     together = pack(texts, tokenizer, 16, 10**6, "name")
-    monkeypatch.setattr(data, "_PIECES_AT_ONCE", 1)
+    monkeypatch.setattr(blocks, "_PIECES_AT_ONCE", 1)
     assert pack(texts, tokenizer, 16, 10**6, "name").fingerprint == together.fingerprint
 
 
@@ -430,7 +433,7 @@ def trained_tokenizer():
 def test_a_long_document_gives_almost_the_tokens_of_one_call():
     tokenizer, text = trained_tokenizer(), prose(200_000, seed=1)
     whole = tokenizer(text)["input_ids"]
-    pieces = [piece for piece, _ in data._pieces(text)]
+    pieces = [piece for piece, _ in _pieces(text)]
     assert len(pieces) > 2  # 64 Ki characters each
     in_pieces = pack([text], tokenizer, 1, 10**9, "name").input_ids.flatten().tolist()
     assert tokenizer.decode(in_pieces[:-1]) == text
@@ -501,7 +504,7 @@ def test_the_fingerprint_is_that_of_the_content():
     assert base.fingerprint == Blocks(base.input_ids.clone(), base.labels.clone(), "b").fingerprint
     token, label = base.input_ids.clone(), base.labels.clone()
     token[2, 3] += 1
-    label[0, 0] = data.IGNORED_LABEL
+    label[0, 0] = IGNORED_LABEL
     others = [
         Blocks(token, base.labels, "a"),
         Blocks(base.input_ids, label, "a"),
@@ -553,9 +556,9 @@ def test_every_sum_is_correct(task):
 
 
 def test_only_the_answer_digits_count(task):
-    for blocks in task:
-        assert (blocks.labels[:, :7] == data.IGNORED_LABEL).all()
-        assert torch.equal(blocks.labels[:, 7:], blocks.input_ids[:, 7:])
+    for part in task:
+        assert (part.labels[:, :7] == IGNORED_LABEL).all()
+        assert torch.equal(part.labels[:, 7:], part.input_ids[:, 7:])
         assert blocks.name == "two-digit addition"
 
 
@@ -638,20 +641,20 @@ def test_self_written_text_is_deterministic_for_a_seed(writer, tmp_path):
 
 
 def test_rows_can_be_written_together(writer):
-    written = [data.sample(writer, StartTokens(), 12, 8, 0, at_once) for at_once in (0, 8, 12)]
+    written = [sample(writer, StartTokens(), 12, 8, 0, at_once) for at_once in (0, 8, 12)]
     assert torch.equal(written[0], written[1])  # eight at a time on a CPU
     assert written[2].shape == (12, 8)
     assert not torch.equal(written[0], written[2])
 
 
 def test_on_cuda_as_many_rows_are_sampled_as_fit(writer):
-    assert data.rows_that_fit(writer, 8) == 8
+    assert rows_that_fit(writer, 8) == 8
     cache = writer(torch.zeros(1, 8, dtype=torch.int64), use_cache=True).past_key_values
     cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     on_cuda = SimpleNamespace(config=writer.config, dtype=writer.dtype, device=torch.device("cuda"))
-    rows, logits = data.rows_that_fit(on_cuda, 8), 16 * writer.config.vocab_size
-    assert rows * (cached + logits) <= data._SAMPLING_BYTES < (rows + 1) * (cached + logits)
-    assert data.rows_that_fit(on_cuda, 10**9) == 8
+    rows, logits = rows_that_fit(on_cuda, 8), 16 * writer.config.vocab_size
+    assert rows * (cached + logits) <= _SAMPLING_BYTES < (rows + 1) * (cached + logits)
+    assert rows_that_fit(on_cuda, 10**9) == 8
 
 
 def test_self_written_text_leaves_the_global_generators_alone(writer, tmp_path):
@@ -712,7 +715,7 @@ def test_load_reads_packs_and_splits_a_local_file(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text(prose(2000))
     config = build_config({"data": {"source": str(file), "seq_len": 10, "train_tokens": 300, "eval_tokens": 100}})
-    train, held_out = data.load(config, None, byte_tokenizer(), "key")
+    train, held_out = load_blocks(config, None, byte_tokenizer(), "key")
     assert (len(train), len(held_out)) == (32, 8)  # 400 tokens, at most a fifth held out
 
 
@@ -722,14 +725,14 @@ def test_load_writes_its_own_text_into_the_users_cache(writer, tmp_path, monkeyp
         "data": {"source": "self", "seq_len": 8, "eval_tokens": 16},
         "train": {"steps": 2, "batch_size": 4},
     }
-    train, held_out = data.load(build_config(settings), writer, StartTokens(), "key")
+    train, held_out = load_blocks(build_config(settings), writer, StartTokens(), "key")
     assert (len(train), len(held_out)) == (8, 2)  # 2 steps of 4 blocks, and 16 tokens more
     assert list((tmp_path / "attnprune").glob("self-*"))
 
 
 def test_load_gives_the_addition_task_to_the_bundled_model_only(task):
     settings = {"data": {"source": "task"}, "model": {"name": "demo"}}
-    train, held_out = data.load(build_config(settings), None, character_tokenizer(), "key")
+    train, held_out = load_blocks(build_config(settings), None, character_tokenizer(), "key")
     assert (train.fingerprint, held_out.fingerprint) == (task[0].fingerprint, task[1].fingerprint)
     other = build_config({"data": {"source": "task"}, "model": {"name": "other/model"}})
-    refused(lambda: data.load(other, None, character_tokenizer(), "key"), "task")
+    refused(lambda: load_blocks(other, None, character_tokenizer(), "key"), "task")

@@ -19,7 +19,10 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from attnprune import diff, merged, runtime
+from attnprune.report.diff import as_data, render
+from attnprune.sidecar import bases, diff, loading, merged
+from attnprune.sidecar.folder import open_artefact
+from attnprune.sidecar.weights import _rounded
 from examples.write_vectors import VECTORS
 from tests.factory import refused, save_tiny_llama
 from tests.sidecars import save_sidecar
@@ -60,8 +63,8 @@ def place(tmp_path_factory):
 
 
 def merge(path, base, out, dtype=None):
-    model, tokenizer = runtime.load(path, str(base), dtype=dtype)
-    merged.write_merged(model, tokenizer, diff.open_artefact(path), out, same_dtype=dtype is None)
+    model, tokenizer = loading.load(path, str(base), dtype=dtype)
+    merged.write_merged(model, tokenizer, open_artefact(path), out, same_dtype=dtype is None)
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def stored(folder):
 
 def updates(folder):
     """alpha / rank * B A of every LoRA target, [out, in], fp64."""
-    entry = diff.open_artefact(folder).manifest.weights
+    entry = open_artefact(folder).manifest.weights
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     return {
@@ -133,7 +136,7 @@ def check_tensors(found, truth):
 
 def gates(folder):
     """(biases, densities) [layers][heads] as stored."""
-    layers = len(diff.open_artefact(folder).manifest.gate.heads)
+    layers = len(open_artefact(folder).manifest.gate.heads)
     with safe_open(folder / "gates.safetensors", "np") as file:
         return tuple(
             [file.get_tensor(f"layers.{i}.{name}").tolist() for i in range(layers)]
@@ -151,8 +154,8 @@ def check_heads(found, a, b):
         for layer, row in enumerate(biases)
         for head, bias in enumerate(row)
     ]  # fmt: skip
-    assert found.density_b == diff.open_artefact(b).manifest.result.density
-    assert found.density_a == (1.0 if a is None else diff.open_artefact(a).manifest.result.density)
+    assert found.density_b == open_artefact(b).manifest.result.density
+    assert found.density_a == (1.0 if a is None else open_artefact(a).manifest.result.density)
 
 
 def check_equal(found):
@@ -197,7 +200,7 @@ def test_base_against_sidecar_of_rounded_weights(place, base, kind):
 
 
 def test_demo_as_base():
-    demo, folder = runtime.demo_folder(), VECTORS / "first-release"
+    demo, folder = bases.demo_folder(), VECTORS / "first-release"
     found = compare("demo", folder)
     check_tensors(found, norms(stored(demo), loaded(folder, demo)))
     check_heads(found, None, folder)
@@ -208,13 +211,13 @@ def test_base_by_other_names_is_loaded_as_the_sidecar_says(copied, monkeypatch, 
     """Any name that is not a folder is a base; the Hub id that the sidecar names is loaded at its revision."""
     folder, revision = copied(VECTORS / "llama-bf16-lora"), "a" * 40
     edit_manifest(folder, lambda m: m["base"].update(kind="hub", repo_id="some/model", revision=revision))
-    load_base, asked = runtime.load_base, []
+    load_base, asked = bases.load_base, []
 
     def load(name, **options):
         asked.append((name, options))
         return load_base(str(VECTORS / "bases" / "llama-bf16"), dtype=options["dtype"])
 
-    monkeypatch.setattr(runtime, "load_base", load)
+    monkeypatch.setattr(bases, "load_base", load)
     assert len(compare(name, folder).tensors) == 8
     assert asked == [(name, {"revision": revision if name == "some/model" else None, "dtype": torch.bfloat16})]
 
@@ -425,7 +428,7 @@ def test_rounding_is_that_of_torch(dtype):
     values = bits.view(torch.float32)
     ties = (torch.arange(256, dtype=torch.int32) << 15).view(torch.float32)
     values = torch.cat([values[values.isfinite()], ties, -ties, torch.tensor([3.4e38, -3.4e38, 7e4])])
-    rounded = diff._rounded(values.numpy(), str(dtype).removeprefix("torch."))
+    rounded = _rounded(values.numpy(), str(dtype).removeprefix("torch."))
     assert np.array_equal(rounded.astype(np.float64), values.to(dtype).double().numpy())
 
 
@@ -592,7 +595,7 @@ def test_values_that_are_not_finite_are_refused(place, copied, name, file):
 def text(found, width, limit=8):
     console = Console(width=width, soft_wrap=True, highlight=False)
     with console.capture() as capture:
-        for part in diff.render(found, limit):
+        for part in render(found, limit):
             console.print(part)
     return capture.get()
 
@@ -645,7 +648,7 @@ def test_json_is_one_object_with_the_same_numbers(place):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     data, found = json.loads(done.stdout), compare(a, b)
-    assert data == json.loads(json.dumps(diff.as_data(found)))
+    assert data == json.loads(json.dumps(as_data(found)))
     assert data["heads_closed"] == [list(head) for head in found.closed]
     assert [(t["name"], t["change"], t["relative"]) for t in data["tensors"]] == [
         (t.name, t.change, t.relative) for t in found.tensors

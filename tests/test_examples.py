@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from attnprune import recipe
-from attnprune.config import build_config
+from attnprune.runs.config import build_config
+from attnprune.training import recipe
 from examples.write_schema import FORMATS, SCHEMAS, schema_text
 from tests.factory import save_text, save_tiny_llama
 

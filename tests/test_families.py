@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attnprune import modeling_attnprune
 from attnprune.attention.interface import SUPPORTED_FAMILIES, attach, detach, gates_forced_open, gates_of
 from attnprune.errors import UnsupportedModelError
+from attnprune.sidecar import modeling_attnprune
 from tests.conftest import spread
 
 FAMILIES = sorted(SUPPORTED_FAMILIES)

@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from attnprune import checkpoints, format, sidecar
 from attnprune.errors import InputError
+from attnprune.files import sha256_of
+from attnprune.sidecar import folder as folder_module
+from attnprune.sidecar import format
+from attnprune.sidecar.folder import file_entries, open_sidecar, publish, save_files
+from attnprune.sidecar.identity import base_tensors, check_base, content_fingerprint, structure_fingerprint
 from tests.factory import refused
 
 HEADS = (2, 3)
@@ -97,9 +101,9 @@ def make(folder, kind="none", weights=None):
     """A valid sidecar in `folder`, written by the package's own functions."""
     staging = folder.parent / f"staging-{folder.name}"
     weights = weights or good_weights(kind)
-    sidecar.save_files(staging, good_arrays(), weights, dict(ADAPTER_CONFIG) if kind == "lora" else None)
-    values = good_manifest(kind) | {"files": sidecar.file_entries(staging)}
-    sidecar.publish(staging, folder, format.Manifest.model_validate(values))
+    save_files(staging, good_arrays(), weights, dict(ADAPTER_CONFIG) if kind == "lora" else None)
+    values = good_manifest(kind) | {"files": file_entries(staging)}
+    publish(staging, folder, format.Manifest.model_validate(values))
     return folder
 
 
@@ -123,7 +127,7 @@ def no_hang():
 
 
 def read_all(folder):
-    opened = sidecar.open_sidecar(folder)
+    opened = open_sidecar(folder)
     return opened, opened.gates, opened.weights()
 
 
@@ -195,7 +199,7 @@ def test_a_sidecar_is_read_as_it_was_written(folder):
 def test_the_manifest_is_canonical_and_lists_every_file(folder):
     text = (folder / MANIFEST).read_text()
     assert text == json.dumps(json.loads(text), sort_keys=True, indent=2) + "\n"
-    assert sidecar.open_sidecar(folder).manifest.to_json() == text
+    assert open_sidecar(folder).manifest.to_json() == text
     assert {path.name for path in folder.iterdir()} == {MANIFEST, GATES}
     raw = (folder / GATES).read_bytes()
     assert stored_manifest(folder)["files"] == {GATES: {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}}
@@ -206,10 +210,10 @@ def test_publishing_leaves_no_staging_folder(folder):
 
 
 def test_a_publication_killed_before_the_manifest_is_no_sidecar(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "write_atomic", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(folder_module, "write_atomic", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(tmp_path / "sidecar")
-    refused(lambda: sidecar.open_sidecar(tmp_path / "sidecar"), f"no {MANIFEST}")
+    refused(lambda: open_sidecar(tmp_path / "sidecar"), f"no {MANIFEST}")
 
 
 @pytest.mark.parametrize("kind", ["delta", "lora"])
@@ -246,27 +250,27 @@ def test_weights_the_manifest_does_not_list_are_refused(folder, kind):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    refused(lambda: sidecar.open_sidecar(tmp_path / "missing"), "no such file or folder")
+    refused(lambda: open_sidecar(tmp_path / "missing"), "no such file or folder")
 
 
 def test_a_file_instead_of_a_folder_is_refused(folder):
-    refused(lambda: sidecar.open_sidecar(folder / GATES), "not a sidecar folder")
+    refused(lambda: open_sidecar(folder / GATES), "not a sidecar folder")
 
 
 def test_a_folder_without_manifest_is_refused(tmp_path):
-    error = refused(lambda: sidecar.open_sidecar(tmp_path), f"no {MANIFEST}")
+    error = refused(lambda: open_sidecar(tmp_path), f"no {MANIFEST}")
     assert error.hint is None
 
 
 def test_an_unfinished_run_is_refused_with_the_way_to_finish_it(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert f"--resume {tmp_path}" in refused(lambda: sidecar.open_sidecar(tmp_path)).hint
+    assert f"--resume {tmp_path}" in refused(lambda: open_sidecar(tmp_path)).hint
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", ""])
 def test_an_impossible_path_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: sidecar.open_sidecar(name))
+    refused(lambda: open_sidecar(name))
 
 
 # The manifest as JSON
@@ -311,7 +315,7 @@ def test_an_impossible_path_is_refused(tmp_path, monkeypatch, name):
 )
 def test_a_manifest_that_is_not_strict_json_is_refused(folder, raw, message):
     (folder / MANIFEST).write_bytes(raw)
-    refused(lambda: sidecar.open_sidecar(folder), str(folder), message)
+    refused(lambda: open_sidecar(folder), str(folder), message)
 
 
 def test_a_duplicate_among_many_keys_is_refused_quickly():
@@ -332,7 +336,7 @@ def test_strict_json_still_reads_ordinary_json():
 @pytest.mark.parametrize("version", ["2.0", "2.5", "10.0", "2", "999.0"])
 def test_a_newer_major_version_is_refused_with_the_way_to_upgrade(folder, version):
     store_manifest(folder, stored_manifest(folder) | {"format_version": version})
-    error = refused(lambda: sidecar.open_sidecar(folder), f"format {version} needs a newer attnprune")
+    error = refused(lambda: open_sidecar(folder), f"format {version} needs a newer attnprune")
     assert "pip install" in error.hint
 
 
@@ -344,14 +348,14 @@ def test_a_newer_major_version_is_refused_with_the_way_to_upgrade(folder, versio
 )  # fmt: skip
 def test_a_bad_version_is_refused(folder, version):
     store_manifest(folder, stored_manifest(folder) | {"format_version": version})
-    refused(lambda: sidecar.open_sidecar(folder), str(folder))
+    refused(lambda: open_sidecar(folder), str(folder))
 
 
 def test_a_missing_version_is_refused(folder):
     values = stored_manifest(folder)
     del values["format_version"]
     store_manifest(folder, values)
-    refused(lambda: sidecar.open_sidecar(folder), "format_version")
+    refused(lambda: open_sidecar(folder), "format_version")
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1", "1.37"])
@@ -363,7 +367,7 @@ def test_a_newer_minor_version_is_read(folder, version):
 @pytest.mark.parametrize("feature", ["gate:quantum", "", "weights:LORA", "a\nb", "gate:threshold "])
 def test_an_unknown_required_feature_is_refused_by_name(folder, feature):
     store_manifest(folder, stored_manifest(folder) | {"requires": ["gate:threshold", feature]})
-    refused(lambda: sidecar.open_sidecar(folder), repr(feature))
+    refused(lambda: open_sidecar(folder), repr(feature))
 
 
 def test_unknown_optional_keys_are_kept(folder):
@@ -632,7 +636,7 @@ def hub_cache(root, kind="none"):
     blobs.mkdir(parents=True)
     for file in [path for path in snapshot.rglob("*") if path.is_file()]:
         name = file.relative_to(snapshot)
-        blob = blobs / checkpoints.sha256_of(file)
+        blob = blobs / sha256_of(file)
         file.rename(blob)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).symlink_to(Path(*[".."] * (len(name.parts) + 1), "blobs", blob.name))
@@ -1058,39 +1062,39 @@ class Base(torch.nn.Module):
 
 def manifest_for(model):
     values = good_manifest()
-    tensors = sidecar.base_tensors(model)
-    values["base"]["structure"] = sidecar.structure_fingerprint(tensors)
-    values["base"]["content"] = sidecar.content_fingerprint(tensors)
+    tensors = base_tensors(model)
+    values["base"]["structure"] = structure_fingerprint(tensors)
+    values["base"]["content"] = content_fingerprint(tensors)
     return format.Manifest.model_validate(values)
 
 
 def test_the_base_itself_passes_whatever_its_gates_are():
     manifest, model = manifest_for(Base()), Base()
     torch.nn.init.ones_(model.attnprune_gate_bias)
-    sidecar.check_base(manifest, model)
+    check_base(manifest, model)
 
 
 def test_another_structure_is_refused_always():
     manifest = manifest_for(Base())
-    refused(lambda: sidecar.check_base(manifest, Base(width=5)), "some/model", "2 layers", "2 heads")
-    refused(lambda: sidecar.check_base(manifest, Base(width=5), True), "wrong base model")
-    refused(lambda: sidecar.check_base(manifest, Base().double(), True), "wrong base model")
+    refused(lambda: check_base(manifest, Base(width=5)), "some/model", "2 layers", "2 heads")
+    refused(lambda: check_base(manifest, Base(width=5), True), "wrong base model")
+    refused(lambda: check_base(manifest, Base().double(), True), "wrong base model")
 
 
 def test_other_weights_are_refused_unless_allowed():
     manifest, model = manifest_for(Base()), Base()
     with torch.no_grad():
         model.inner.weight[0, 0] += 1e-3
-    error = refused(lambda: sidecar.check_base(manifest, model), "not the weights")
+    error = refused(lambda: check_base(manifest, model), "not the weights")
     assert "--allow-base-mismatch" in error.hint
-    sidecar.check_base(manifest, model, allow_mismatch=True)
+    check_base(manifest, model, allow_mismatch=True)
 
 
 def test_fingerprints_do_not_depend_on_the_order_or_layout_of_the_tensors():
     first = {"a": torch.arange(1000.0).reshape(10, 100), "b": torch.ones(3)}
     second = {"b": torch.ones(3), "a": torch.arange(1000.0).reshape(10, 100).t().contiguous().t()}
-    assert sidecar.structure_fingerprint(first) == sidecar.structure_fingerprint(second)
-    assert sidecar.content_fingerprint(first) == sidecar.content_fingerprint(second)
+    assert structure_fingerprint(first) == structure_fingerprint(second)
+    assert content_fingerprint(first) == content_fingerprint(second)
     renamed = {"c": first["a"], "b": first["b"]}
-    assert sidecar.structure_fingerprint(renamed) != sidecar.structure_fingerprint(first)
-    assert sidecar.content_fingerprint(renamed) != sidecar.content_fingerprint(first)
+    assert structure_fingerprint(renamed) != structure_fingerprint(first)
+    assert content_fingerprint(renamed) != content_fingerprint(first)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from attnprune import gates
+from attnprune.attention import gates
 
 LOGITS = torch.linspace(-12, 12, 241, dtype=torch.float64)
 TEMPERATURES = [0.5, 1.0, 4.0, 8.0]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnprune import format
+from attnprune.sidecar import format
 from tests.factory import save_tiny_llama
 from tests.hub_server import READ, HubServer
 from tests.sidecars import save_sidecar

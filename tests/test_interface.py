@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from attnprune.attention import interface
 from attnprune.attention.interface import attach, detach, gates_forced_open, gates_of
-from attnprune.data import Blocks
+from attnprune.data.blocks import Blocks
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 from attnprune.measure import measure
 

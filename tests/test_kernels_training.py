@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from attnprune.attention import ops
 from attnprune.attention.dispatch import counted_pairs, gated_attention
+from attnprune.attention.gates import logistic_noise
 from attnprune.attention.reference import gated_attention_reference, open_edges_reference
 from attnprune.attention.spans import spans_of
-from attnprune.gates import logistic_noise
 from tests.test_chunked import MASKS, visible_mask
 
 training = pytest.importorskip("attnprune.attention.kernels.training")

@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from attnprune import masks, runtime
 from attnprune.errors import AttnPruneError
+from attnprune.sidecar import loading, masks
 from tests.factory import refused, save_tiny_llama
 from tests.sidecars import save_sidecar
 from tests.test_cli import attnprune, listing
@@ -142,7 +142,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("attnprune.checkpoints.fsync", full)
+    monkeypatch.setattr("attnprune.files.fsync", full)
     with pytest.raises(AttnPruneError, match="no space left") as caught:
         masks.save(tmp_path / "m", masks.pack(random_mask()), range(11))
     assert caught.value.exit_code == 1
@@ -163,7 +163,7 @@ def test_inspect_saves_the_gates_of_a_text(place):
     assert saved.returncode == 0, saved.stderr
     assert "mask.safetensors" in saved.stderr
     mask = masks.read(place / "mask.safetensors")
-    model, tokenizer = runtime.load(place / "sparse", str(place / "base"))
+    model, tokenizer = loading.load(place / "sparse", str(place / "base"))
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     assert mask.input_ids.tolist() == ids[0].tolist()
     attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from attnprune.attention.interface import attach, gates_forced_open, gates_of
-from attnprune.data import IGNORED_LABEL, Blocks
+from attnprune.data.blocks import IGNORED_LABEL, Blocks
 from attnprune.measure import gate_statistics, measure, offset_edges
-from attnprune.runtime import dense
+from attnprune.sidecar.bases import dense
 
 
 @pytest.fixture

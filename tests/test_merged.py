@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import attnprune
-from attnprune import merged, runtime
 from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError, VerificationError
-from attnprune.probe import measure_probe
-from attnprune.sidecar import open_merged
+from attnprune.sidecar import loading, merged
+from attnprune.sidecar.folder import open_merged
+from attnprune.sidecar.probe import measure_probe
 from tests.factory import byte_tokenizer, save_tiny_llama
 from tests.sidecars import save_sidecar
 
@@ -56,7 +56,7 @@ def place(tmp_path_factory):
     for name, make, kind in (("llama", save_tiny_llama, "lora"), ("gpt2", save_tiny_gpt2, "delta")):
         base = make(folder / f"{name}-base")
         sidecar = save_sidecar(folder / f"{name}-sidecar", base, kind)
-        model, tokenizer = runtime.load(sidecar.path, str(base))
+        model, tokenizer = loading.load(sidecar.path, str(base))
         tokenizer.pad_token = tokenizer.eos_token
         tokenizer.chat_template = CHAT
         merged.write_merged(model, tokenizer, sidecar, folder / name, same_dtype=True)
@@ -99,7 +99,7 @@ def test_block_is_a_manifest_measured_on_the_files(place, name):
     assert manifest.weights.kind == "none"
     assert manifest.merged is not None
     assert manifest.merged.weights == sidecar.manifest.weights
-    model = runtime.load(place / name).model
+    model = loading.load(place / name).model
     assert measure_probe(model, manifest.probe.input_ids) == manifest.probe
     assert sorted(manifest.files) == ["gates.safetensors", "model.safetensors", "modeling_attnprune.py"]
     for file, entry in manifest.files.items():
@@ -113,7 +113,7 @@ def test_block_is_a_manifest_measured_on_the_files(place, name):
 @every
 def test_load_gives_the_sidecars_model(place, name):
     base = None if name == "demo" else str(place / f"{name}-base")
-    ours, theirs = runtime.load(place / name), runtime.load(place / f"{name}-sidecar", base)
+    ours, theirs = loading.load(place / name), loading.load(place / f"{name}-sidecar", base)
     ids = torch.tensor([open_merged(place / name).manifest.probe.input_ids])
     with torch.no_grad():
         assert torch.equal(ours.model(ids).logits, theirs.model(ids).logits)
@@ -127,7 +127,7 @@ def test_load_gives_the_sidecars_model(place, name):
 
 def test_bf16_folder_has_its_own_probe(place, tmp_path):
     sidecar = attnprune.open_sidecar(place / "llama-sidecar")
-    model, tokenizer = runtime.load(sidecar.path, str(place / "llama-base"))
+    model, tokenizer = loading.load(sidecar.path, str(place / "llama-base"))
     half = merged.write_merged(model.to(torch.bfloat16), tokenizer, sidecar, tmp_path / "half", same_dtype=False)
     assert half.probe.loss != sidecar.manifest.probe.loss
     assert half.probe.tolerance == 2e-2
@@ -139,15 +139,15 @@ def test_bf16_folder_has_its_own_probe(place, tmp_path):
     dtypes = {n: t.dtype for n, t in load_file(tmp_path / "half" / "model.safetensors").items()}
     assert {d for n, d in dtypes.items() if n.endswith("attnprune_gate.bias")} == {torch.float32}
     assert {d for n, d in dtypes.items() if "attnprune_gate" not in n} == {torch.bfloat16}
-    loaded = runtime.load(tmp_path / "half").model
+    loaded = loading.load(tmp_path / "half").model
     assert loaded.dtype == torch.bfloat16
     assert gates_of(loaded)[0].bias.dtype == torch.float32
-    assert runtime.load(tmp_path / "half", dtype=torch.float32).model.dtype == torch.float32
+    assert loading.load(tmp_path / "half", dtype=torch.float32).model.dtype == torch.float32
 
 
 def test_a_failed_write_leaves_nothing(place, tmp_path):
     sidecar = attnprune.open_sidecar(place / "llama-sidecar")
-    model, tokenizer = runtime.load(sidecar.path, str(place / "llama-base"))
+    model, tokenizer = loading.load(sidecar.path, str(place / "llama-base"))
     with torch.no_grad():
         model.lm_head.weight.mul_(3)  # not the model that the sidecar was measured with
     with pytest.raises(VerificationError):
@@ -161,8 +161,8 @@ def test_a_failed_write_leaves_nothing(place, tmp_path):
 def test_changed_weights_fail_the_probe(copy):
     damage(copy, lambda tensors: tensors["model.norm.weight"].mul_(3))
     with pytest.raises(VerificationError):
-        runtime.load(copy)
-    runtime.load(copy, verify=False)
+        loading.load(copy)
+    loading.load(copy, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_missing_or_nan_gates_are_refused(copy, change, message):
     with pytest.raises(ValueError, match=message):
         portable(copy)
     with pytest.raises(InputError, match=message):
-        runtime.load(copy)
+        loading.load(copy)
 
 
 def test_root_adapter_is_refused(copy, place):
@@ -188,7 +188,7 @@ def test_root_adapter_is_refused(copy, place):
     with pytest.raises(ValueError, match="adapter_config"):
         portable(copy)
     with pytest.raises(InputError, match="adapter_config"):
-        runtime.load(copy)
+        loading.load(copy)
 
 
 def test_no_block_is_refused(copy):
@@ -196,7 +196,7 @@ def test_no_block_is_refused(copy):
     del config["attnprune"]
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no attnprune block"):
-        runtime.load(copy)
+        loading.load(copy)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -229,7 +229,7 @@ def test_left_padded_batch_generates_what_each_row_does(place, name):
 )
 def test_caches_and_beams_agree_with_attnprune_load(place, name, options):
     model, tokenizer = portable(place / name)
-    ours = runtime.load(place / name).model
+    ours = loading.load(place / name).model
     batch = batch_of(name, tokenizer)
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     found = model.generate(**batch, **settings, **options)
@@ -314,7 +314,7 @@ def same_in_a_stranger(stranger, path, prompt, tmp_path, model, tokenizer):
 @pytest.mark.parametrize(("name", "prompt"), [("demo", "12+3"), ("llama", "The gate")])
 def test_same_model_without_attnprune(place, stranger, tmp_path, name, prompt):
     base = None if name == "demo" else str(place / f"{name}-base")
-    model, tokenizer = runtime.load(place / f"{name}-sidecar", base)
+    model, tokenizer = loading.load(place / f"{name}-sidecar", base)
     assert same_in_a_stranger(stranger, place / name, prompt, tmp_path, model, tokenizer) <= 1e-5
 
 

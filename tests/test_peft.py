@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from attnprune import runtime
 from attnprune.attention.interface import gates_forced_open
-from attnprune.sidecar import base_tensors, open_sidecar
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.folder import open_sidecar
+from attnprune.sidecar.identity import base_tensors
 from tests.factory import save_tiny_llama
 from tests.sidecars import save_sidecar
 from tests.test_merged import save_tiny_gpt2
@@ -28,7 +29,7 @@ def place(tmp_path_factory):
     """(sidecar, base) by name: golden ones, the first release's trained one, and random ones of another rank."""
     folder = tmp_path_factory.mktemp("peft")
     known = {name: (VECTORS / name, VECTORS / "bases" / base) for name, base in GOLDEN.items()}
-    known["first-release"] = (VECTORS / "first-release", runtime.demo_folder())
+    known["first-release"] = (VECTORS / "first-release", bases.demo_folder())
     for name, make in (("gpt2", save_tiny_gpt2), ("llama", save_tiny_llama)):
         base = make(folder / f"{name}-base")
         known[name] = (save_sidecar(folder / name, base, "lora").path, base)
@@ -41,7 +42,7 @@ def test_peft_merges_the_adapter_into_our_weights(place, name):
     base = AutoModelForCausalLM.from_pretrained(folder)
     before = {key: tensor.detach().clone() for key, tensor in base.named_parameters()}
     found = dict(PeftModel.from_pretrained(base, sidecar / "adapter").merge_and_unload().named_parameters())
-    expected = base_tensors(runtime.load(sidecar, str(folder)).model)
+    expected = base_tensors(loading.load(sidecar, str(folder)).model)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key].data, tensor.data, rtol=0, atol=TOLERANCE)
@@ -53,7 +54,7 @@ def test_peft_merges_the_adapter_into_our_weights(place, name):
 @every
 def test_peft_computes_our_logits_with_every_gate_open(place, name):
     sidecar, folder = place[name]
-    ours = runtime.load(sidecar, str(folder), dtype=torch.float32).model
+    ours = loading.load(sidecar, str(folder), dtype=torch.float32).model
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, sidecar / "adapter").eval()
     ids = torch.tensor([open_sidecar(sidecar).manifest.probe.input_ids])

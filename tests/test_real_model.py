@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import attnprune
-from attnprune import recipe, runtime
 from attnprune.attention.interface import gates_of
-from attnprune.config import build_config
+from attnprune.runs.config import build_config
+from attnprune.sidecar import loading
+from attnprune.training import recipe
 from tests.factory import save_text
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def test_sidecar_is_small_and_names_a_gguf_base(sparse):
 
 def test_probe_is_reproduced_and_edges_are_gone(sparse):
     sidecar, (model, _) = sparse
-    runtime.verify_probe(model, sidecar.manifest)
+    loading.verify_probe(model, sidecar.manifest)
     assert sidecar.manifest.result.density < 0.95
 
 

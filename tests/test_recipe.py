@@ -19,13 +19,18 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import attnprune
-from attnprune import checkpoints, data, recipe, runtime, trainer
-from attnprune.config import RunConfig, build_config, merge
+from attnprune.data.sampling import sample
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
-from attnprune.evaluation import SELF_SEED, evaluate_model
-from attnprune.merged import write_merged
-from attnprune.runs import CHECKPOINTS, locked, read_resumed, without_local_paths
-from attnprune.sidecar import open_sidecar
+from attnprune.files import locked
+from attnprune.runs.config import RunConfig, build_config, merge
+from attnprune.runs.folder import CHECKPOINTS, read_resumed, without_local_paths
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.folder import open_sidecar
+from attnprune.sidecar.merged import write_merged
+from attnprune.training import checkpoints, recipe, trainer
+from attnprune.training.evaluation import SELF_SEED, evaluate_model
+from attnprune.training.resolve import load_base, resolve
+from attnprune.training.start import start_from
 from tests.factory import byte_tokenizer, save_text, save_tiny_llama
 from tests.sidecars import save_sidecar
 
@@ -61,7 +66,7 @@ def uninterrupted(inputs, tmp_path_factory):
 def test_bf16_on_a_processor_without_it_is_told(inputs, tmp_path, monkeypatch, capability, precision, told):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     config = run_config(inputs, tmp_path / "run", train={"precision": precision})
-    _, notes = recipe.resolve(config, recipe.load_base(config))
+    _, notes = resolve(config, load_base(config))
     assert any("no bf16 instructions" in note for note in notes) == told
 
 
@@ -93,12 +98,12 @@ def test_metrics_hold_the_constraint_numbers(uninterrupted):
 def test_every_scope_loads_back_and_moves_only_its_weights(inputs, tmp_path, scope, kind):
     sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", train={"scope": scope, "steps": 8}))
     assert sidecar.manifest.weights.kind == kind
-    base = dict(runtime.load_base(str(inputs[0])).model.named_parameters())
+    base = dict(bases.load_base(str(inputs[0])).model.named_parameters())
     sparse = attnprune.load(sidecar.path, base=str(inputs[0])).model
     moved = {n for n, p in sparse.named_parameters() if n in base and not torch.equal(p, base[n])}
     attention = {n for n in base if "self_attn" in n}
     assert moved == {"gates": set(), "lora": attention, "attn": attention, "full": set(base)}[scope]
-    runtime.verify_probe(sparse, sidecar.manifest)
+    loading.verify_probe(sparse, sidecar.manifest)
 
 
 STILL = {"learning_rate": 1e-30, "gate_learning_rate": 1e-30, "steps": 1}
@@ -179,21 +184,21 @@ def test_gates_that_do_not_fit_are_refused(inputs, tmp_path, heads):
     gate = good.manifest.gate.model_copy(update={"heads": heads})
     forged = replace(good, manifest=good.manifest.model_copy(update={"gate": gate}))
     config = run_config(inputs, tmp_path / "run", train={"scope": "gates"})
-    model = runtime.load_base(str(inputs[0])).model
+    model = bases.load_base(str(inputs[0])).model
     recipe.attach(model)
     with pytest.raises(InputError, match="gates do not fit"):
-        recipe.start_from(model, forged, config)
+        start_from(model, forged, config)
 
 
 def test_weights_that_become_infinite_are_refused(inputs, tmp_path):
     sidecar = save_sidecar(tmp_path / "sidecar", inputs[0], kind="delta")
-    model = runtime.load_base(str(inputs[0])).model
+    model = bases.load_base(str(inputs[0])).model
     recipe.attach(model)
     weights = {name: tensor.double() for name, tensor in sidecar.weights().items()}
     next(iter(weights.values()))[0, 0] = 1e300
     object.__setattr__(sidecar, "weights", lambda: weights)
     with pytest.raises(InputError, match="is not finite in"):
-        recipe.start_from(model, sidecar, run_config(inputs, tmp_path / "run"))
+        start_from(model, sidecar, run_config(inputs, tmp_path / "run"))
 
 
 def test_a_run_that_started_from_a_sidecar_resumes(inputs, tmp_path):
@@ -326,9 +331,9 @@ def test_eval_on_text_that_the_base_writes(uninterrupted, inputs, tmp_path, monk
 
 
 def test_text_to_measure_on_is_not_that_of_a_runs_seed(inputs):
-    base = runtime.load_base(str(inputs[0]))
+    base = bases.load_base(str(inputs[0]))
     seeds = (0, 1, 2**32 - 1, SELF_SEED)
-    drawn = [data.sample(base.model, base.tokenizer, 4, 16, seed) for seed in seeds]
+    drawn = [sample(base.model, base.tokenizer, 4, 16, seed) for seed in seeds]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
@@ -447,7 +452,7 @@ def _train_and_die(config: RunConfig, die_at: int, counter) -> None:
         elif event == "os.rename":
             about_to_write(args[1], atomic=True)
 
-    from attnprune import trainer
+    from attnprune.training import trainer
 
     original = trainer.save_file
 

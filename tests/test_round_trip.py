@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from attnprune import runtime
+from attnprune.sidecar import bases
 from tests.factory import save_text
 from tests.hub_server import HubServer
 from tests.test_real_model import gguf_file
@@ -64,7 +64,7 @@ for way, load in ways.items():
 def place(tmp_path_factory):
     """(server, folder, command): a Hub that holds the base model as its publisher would put it there."""
     folder = tmp_path_factory.mktemp("round-trip")
-    found = runtime.load_base(str(gguf_file()))
+    found = bases.load_base(str(gguf_file()))
     found.model.save_pretrained(folder / "base")
     found.tokenizer.save_pretrained(folder / "base")
     save_text(folder / "text.txt", 60)

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnprune import format, masks, runtime, sidecar
 from attnprune.errors import VerificationError
+from attnprune.sidecar import format, loading, masks
+from attnprune.sidecar.folder import is_merged, open_artefact, open_sidecar
 from examples import read_sidecar
 from examples.write_vectors import BASES, KINDS, VECTORS, expected_mask, expected_merged, expected_sidecar, write_all
 
@@ -40,7 +41,7 @@ def base_of(name):
 
 
 def manifest_of(folder):
-    return sidecar.open_artefact(folder).manifest
+    return open_artefact(folder).manifest
 
 
 def differences(found, stored, tolerance, where=""):
@@ -93,7 +94,7 @@ def test_a_golden_mask_is_read(name):
 def test_a_golden_manifest_is_written_again_as_it_was(name):
     folder = VECTORS / name
     text = manifest_of(folder).to_json()
-    if sidecar.is_merged(folder):
+    if is_merged(folder):
         assert json.loads(text) == json.loads((folder / "config.json").read_text())["attnprune"]
     else:
         assert text == (folder / format.MANIFEST_FILE).read_text()
@@ -101,7 +102,7 @@ def test_a_golden_manifest_is_written_again_as_it_was(name):
 
 def test_the_first_release_is_verified_and_applied(tmp_path):
     folder = VECTORS / "first-release"
-    manifest = sidecar.open_sidecar(folder).manifest
+    manifest = open_sidecar(folder).manifest
     assert (manifest.created_by, manifest.weights.kind) == ("attnprune 0.1.0", "lora")
     for command in ("verify", "apply"):
         done = python("-m", "attnprune", command, folder, "--json")
@@ -111,7 +112,7 @@ def test_the_first_release_is_verified_and_applied(tmp_path):
     values["probe"]["open_edges"] += 50
     (tmp_path / "changed" / format.MANIFEST_FILE).write_text(json.dumps(values))
     with pytest.raises(VerificationError):  # the probe was really run
-        runtime.load(tmp_path / "changed")
+        loading.load(tmp_path / "changed")
 
 
 REMOTE = """
@@ -165,7 +166,7 @@ def test_the_small_reader_is_small_and_needs_numpy_alone():
 def test_the_small_reader_finds_what_the_package_finds(name):
     folder = VECTORS / name
     found, manifest = read_sidecar.read(folder), manifest_of(folder)
-    assert found["merged"] == sidecar.is_merged(folder)
+    assert found["merged"] == is_merged(folder)
     assert found["manifest"] == manifest.model_dump(exclude_none=True)
     gates = format.read_arrays((folder / format.GATES_FILE).read_bytes(), format.GATES_FILE)
     for layer in range(len(manifest.gate.heads)):
@@ -173,7 +174,7 @@ def test_the_small_reader_finds_what_the_package_finds(name):
             assert found[key.split(".")[1]][layer] == gates[f"layers.{layer}.{key}"].tolist()
     assert found["offset_edges"] == gates["stats.offset_edges"].tolist()
     if not found["merged"]:
-        weights = sidecar.open_sidecar(folder).weights()
+        weights = open_sidecar(folder).weights()
         assert found["weights"].keys() == weights.keys()
         for key, values in weights.items():
             assert np.array_equal(found["weights"][key], values.float().numpy())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnprune import gates
+from attnprune.attention import gates
 from attnprune.attention.sparse import attend
 
 # Rows and scores computed at once (measured on CPU): with fewer rows the matmuls are slow, with more a block computes

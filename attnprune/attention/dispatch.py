@@ -16,10 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnprune.attention import chunked, ops
 from attnprune.attention.chunked import GatedOutput, GateSettings
+from attnprune.attention.gates import logistic_noise
 from attnprune.attention.reference import gated_attention_reference, open_edges_reference
 from attnprune.attention.spans import Spans, spans_of
 from attnprune.errors import InputError, UnsupportedModelError
-from attnprune.gates import logistic_noise
 
 BACKENDS = ("triton", "chunked", "reference")
 VARIABLE = "ATTNPRUNE_BACKEND"

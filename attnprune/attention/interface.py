@@ -19,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk
 from attnprune.attention.dispatch import gated_attention
+from attnprune.attention.gates import mix_seed
 from attnprune.attention.reference import gated_attention_reference
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
-from attnprune.gates import mix_seed
 
 NAME = "attnprune"
 GATE_ATTRIBUTE = "attnprune_gate"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnprune import gates
+from attnprune.attention import gates
 
 
 def gated_attention_reference(

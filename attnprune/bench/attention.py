@@ -7,237 +7,29 @@ definition; dense ones with softmax attention, which is the definition with ever
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnprune.attention.chunked import GateSettings
-from attnprune.attention.dispatch import choose, gated_attention
-from attnprune.attention.interface import gates_of
+from attnprune.attention.gates import logistic_noise
 from attnprune.attention.reference import gated_attention_reference
 from attnprune.bench import clock
+from attnprune.bench.cases import NOISE_SEED, Case
+from attnprune.bench.providers import GATED, PROVIDERS, SDPA, attend, step
 from attnprune.bench.record import Row
-from attnprune.errors import InputError, UnsupportedModelError
-from attnprune.gates import logistic_noise
+from attnprune.errors import InputError
 
-Suite = Literal["train", "prefill", "decode"]
-SUITES: tuple[Suite, ...] = get_args(Suite)
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa-math": SDPBackend.MATH,
-}  # fmt: skip
-GATED = ("eager", "chunked", "triton", "splash")
-PROVIDERS = (*SDPA, "flex", *GATED)
 CHECKED_ELEMENTS = 2**22  # scores of the fp64 definition held at once
 # A score this close to its threshold may fall on either side by rounding (relative to the score where that is above 1).
 UNDECIDED = 2e-5
-NOISE_SEED = 1234
 # Relative error (Frobenius norm) up to which a provider counts as right; 16-bit outputs are rounded.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Instructions per score / 128 lanes: the clocks that a kernel needs at least (tests/aot.json), by (suite, d <= 64).
 ISSUE_CLOCKS = {("train", True): 0.52, ("train", False): 0.61, ("prefill", True): 0.067, ("prefill", False): 0.074}
 H100_CLOCKS = 132 * 1.755e9
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration: query [B, H, Q, D], key and value [B, H_kv, K, D], bias [H], the last Q of K positions."""
-
-    suite: Suite
-    name: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor
-    noise: bool = False
-    scale: float | None = None
-
-    @property
-    def visible(self) -> Tensor:
-        """Causal mask, bool [1, 1, Q, K]."""
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        rows = torch.arange(keys - queries, keys, device=self.query.device)[:, None]
-        return (torch.arange(keys, device=self.query.device) <= rows)[None, None]
-
-    @property
-    def scaling(self) -> float:
-        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-    @property
-    def scores(self) -> int:
-        """Visible (query, key, head) triples."""
-        return int(self.visible.sum()) * self.query.shape[0] * self.query.shape[1]
-
-    def density(self) -> float:
-        """Open / visible edges, in chunks of memory."""
-        with torch.no_grad():
-            made = gated_attention(
-                self.query, self.key, self.value, self.bias, self.visible, scaling=self.scaling, backend="chunked"
-            )
-        return int(made.open_edges.sum()) / self.scores
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(query, key, value, bias) -> (output, penalty or None)."""
-
-
-def gaussian_case(
-    suite: Suite, *, batch: int, heads: int, kv_heads: int, keys: int, width: int, dtype: torch.dtype,
-    device: torch.device, density: float, noise: bool, seed: int,
-) -> Case:  # fmt: skip
-    """Gaussian q, k and v, with a bias per head that leaves about `density` of its edges open."""
-    draw = torch.Generator().manual_seed(seed)
-    queries = 1 if suite == "decode" else keys
-
-    def normal(count: int, length: int) -> Tensor:
-        return torch.randn(batch, count, length, width, generator=draw).to(device, dtype)
-
-    query, key, value = normal(heads, queries), normal(kv_heads, keys), normal(kv_heads, keys)
-    name = f"B{batch} H{heads}/{kv_heads} T{keys} d{width} {str(dtype)[6:]} {100 * density:g} %"
-    case = Case(suite, name + (" noise" if noise else ""), query, key, value, torch.zeros(heads, device=device), noise)
-    return replace(case, bias=bias_for_density(case, density))
-
-
-def bias_for_density(case: Case, density: float) -> Tensor:
-    """Per head the bias that leaves this share of the edges open, from the scores of up to 64 queries per sequence."""
-    rows = torch.linspace(0, case.query.shape[2] - 1, min(64, case.query.shape[2]), device=case.query.device).long()
-    seen = case.visible[0, 0, rows]
-    group = case.query.shape[1] // case.key.shape[1]
-    found = []
-    for head in range(case.query.shape[1]):
-        scores = case.query[:, head, rows].float() @ case.key[:, head // group].float().transpose(-1, -2)
-        ordered = scores[:, seen].flatten().sort().values * case.scaling
-        # halfway between two scores, so that none of them sits on the threshold
-        closed = min(max(1, round((1 - density) * len(ordered))), len(ordered) - 1)
-        found.append(-ordered[closed - 1 : closed + 1].mean())
-    return torch.stack(found)
-
-
-def attend(provider: str, case: Case) -> Attend:
-    """The provider as a function of tensors. Raises UnsupportedModelError where it cannot run the case."""
-    if provider in SDPA:
-        return _sdpa(SDPA[provider], case)
-    if provider == "flex":
-        return _flex(case)
-    if provider == "eager":
-        return _eager(case)
-    if provider == "splash":
-        return _splash(case)
-    return _ours(provider, case)
-
-
-def _sdpa(backend: SDPBackend, case: Case) -> Attend:
-    causal = case.query.shape[2] > 1
-
-    def run(query, key, value, bias):
-        with sdpa_kernel(backend):
-            return functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=causal,
-                scale=case.scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            ), None
-
-    return run
-
-
-def _flex(case: Case) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    queries, keys = case.query.shape[2], case.key.shape[2]
-
-    def causal(b, h, query, key):
-        return query + keys - queries >= key
-
-    mask = create_block_mask(causal, None, None, queries, keys, device=str(case.query.device))
-    compiled = torch.compile(flex_attention)
-
-    def run(query, key, value, bias):
-        grouped = query.shape[1] != key.shape[1]
-        return compiled(query, key, value, block_mask=mask, scale=case.scaling, enable_gqa=grouped), None
-
-    return run
-
-
-def _eager(case: Case) -> Attend:
-    """The definition in fp32 with dense [B, H, Q, K] tensors, as one writes it in PyTorch."""
-    visible = case.visible
-
-    def run(query, key, value, bias):
-        noise = None
-        if case.noise:
-            noise = torch.logit(torch.rand(*query.shape[:3], key.shape[2], device=query.device).clamp(1e-7, 1 - 1e-7))
-        output, _, penalty = gated_attention_reference(
-            query.float(), key.float(), value.float(), bias, visible, scaling=case.scaling, noise=noise
-        )
-        return output.to(query.dtype), penalty
-
-    return run
-
-
-def _splash(case: Case) -> Attend:
-    """The authors' kernel (github.com/hrpan/splash_attention): one bias for all heads, no grouped queries, no cache."""
-    if importlib.util.find_spec("splash_attention") is None:
-        raise UnsupportedModelError("splash_attention is not installed")
-    if case.query.shape != case.key.shape:
-        raise UnsupportedModelError("no grouped queries and no cache")
-    if case.scale is not None:
-        raise UnsupportedModelError("no scaling but 1 / sqrt(d)")
-    from splash_attention import splash_attention  # pyright: ignore[reportMissingImports]
-
-    def run(query, key, value, bias):
-        output, penalty, *_ = splash_attention(query, key, value, float(case.bias.mean()), True, case.noise, False)
-        return output, penalty
-
-    return run
-
-
-def _ours(backend: str, case: Case) -> Attend:
-    visible = case.visible
-    choose(case.query.device, case.query.dtype, case.query.shape[-1], backend=backend)  # raises if it cannot
-    settings = GateSettings(noise_seed=NOISE_SEED if case.noise else None)
-
-    def run(query, key, value, bias):
-        made = gated_attention(
-            query, key, value, bias, visible, scaling=case.scaling, settings=settings, backend=backend
-        )
-        return made.output, made.penalty
-
-    return run
-
-
-def step(function: Attend, case: Case) -> clock.Run:
-    """What is timed: the forward, in the train suite with the backward."""
-    leaves = [case.query, case.key, case.value, case.bias]
-    if case.suite != "train":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*leaves)[0]
-
-        return forward
-    leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    above = torch.randn_like(case.query)
-
-    def forward_backward() -> None:
-        output, penalty = function(*leaves)
-        outputs, gradients = [output], [above]
-        if penalty is not None:
-            outputs, gradients = [output, penalty], [above, torch.ones_like(penalty)]
-        # not `backward`: gradients that stay on the leaves would count as there before the run, not as its memory
-        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-
-    return forward_backward
 
 
 def error_of(provider: str, case: Case) -> float | None:
@@ -378,35 +170,3 @@ def run(
         on_rows(made)
         rows += made
     return rows, []
-
-
-def captured_case(
-    suite: Suite, model: torch.nn.Module, ids: Tensor, layer: int, name: str, dtype: torch.dtype
-) -> Case:  # fmt: skip
-    """The q, k, v, scaling and biases of one layer of a sparse model on a text: `ids` [1, T].
-
-    Raises:
-        InputError: no such layer, or one with more than causal softmax (capped scores, sinks, a window).
-    """
-    gates = gates_of(model)
-    if not 0 <= layer < len(gates):
-        raise InputError(f"--layer: {layer} is not within 0 and {len(gates) - 1}")
-    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
-    hook = gates[layer].register_forward_pre_hook(
-        lambda gate, args, options: calls.append((args, options)), with_kwargs=True
-    )
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        hook.remove()
-    [((query, key, value, visible), options)] = calls
-    extra = [what for what, key_ in (("capped scores", "softcap"), ("sinks", "sinks")) if options[key_] is not None]
-    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
-    case = Case(suite, name, query, key, value, gates[layer].bias.detach(), scale=options["scaling"])
-    extra += [] if torch.equal(visible.expand_as(case.visible), case.visible) else ["a mask that is not just causal"]
-    if extra:
-        raise InputError(f"--layer: layer {layer} has {extra[0]}, which not every implementation here knows")
-    if math.isclose(options["scaling"], query.shape[-1] ** -0.5):
-        case = replace(case, scale=None)
-    return replace(case, query=query[:, :, -1:].contiguous()) if suite == "decode" else case

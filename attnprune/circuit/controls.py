@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprune.circuit.adapters import Anatomy
-from attnprune.circuit.cache import Cache
-from attnprune.circuit.graph import Graph
-from attnprune.circuit.ranking import eap_ig_orders, score_edges
+from attnprune.circuit.model.adapters import Anatomy
+from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import ControlModel, RandomCircuits, Templates
-from attnprune.circuit.search import bisect, circuit_of_size, evaluate_sizes, size_grid, stable
-from attnprune.circuit.splits import Settings, Split, Watch
+from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
+from attnprune.circuit.search.sizes import bisect, circuit_of_size, evaluate_sizes, size_grid, stable
+from attnprune.circuit.search.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.errors import AttnPruneError
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attnprune.attention.interface import attach
-from attnprune.circuit.adapters import Anatomy, anatomy_of, weight_of
-from attnprune.circuit.graph import ATTENTION_KINDS, Graph
-from attnprune.circuit.patching import Metric
+from attnprune.circuit.model.adapters import Anatomy, anatomy_of, weight_of
+from attnprune.circuit.model.effects import Metric
+from attnprune.circuit.model.graph import ATTENTION_KINDS, Graph
 from attnprune.errors import InputError
 
 VOCABULARY = 64

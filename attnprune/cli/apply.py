@@ -33,9 +33,9 @@ def apply(
     if len(paths) > 2:
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
     base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
-    from attnprune import format
-    from attnprune.hub import locate, shown
-    from attnprune.sidecar import has_release_code, open_artefact
+    from attnprune.sidecar import format
+    from attnprune.sidecar.folder import has_release_code, open_artefact
+    from attnprune.sidecar.hub import locate, shown
 
     folder = locate(path, revision)
     sidecar = open_artefact(folder)
@@ -48,16 +48,16 @@ def apply(
         raise InputError(f"{merge}: exists and is not empty")  # before anything heavy is imported
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
-    from attnprune import runtime
-    from attnprune.merged import write_merged
+    from attnprune.sidecar import bases, loading
+    from attnprune.sidecar.merged import write_merged
 
-    model, tokenizer = runtime.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
+    model, tokenizer = loading.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
     lines = [f"{shown(folder)}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
     if merge is not None and not dry_run:
         before = sidecar.manifest.probe
         if dtype is not None:
-            model = model.to(runtime.torch_dtype(dtype))
+            model = model.to(bases.torch_dtype(dtype))
         same = dtype in (None, sidecar.manifest.base.dtype) and not allow_base_mismatch
         after = write_merged(model, tokenizer, sidecar, merge, same_dtype=same).probe
         facts |= {"merged": str(merge), "probe_loss": after.loss, "probe_open_edges": after.open_edges}

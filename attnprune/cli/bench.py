@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import out
 
 if TYPE_CHECKING:
-    from attnprune.bench.attention import Suite
     from attnprune.bench.record import Row
 
 app = typer.Typer(
@@ -64,79 +62,37 @@ def attention(
     """One attention layer: SDPA, FlexAttention, eager PyTorch and ours; checked against the definition, then timed."""
     out.configure(json=as_json, quiet=quiet)
     _check_out(out_file)
-    from attnprune.bench import attention as bench
+    from attnprune.bench import attention, setup
+    from attnprune.bench.providers import GATED, SDPA
     from attnprune.errors import InputError
-    from attnprune.runtime import pick_device, torch_dtype
 
-    suites = [_suite(name) for name in suite]
+    suites = setup.suites_named(suite)
     if kv_heads and heads % kv_heads:
         raise InputError(f"--kv-heads: {heads} heads are no multiple of {kv_heads}")
     if source is not None and data is None:
         raise InputError("--from: needs --data FILE.txt")
-    import torch
-
-    where = torch.device(pick_device(device))
-    kind = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
-    if kind not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16, float16 or auto")
+    where = setup.device_named(device)
+    kind = setup.dtype_named(dtype, where)
     if source is not None and data is not None:
-        cases, names = _captured(bench, source, base, data, layer, suites, seq_len, where, torch_dtype(kind))
+        cases = setup.captured_cases(source, base, data, layer, suites, seq_len, where, kind)
     else:
-        cases, names = [], []
-        for length in seq_len:
-            for name in suites:
-                for share in density[:1] if name == "train" else density:
-                    options: dict[str, Any] = {
-                        "batch": batch_size, "heads": heads, "kv_heads": kv_heads or heads, "keys": length,
-                        "width": head_dim, "dtype": torch_dtype(kind), "device": where, "density": share, "seed": seed,
-                    }  # fmt: skip
-                    options |= {"suite": name, "noise": noise and name == "train"}
-                    cases.append(partial(bench.gaussian_case, **options))
-                    names.append(f"{name} T{length} {share:g}")
+        cases = setup.gaussian_cases(
+            suites, seq_len, density, noise=noise, batch=batch_size, heads=heads, kv_heads=kv_heads or heads,
+            width=head_dim, dtype=kind, device=where, seed=seed,
+        )  # fmt: skip
     flex = ("flex",) if where.type == "cuda" else ()  # on a CPU it compiles for a minute and has no backward pass
     if not provider and not flex:
         out.note("flex: left out on a CPU, where it has no backward pass; --provider flex asks for it")
-    providers = provider or [*bench.SDPA, *flex, *bench.GATED]
-    rows, left_out = bench.run(
-        cases,
+    providers = provider or [*SDPA, *flex, *GATED]
+    rows, left_out = attention.run(
+        [make for _, make in cases],
         providers,
         repeats,
         time_budget,
-        names,
+        [name for name, _ in cases],
         lambda made: out.note(f"{made[0].suite}: {made[0].configuration}"),
     )
     _finish(rows, left_out, where, seed, out_file)
-
-
-def _suite(name: str) -> Suite:
-    from attnprune.bench.attention import SUITES
-    from attnprune.errors import InputError
-
-    for suite in SUITES:
-        if suite == name:
-            return suite
-    raise InputError(f"--suite: {name} is not one of {', '.join(SUITES)}")
-
-
-def _captured(bench, source, base, data, layer, suites, lengths, device, dtype):
-    """Cases from a real sparse model, and their names."""
-    from attnprune.data import documents, pack
-    from attnprune.errors import InputError
-    from attnprune.runtime import context_length, load
-
-    model, tokenizer = load(source, base, device=str(device))
-    longest, context = max(lengths), context_length(model)
-    if context is not None and longest > context:
-        raise InputError(f"--seq-len: {longest} is more than the model's context of {context}")
-    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids.to(device)
-    cases, names = [], []
-    for length in lengths:
-        for name in suites:
-            title = f"{Path(source).name} layer {layer} T{length} {str(dtype)[6:]}"
-
-            cases.append(partial(bench.captured_case, name, model, ids[:, :length], layer, title, dtype))
-            names.append(f"{name} {title}")
-    return cases, names
 
 
 @app.command("train")
@@ -156,9 +112,10 @@ def train(
     out.configure(json=as_json, quiet=quiet)
     _check_out(out_file)
     from attnprune.bench.models import bench_train
+    from attnprune.bench.setup import pair, random_tokens
 
-    dense, gated, where = _pair(model, base, device)
-    ids = _random_tokens(dense, batch_size, seq_len, seed, where)
+    dense, gated, where = pair(model, base, device)
+    ids = random_tokens(dense, batch_size, seq_len, seed, where)
     _finish(bench_train(dense, gated, ids, repeats), [], where, seed, out_file)
 
 
@@ -180,55 +137,11 @@ def generate(
     out.configure(json=as_json, quiet=quiet)
     _check_out(out_file)
     from attnprune.bench.models import bench_generate
+    from attnprune.bench.setup import pair, random_tokens
 
-    dense, sparse, where = _pair(model, base, device)
-    ids = _random_tokens(dense, batch_size, seq_len, seed, where, spare=new_tokens)
+    dense, sparse, where = pair(model, base, device)
+    ids = random_tokens(dense, batch_size, seq_len, seed, where, spare=new_tokens)
     _finish(bench_generate(dense, sparse, ids, new_tokens, repeats), [], where, seed, out_file)
-
-
-def _pair(name: str, base: str | None, device: str) -> tuple[Any, Any, Any]:
-    """(dense base with SDPA, gated model, device); a base model gets gates at 99 % of its softmax mass."""
-    import torch
-
-    from attnprune.errors import InputError
-    from attnprune.hub import sparse_folder
-    from attnprune.runtime import context_length, default_base, load, load_base, pick_device
-    from attnprune.sidecar import is_merged, open_sidecar
-
-    where = torch.device(pick_device(device))
-    folder = sparse_folder(name)
-    if folder is None:
-        from attnprune.attention.interface import attach, gates_of
-        from attnprune.calibration import bias_for_mass
-
-        dense, gated = (load_base(name, device=where.type).model for _ in range(2))
-        attach(gated)
-        ids = _random_tokens(gated, 1, min(128, context_length(gated) or 128), 0, where)
-        for gate, bias in zip(gates_of(gated), bias_for_mass(gated, ids, 0.99), strict=True):
-            gate.bias.data.copy_(bias)
-    else:
-        gated, _ = load(folder, base, device=where.type)
-        named, revision = base, None
-        if named is None:
-            if is_merged(folder):
-                raise InputError(f"{name}: is a merged model", hint="name its dense base with --base MODEL")
-            named, revision = default_base(open_sidecar(folder))
-        dense = load_base(named, revision=revision, device=where.type, dtype=gated.dtype).model
-    dense.set_attn_implementation("sdpa")
-    return dense, gated, where
-
-
-def _random_tokens(model: Any, batch: int, length: int, seed: int, device: Any, spare: int = 0) -> Any:
-    import torch
-
-    from attnprune.errors import InputError
-    from attnprune.runtime import context_length
-
-    context = context_length(model)
-    if context is not None and length + spare > context:
-        raise InputError(f"--seq-len: {length + spare} tokens are more than the model's context of {context}")
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, (batch, length), generator=draw).to(device)
 
 
 def _check_out(file: Path | None) -> None:
@@ -243,7 +156,7 @@ def _finish(rows: list[Row], left_out: list[str], device: Any, seed: int, file: 
     """Print and write the record; exit code 4 if an implementation computed something else."""
     from attnprune.bench.clock import machine
     from attnprune.bench.record import Record
-    from attnprune.checkpoints import write_atomic
+    from attnprune.files import write_atomic
     from attnprune.report import benchmark
 
     command = "attnprune " + " ".join(sys.argv[1:])

@@ -19,8 +19,9 @@ def diff(
 ) -> None:
     """Show what differs between two sparse models of one base, or between the base and a sparse model."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune import diff as difference
-    from attnprune.hub import locate_sparse
+    from attnprune.report.diff import as_data, render
+    from attnprune.sidecar.diff import compare
+    from attnprune.sidecar.hub import locate_sparse
 
-    found = difference.compare(*(str(locate_sparse(path) or path) for path in (a, b)))
-    out.result(difference.as_data(found), *difference.render(found, limit))
+    found = compare(*(str(locate_sparse(path) or path) for path in (a, b)))
+    out.result(as_data(found), *render(found, limit))

@@ -36,23 +36,23 @@ def evaluate(
     from pathlib import Path
 
     from attnprune.errors import InputError
-    from attnprune.hub import locate_sparse
-    from attnprune.sidecar import open_sidecar
+    from attnprune.sidecar.folder import open_sidecar
+    from attnprune.sidecar.hub import locate_sparse
 
     folder = locate_sparse(path, revision) or Path(path)
     is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
     sidecar = open_sidecar(folder) if is_sidecar else None
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
-    from attnprune.evaluation import evaluate_model
-    from attnprune.report import terminal
+    from attnprune.report.evaluation import report_data, report_table
+    from attnprune.training.evaluation import evaluate_model
 
     reports = evaluate_model(
         path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len, tokens=tokens,
         batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
-    facts: dict[str, Any] = {"reports": [terminal.report_data(r) for r in reports]}
-    lines: list[object] = [terminal.report_table(reports)]
+    facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
+    lines: list[object] = [report_table(reports)]
     if sidecar is not None and not data:
         stored, now = sidecar.manifest.result, reports[0]
         facts["reproduced"] = (now.loss, now.open_edges) == (stored.loss, stored.open_edges)

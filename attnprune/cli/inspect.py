@@ -31,10 +31,10 @@ def inspect(
 ) -> None:
     """Show what a sidecar learned: outcome, density of every head, distances; with --text the edges of a text."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune import masks
     from attnprune.errors import InputError
-    from attnprune.hub import locate
-    from attnprune.sidecar import open_artefact
+    from attnprune.sidecar import masks
+    from attnprune.sidecar.folder import open_artefact
+    from attnprune.sidecar.hub import locate
 
     folder = locate(path, revision, weights=runtime or text is not None)
     sidecar = open_artefact(folder)
@@ -46,32 +46,35 @@ def inspect(
         _show_backends(folder, base, allow_base_mismatch)
         return
     if text is None:
-        from attnprune.report import terminal
+        from attnprune.report.sidecar import summary, summary_data
 
-        out.result(terminal.summary_data(sidecar), *terminal.summary(sidecar))
+        out.result(summary_data(sidecar), *summary(sidecar))
         return
-    from attnprune.report import edges
+    from attnprune.report.edges import as_data, render
+    from attnprune.sidecar.edges import open_edges
 
     heads = sidecar.manifest.gate.heads
     if layer is not None and not 0 <= layer < len(heads):
         raise InputError(f"--layer: {layer} is not within 0 and {len(heads) - 1}")
     if head is not None and not 0 <= head < max(heads):
         raise InputError(f"--head: {head} is not within 0 and {max(heads) - 1}")
-    from attnprune.runtime import load
+    from attnprune.sidecar.loading import load
 
     model, tokenizer = load(folder, base, allow_base_mismatch=allow_base_mismatch)
-    found = edges.open_edges(model, tokenizer, text)
+    found = open_edges(model, tokenizer, text)
     chosen = [e for e in found.edges if layer in (None, e.layer) and head in (None, e.head)]
     if save_mask is not None:
         masks.save(save_mask, found.mask(heads), found.input_ids)
         out.note(f"mask of all heads written to {save_mask}")
-    out.result(edges.as_data(found, chosen), *edges.render(found, chosen, limit))
+    out.result(as_data(found, chosen), *render(found, chosen, limit))
 
 
 def _show_backends(folder: Path, base: str | None, allow_base_mismatch: bool) -> None:
-    from attnprune.report import backends
-    from attnprune.runtime import load, pick_device
+    from attnprune.attention.backends import backends
+    from attnprune.report.backends import as_data, render
+    from attnprune.sidecar.bases import pick_device
+    from attnprune.sidecar.loading import load
 
     model, _ = load(folder, base, device=pick_device("auto"), allow_base_mismatch=allow_base_mismatch)
-    found = backends.backends(model)
-    out.result(backends.as_data(model, found), backends.render(model, found))
+    found = backends(model)
+    out.result(as_data(model, found), render(model, found))

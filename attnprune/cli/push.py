@@ -13,7 +13,7 @@ from attnprune.cli.output import out
 from attnprune.errors import InputError
 
 if TYPE_CHECKING:
-    from attnprune.push import Plan
+    from attnprune.publish.plan import Plan
 
 
 def push(
@@ -36,8 +36,8 @@ def push(
 ) -> None:
     """Push a sidecar (or its merged form) to the Hub: a plan first, then the listed files only, then a check."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune import push as pushing
-    from attnprune.report import terminal
+    from attnprune.publish import push
+    from attnprune.report.push import push_data, push_table
 
     if base is not None and not merged:
         raise InputError("--base: goes with --merged", hint="the base's name on the Hub is --base-model")
@@ -45,16 +45,16 @@ def push(
 
     def show(plan: Plan) -> bool:
         plans.append(plan)
-        out.show(terminal.push_table(plan))
+        out.show(push_table(plan))
         return not dry_run
 
     with tempfile.TemporaryDirectory(prefix="attnprune-") as scratch:
         source = _merge(folder, Path(scratch) / "merged", base, base_model, repo) if merged else folder
-        done = pushing.push(
+        done = push.push(
             source, repo, base_model=base_model, private=private, create_pr=create_pr, branch=revision, replace=replace,
             on_plan=show,
         )  # fmt: skip
-        facts: dict[str, Any] = terminal.push_data(plans[0])
+        facts: dict[str, Any] = push_data(plans[0])
     if done is None:
         out.result(facts)
         return
@@ -65,18 +65,18 @@ def push(
 
 def _merge(folder: Path, target: Path, base: str | None, base_model: str | None, repo: str) -> Path:
     """The merged form of a sidecar; a merged folder as it is."""
-    from attnprune import hub
-    from attnprune.push import base_name
-    from attnprune.sidecar import is_merged, open_sidecar
+    from attnprune.publish.plan import base_name
+    from attnprune.sidecar import remote
+    from attnprune.sidecar.folder import is_merged, open_sidecar
 
-    hub.check_repo_id(repo)  # before the minutes that a merge may take
+    remote.check_repo_id(repo)  # before the minutes that a merge may take
     if is_merged(folder):
         return folder
     sidecar = open_sidecar(folder)
     base_name(sidecar, base_model)
-    from attnprune import runtime
-    from attnprune.merged import write_merged
+    from attnprune.sidecar import loading
+    from attnprune.sidecar.merged import write_merged
 
-    model, tokenizer = runtime.load(folder, base)
+    model, tokenizer = loading.load(folder, base)
     write_merged(model, tokenizer, sidecar, target, same_dtype=True)
     return target

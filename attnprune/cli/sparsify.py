@@ -90,12 +90,12 @@ def sparsify(
 
 
 def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, dry_run: bool) -> int:
-    from attnprune.config import build_config, merge, read_toml
+    from attnprune.runs.config import build_config, merge, read_toml
 
     if resume is not None:
         if config_file is not None:
             raise InputError("--resume: takes its settings from the run; leave out --config")
-        from attnprune.runs import read_resumed
+        from attnprune.runs.folder import read_resumed
 
         config = read_resumed(resume, given)
     else:
@@ -103,19 +103,21 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         name = values.get("model", {}).get("name")
         if not name:
             raise InputError("sparsify: no model given", hint="for example: attnprune sparsify demo")
-        from attnprune.runs import check_output, defaults_for, output_folder
+        from attnprune.runs.folder import check_output, defaults_for, output_folder
 
         config = build_config(merge(defaults_for(name), values))
         check_output(output_folder(config))  # before the seconds that torch takes to load
 
-    from attnprune.recipe import sparsify as run_recipe
-    from attnprune.report import progress, terminal
+    from attnprune.report import progress
+    from attnprune.report.plan import plan_data, plan_table
+    from attnprune.report.sidecar import next_commands, summary, summary_data
+    from attnprune.training.recipe import sparsify as run_recipe
 
     def show_plan(plan: Any) -> bool:
         if out.json and dry_run:
-            out.result(terminal.plan_data(plan))
+            out.result(plan_data(plan))
         else:
-            out.show(terminal.plan_table(plan))
+            out.show(plan_table(plan))
         return not dry_run
 
     display = progress.display(out.stderr, live=out.live, quiet=out.quiet, steps=config.train.steps)
@@ -125,9 +127,7 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         )
     if sidecar is None:
         return 0
-    out.result(
-        terminal.summary_data(sidecar), *terminal.summary(sidecar), terminal.next_commands(sidecar, config.model.name)
-    )
+    out.result(summary_data(sidecar), *summary(sidecar), next_commands(sidecar, config.model.name))
     result = sidecar.manifest.result
     if not result.feasible:
         option = "--target-density" if result.constraint == "density" else "--tolerance"

@@ -20,8 +20,8 @@ def verify(
 ) -> None:
     """Check everything that can be checked: schema, hashes, tensors, base identity, and the stored probe."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune.hub import locate
-    from attnprune.verification import climb
+    from attnprune.sidecar.hub import locate
+    from attnprune.sidecar.verify import climb
 
     levels = []
     for level in climb(locate(path, revision), base):

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnprune.bench.record import Record, Row, Timing
-from attnprune.report.terminal import percent, size
+from attnprune.units import percent, size
 
 
 def render(record: Record) -> list[object]:

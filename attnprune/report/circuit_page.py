@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from attnprune.errors import printable
-from attnprune.report.terminal import duration, percent
+from attnprune.units import duration, percent
 
 if TYPE_CHECKING:
     from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Interval, ModelCircuit, Ratio
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 _DRAWN = {"graph", "curves", "ranking", "ranked", "counts", "edges", "top_edges", "validation_faithfulness", "test"}
 _DATA = {"method": {"band"}, "models": {"__all__": _DRAWN}}
 
+SCRIPTS = ("circuit_graph.js", "circuit_view.js", "circuit_focus.js")  # in this order, as one
+
 
 def render_page(result: CircuitResult) -> str:
     """The page as text (UTF-8). Its content security policy allows no request and no script but its own."""
-    template = files("attnprune.report").joinpath("circuit_page.html").read_text("utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
+    script = "\n" + "".join(_part(name) for name in SCRIPTS)
     parts = {
         "title": _text(f"Circuit of {' and '.join(model.name for model in result.models)}: {result.task.name}"),
         "intro": _intro(result),
@@ -32,9 +33,15 @@ def render_page(result: CircuitResult) -> str:
         "report": _report(result),
         "method": _method(result),
         "data": result.model_dump_json(include=_DATA).replace("<", "\\u003c"),
+        "style": _part("circuit.css"),
+        "script": script,
         "script_hash": f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}",
     }
-    return re.sub("@@([a-z_]+)@@", lambda found: parts[found[1]], template)
+    return re.sub("@@([a-z_]+)@@", lambda found: parts[found[1]], _part("circuit.html"))
+
+
+def _part(name: str) -> str:
+    return files("attnprune.report").joinpath("web", name).read_text("utf-8")
 
 
 def _text(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Counts, ModelCircuit, Ratio
 from attnprune.errors import printable
-from attnprune.report.terminal import duration, percent
+from attnprune.units import duration, percent
 
 
 class Watching(AbstractContextManager):
@@ -183,12 +184,12 @@ def method_line(result: CircuitResult) -> str:
     )
 
 
-def save_curve(result: CircuitResult, file: Path) -> bool:
-    """Faithfulness over edges of every model and ranking as a PNG; False without matplotlib."""
+def curve_png(result: CircuitResult) -> bytes | None:
+    """Faithfulness over edges of every model and ranking as a PNG; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes: Any = figure.subplots()
     for colour, model in zip(("C0", "C1"), result.models, strict=False):
@@ -203,5 +204,6 @@ def save_curve(result: CircuitResult, file: Path) -> bool:
     axes.axhspan(*result.method.band, color="0.9", zorder=0)
     axes.set(xscale="log", xlabel="edges", ylabel="faithfulness (validation)", title=result.task.name, ylim=(-0.3, 1.6))
     axes.legend()
-    figure.savefig(file, dpi=150)
-    return True
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from transformers import TrainerCallback
 
-from attnprune.report.terminal import bar, duration, percent
+from attnprune.report.tables import bar
+from attnprune.units import duration, percent
 
 
 class Display(TrainerCallback):

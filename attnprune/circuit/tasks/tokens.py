@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attnprune.circuit.tasks.encoding import Lexicon, in_turn
 from attnprune.circuit.tasks.prompts import Example
-from attnprune.data import addition_task
+from attnprune.data.texts import addition_task
 from attnprune.errors import InputError
 
 # (tokens of the list, how many of them are repeated): one prompt length, several distances between the copies.

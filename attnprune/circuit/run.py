@@ -1,0 +1,103 @@
+"""A whole search in a folder: models and prompts by name, the search of each model, the record and its exports."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from attnprune.circuit.analysis import analyse
+from attnprune.circuit.compare import eap_ig_data, result_of, task_facts
+from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE
+from attnprune.circuit.model.adapters import graph_of
+from attnprune.circuit.result import CircuitResult
+from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.splits import QUICK, Settings, Watch
+from attnprune.circuit.tasks import load_task, task_names
+from attnprune.errors import InputError
+from attnprune.files import write_atomic
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.hub import sparse_folder
+
+MASK_PROMPTS = 2048  # train prompts that a mask is learned on, or as many as a task has
+
+
+def run(
+    folder: Path, settings: dict[str, Any], device: str, *, is_new: bool, watching: AbstractContextManager[Watch]
+) -> CircuitResult:
+    """Search one or two models and write the record and its exports into `folder`.
+
+    Args:
+        settings: as `folder.read_settings` gives them; those of a new search have no fingerprint yet.
+        watching: entered while the search runs; what it gives is told how far the search is.
+
+    Raises:
+        InputError: no such task, models that cannot be compared, or other prompts than the search was begun with.
+        AttnPruneError: a model cannot do the task, or cannot be searched.
+    """
+    started = time.monotonic()
+    if not settings["task"].endswith((".csv", ".jsonl")) and settings["task"] not in task_names():  # before any weights
+        raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
+    model, tokenizer = _load(settings["model"], settings["base"], device)
+    models = {"model": (settings["model"], model)}
+    how = _thoroughness(settings)
+    more = MASK_PROMPTS if how.mask_steps else 0
+    task = load_task(settings["task"], tokenizer, count=settings["prompts"], more=more, seed=settings["seed"])
+    if settings["against"] is not None:
+        other, other_tokenizer = _load(settings["against"], settings["base"], device)
+        _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
+        models["against"] = (settings["against"], other)
+    (folder / CACHE_FOLDER).mkdir(parents=True, exist_ok=True)
+    if is_new:
+        stored = settings | {"fingerprint": task.fingerprint}
+        write_atomic(folder / CACHE_FOLDER / SETTINGS_FILE, json.dumps(stored, indent=1) + "\n")
+    elif settings["fingerprint"] != task.fingerprint:
+        raise InputError(f"{settings['task']}: not the prompts that this search was begun with")
+    cache = Cache(folder / CACHE_FOLDER)
+    with watching as watch:
+        analyses = [
+            analyse(one, name, task, how, with_controls=settings["controls"], label=label, watch=watch, cache=cache)
+            for label, (name, one) in models.items()
+        ]
+        facts = task_facts(task, tokenizer, settings["seed"])
+        notes: list[str] = []
+        exports = {"eap-ig.json": eap_ig_data(analyses[0])}
+        if len(analyses) > 1:
+            exports["eap-ig-against.json"] = eap_ig_data(analyses[1])
+        if None in exports.values():
+            notes.append("no eap-ig.json: that format has no shared key/value heads")
+        result = result_of(
+            analyses, facts, how, command=settings["command"], quick=settings["quick"],
+            seconds=time.monotonic() - started, notes=notes,
+        )  # fmt: skip
+    for name, data in exports.items():
+        if data is not None:
+            write_atomic(folder / name, json.dumps(data))
+    write_atomic(folder / RECORD_FILE, result.model_dump_json(indent=1) + "\n")
+    return result
+
+
+def _thoroughness(settings: dict[str, Any]) -> Settings:
+    chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
+    chosen |= {name: settings[name] for name in ("mask_steps", "deletions") if settings[name] is not None}
+    return Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
+
+
+def _load(name: str, base: str | None, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a sparse model or a base model."""
+    where = bases.pick_device(device)
+    folder = sparse_folder(name)
+    if folder is not None:
+        return loading.load(folder, base, device=where)
+    loaded = bases.load_base(name, device=where)
+    return loaded.model, loaded.tokenizer
+
+
+def _check_pair(model: Any, tokenizer: Any, other: Any, other_tokenizer: Any, name: str) -> None:
+    """Two models are compared edge by edge on the same tokens."""
+    if graph_of(model.config) != graph_of(other.config):
+        raise InputError(f"--against {name}: has other layers or heads")
+    if tokenizer.get_vocab() != other_tokenizer.get_vocab():
+        raise InputError(f"--against {name}: has another tokenizer")

@@ -1,0 +1,132 @@
+"""A circuit by gradient descent on a mask over the edges: a score per edge, kept while it is above 0.
+
+Edges are pruned as the gates of a sparse model are trained: a hard threshold with a straight-through gradient, the
+logarithm of the number of edges as the penalty, and a multiplier that holds faithfulness at the target. What one edge
+does depends on which others are kept, so rankings of the whole model's edges need far more of them. To learn a mask
+over edges by gradients is from Bhaskar et al. (arXiv 2406.16778), who relax the mask and match the output's
+distribution; here every step runs a circuit as it will be evaluated, and the error is that of the task's metric.
+
+What reads no edge any more, or writes nothing of its own, is cut off for good: its edges have no gradient that could
+bring them back. So steps that break a circuit are taken back. Gates of the model are constants to the gradient, as in
+the other attributions. What is learned may fit the prompts it is learned on, and what a gate does may be missed:
+validation prompts decide whether a circuit holds.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attnprune.circuit.model.attribution import edge_gradients
+from attnprune.circuit.model.graph import Graph
+from attnprune.circuit.search.cache import Cache, digest
+from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.tasks import Prompts
+from attnprune.training.constraint import Multiplier
+
+EVERY = 20  # steps between the circuits that are kept
+_LEARNING_RATE = 0.05  # scores lie in [-1, 1]
+_LAST_RATE = 0.05  # share of the learning rate at the end; it falls over the second half
+_BETAS = (0.8, 0.95)
+_SPREAD = 0.3  # of the first scores, per factor of e in rank
+_MULTIPLIER, _MULTIPLIER_RATE = 5.0, 0.07  # the first value; see `Multiplier`
+_SMOOTHING = 0.8  # of the faithfulness, which varies between parts of the prompts
+_MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
+_BROKEN = 0.5  # share of the target
+
+
+def learn_circuits(
+    split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
+) -> list[Tensor]:
+    """The circuits, bool [U, V] and pruned, after every `EVERY` of `settings.mask_steps` steps. They resume from there.
+
+    Args:
+        split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
+        order: edges (flat indices), best first; `size` of them are kept at the beginning.
+        gap: mean metric of clean minus corrupted prompts.
+    """
+    graph = split.anatomy.graph
+    batches = torch.randperm(len(split.prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    state = _start(graph, order, size)
+    name = f"{split.key} mask {digest(state['scores'])} {settings.mask_steps} {settings.target}"
+    circuits = []
+    for done in range(0, settings.mask_steps, EVERY):
+        count = min(EVERY, settings.mask_steps - done)
+        turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
+        state = cache.tensors(f"{name} {done + count}", partial(_steps, split, state, turns, gap, settings, watch))
+        circuits.append(graph.prune(state["scores"] > 0))
+    return circuits
+
+
+def _start(graph: Graph, order: Tensor, size: int) -> dict[str, Tensor]:
+    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the multiplier
+    and the smoothed faithfulness (NaN before the first step)."""
+    scores = torch.full((graph.sources * graph.destinations,), -1.0)
+    rank = torch.arange(1, len(order) + 1, dtype=torch.float)
+    scores[order] = (_SPREAD * ((size + 0.5) / rank).log()).clamp(-1, 1)
+    scores = scores.view(graph.sources, graph.destinations)
+    return {
+        "scores": scores, "before": scores, "exp_avg": torch.zeros_like(scores), "exp_avg_sq": torch.zeros_like(scores),
+        "multiplier": _number(_MULTIPLIER), "faithfulness": _number(math.nan),
+    }  # fmt: skip
+
+
+def _steps(
+    split: Split, state: dict[str, Tensor], turns: dict[int, int], gap: float, settings: Settings, watch: Watch
+) -> dict[str, Tensor]:
+    """The state after some steps, each on the part of the prompts whose turn it is."""
+    every = split.anatomy.graph.mask()
+    scores, before = state["scores"].clone().requires_grad_(), state["before"]
+    moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    optimizer = torch.optim.Adam([scores], betas=_BETAS, eps=1e-12)
+    optimizer.state[scores] = {"step": torch.tensor(float(min(turns))), **moments}
+    multiplier = Multiplier(state["multiplier"].item(), rate=_MULTIPLIER_RATE, smoothing=0.0)
+    mean = state["faithfulness"].item()
+    aim = settings.target + _MARGIN * (1 - settings.target)
+    for step, part in turns.items():
+        watch("learning which edges to keep", step, settings.mask_steps)
+        kept = scores.detach() > 0
+        gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
+        if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
+            with torch.no_grad():  # back, and what that step dropped is now dropped last
+                scores.copy_(torch.where((before > 0) & ~kept, 1.0, before))
+            continue
+        before = scores.detach().clone()
+        mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
+        multiplier.step((abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01))
+        penalty = every / max(1, int(kept.sum()))  # the gradient of the logarithm of their number
+        scores.grad = multiplier.value * gradients + penalty
+        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * _rate(step / settings.mask_steps)
+        optimizer.step()
+        with torch.no_grad():
+            scores.clamp_(-1, 1)
+    return {
+        "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
+        "multiplier": _number(multiplier.value), "faithfulness": _number(mean),
+    }  # fmt: skip
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.double)
+
+
+def _rate(progress: float) -> float:
+    return min(1.0, max(_LAST_RATE, 2 * (1 - progress)))
+
+
+def _error_gradients(split: Split, prompts: Prompts, kept: Tensor, gap: float) -> tuple[Tensor, float]:
+    """(gradient [U, V] of the mean squared error of the metric, in units of the gap; the faithfulness)."""
+    group = split.collected(prompts)
+    clean = prompts.score(group.clean.logits)
+    short: list[Tensor] = []
+
+    def error(logits: Tensor) -> Tensor:
+        missing = (prompts.score(logits) - clean) / gap
+        short.append(missing.detach())
+        return missing.square()
+
+    gradients = edge_gradients(split.anatomy, group.clean, group.corrupted, kept, error)
+    return gradients.float().cpu(), 1 + short[-1].mean().item()

@@ -1,0 +1,205 @@
+"""Prompts with the runs of a model, on which circuits are evaluated exactly, and how thorough a search is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnprune.circuit.model import activations, patching
+from attnprune.circuit.model.activations import Activations
+from attnprune.circuit.model.adapters import Anatomy, open_gates
+from attnprune.circuit.result import Interval
+from attnprune.circuit.search.cache import Cache, digest
+from attnprune.circuit.tasks import Prompts
+
+Watch = Callable[[str, int, int], None]
+"""Told what is going on, and how many of how many steps of it are done."""
+
+ROUNDING = 1e-4  # of a faithfulness
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How thorough a search is.
+
+    Attributes:
+        target: faithfulness to reach.
+        sizes: evaluated sizes per ranking before bisection.
+        control_sizes: the same in broken control models.
+        max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
+        all_edges: graphs of up to this many edges are scored exactly, edge by edge.
+        candidates: edges of larger graphs that are.
+        exact_prompts: most train prompts of exact scores in a larger graph.
+        mask_steps: steps of learning a mask over the edges; 0 leaves it out.
+        deletions: most evaluations of block deletion; 0 leaves it out.
+        draws: random circuits.
+        batch_size: prompts in one run.
+    """
+
+    target: float = 0.9
+    sizes: int = 14
+    control_sizes: int = 8
+    max_steps: int = 16
+    all_edges: int = 5000
+    candidates: int = 500
+    exact_prompts: int = 16
+    mask_steps: int = 200
+    deletions: int = 480
+    draws: int = 20
+    batch_size: int = 32
+    seed: int = 0
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Faithfulness of a circuit that reaches the target."""
+        return self.target - ROUNDING, 2 - self.target + ROUNDING
+
+    def reached(self, faithfulness: float) -> bool:
+        """Whether it lies in the band."""
+        return self.band[0] <= faithfulness <= self.band[1]
+
+
+QUICK = {
+    "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
+    "mask_steps": 0, "deletions": 0, "draws": 3,
+}  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """A circuit on the prompts of a split [N]: the task's metric, and KL(model || circuit) of the next token, nats."""
+
+    metric: Tensor
+    kl: Tensor
+
+
+class Group(NamedTuple):
+    """Prompts of one length that run together, and their runs."""
+
+    prompts: Prompts
+    clean: Activations
+    corrupted: Activations
+
+
+class Split:
+    """The runs of one split of a task through one model; circuits are evaluated on it. Collected when first needed.
+
+    `to_rank`: keep all of the clean runs, which scores need and evaluations do not. `by_template`: one template a run.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batches: Sequence[Prompts],
+        key: str,
+        cache: Cache,
+        batch_size: int,
+        *,
+        to_rank: bool = False,
+        by_template: bool = False,
+    ):
+        self.anatomy, self.key = anatomy, key
+        self._cache = cache
+        self._to_rank = to_rank
+        device = anatomy.model.device
+        self.prompts = [part.to(device) for batch in batches for part in _parts(batch, batch_size, by_template)]
+        self._groups: list[Group] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def groups(self) -> list[Group]:
+        """The prompts with their runs."""
+        if not self._groups:
+            self._groups = [self.collected(prompts) for prompts in self.prompts]
+        return self._groups
+
+    def collected(self, prompts: Prompts) -> Group:
+        """Prompts with their runs, which are not kept."""
+        clean, corrupted = activations.collect_pair(self.anatomy, prompts.clean, prompts.corrupted, 1)
+        if not self._to_rank:
+            clean = clean._replace(outputs=clean.outputs[:0].clone(), streams=clean.streams[:0].clone())
+        return Group(prompts, clean, corrupted)
+
+    def free(self) -> None:
+        """Drop the runs; they are collected again when needed."""
+        self._groups = []
+
+    @property
+    def clean(self) -> Tensor:
+        """Metric [N] of the model itself."""
+        return self._scored("clean", lambda group: group.clean.logits)
+
+    @property
+    def corrupted(self) -> Tensor:
+        """Metric [N] on the corrupted prompts, by the answers of the clean ones."""
+        return self._scored("corrupted", lambda group: group.corrupted.logits)
+
+    def _scored(self, name: str, logits: Callable[[Group], Tensor]) -> Tensor:
+        def compute() -> list[float]:
+            return [x for group in self.groups for x in group.prompts.score(logits(group)).tolist()]
+
+        return torch.tensor(self._cache.numbers(f"{self.key} {name}", compute))
+
+    def measure(self, edges: Tensor, messages: Sequence[Tensor] | None = None) -> Measured:
+        """Evaluate a circuit; `messages` has a mask [L, B, H, S, S] for each group."""
+
+        def compute() -> list[list[float]]:
+            parts = [
+                _measured(self.anatomy, group, edges, mask) for group, mask in zip(self.groups, masks, strict=True)
+            ]
+            return [torch.cat(part).tolist() for part in zip(*parts, strict=True)]
+
+        masks = [None] * len(self.prompts) if messages is None else list(messages)
+        key = f"{self.key} {digest(edges, *(messages or ()))}"
+        return Measured(*map(torch.tensor, self._cache.numbers(key, compute)))
+
+    def faithfulness(self, edges: Tensor, messages: Sequence[Tensor] | None = None) -> float:
+        """The ratio of means."""
+        return ratio_of_means(self.measure(edges, messages).metric, self.clean, self.corrupted)
+
+
+def _parts(batch: Prompts, size: int, by_template: bool) -> Iterable[Prompts]:
+    groups = [torch.arange(len(batch))]
+    if by_template:
+        groups = [(batch.template == template).nonzero()[:, 0] for template in batch.template.unique()]
+    return [batch.take(rows) for group in groups for rows in group.split(size)]
+
+
+@torch.no_grad()
+def _measured(anatomy: Anatomy, group: Group, edges: Tensor, messages: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits = patching.run_circuit(anatomy, group.clean, group.corrupted, edges, messages)
+    full, own = (x[:, -1].float().log_softmax(-1) for x in (group.clean.logits, logits))
+    return group.prompts.score(logits).cpu(), (full.exp() * (full - own)).sum(-1).clamp(min=0).cpu()
+
+
+def ratio_of_means(circuit: Tensor, clean: Tensor, corrupted: Tensor) -> float:
+    """Faithfulness of a circuit from metrics [N]; 0 where clean and corrupted prompts do not differ at all."""
+    gap = (clean.double().mean() - corrupted.double().mean()).item()
+    return (circuit.double().mean() - corrupted.double().mean()).item() / gap if gap else 0.0
+
+
+def faithfulness_interval(circuit: Tensor, clean: Tensor, corrupted: Tensor, seed: int) -> Interval:
+    """Faithfulness with its 95 % bootstrap interval over prompts."""
+    rows = resamples(len(clean), seed)
+    means = [x.double()[rows].mean(1) for x in (circuit, clean, corrupted)]
+    gap = means[1] - means[2]
+    drawn = torch.where(gap == 0, 0.0, (means[0] - means[2]) / gap)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Interval(value=ratio_of_means(circuit, clean, corrupted), low=low, high=high)
+
+
+def resamples(count: int, seed: int) -> Tensor:
+    """Rows of bootstrap resamples, int64 [BOOTSTRAP, count]."""
+    return torch.randint(count, (BOOTSTRAP, count), generator=torch.Generator().manual_seed(seed))
+
+
+def pattern_visible(anatomy: Anatomy) -> AbstractContextManager[None]:
+    """Inside the block the model shows its attention pattern: a dense one runs with open gates."""
+    return nullcontext() if anatomy.gated else open_gates(anatomy.model)

@@ -1,0 +1,1 @@
+"""Text as blocks of tokens: sources, packing, splits, and text that a model writes itself."""

@@ -1,0 +1,1 @@
+"""Pushing to the Hub: a plan, the planned files, the model card."""

@@ -1,0 +1,49 @@
+"""Measurements side by side, as a table and as JSON-ready dictionaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from attnprune.errors import printable
+from attnprune.units import percent
+
+if TYPE_CHECKING:
+    from attnprune.measure import Report
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """A measurement for JSON."""
+    from dataclasses import asdict
+
+    return asdict(report)
+
+
+def report_table(reports: list[Report]) -> Table:
+    """Measurements side by side, one column per text."""
+    table = Table(box=None)
+    table.add_column("", style="dim")
+    for report in reports:
+        table.add_column(escape(printable(report.data)), justify="right")
+
+    def row(name: str, cell: Any) -> None:
+        cells = [cell(r) for r in reports]
+        if any(cells):
+            table.add_row(name, *cells)
+
+    row("loss", lambda r: f"{r.loss:.6f}")
+    row("base loss", lambda r: "" if r.base_loss is None else f"{r.base_loss:.6f}")
+    row("loss - base", lambda r: "" if r.base_loss is None else f"{r.loss_gap:+.6f}")
+    row("open-gate control", lambda r: "" if r.control_loss is None else f"{r.control_loss:.6f}")
+    row("KL(base || sparse)", lambda r: "" if r.kl is None else f"{r.kl:.6f}")
+    row("same next token", lambda r: "" if r.agreement is None else percent(r.agreement))
+    row("density", lambda r: "" if r.density is None else percent(r.density))
+    row("edges per query", lambda r: "" if r.edges_per_query is None else f"{r.edges_per_query:.4g}")
+    row("open edges", lambda r: "" if r.density is None else f"{r.open_edges:,}")
+    row("visible edges", lambda r: "" if r.density is None else f"{r.visible_edges:,}")
+    row("exact answers", lambda r: percent(r.exact_match) if r.data == "two-digit addition" else "")
+    row("T", lambda r: str(r.seq_len))
+    row("tokens", lambda r: f"{r.tokens:,}")
+    return table

@@ -1,0 +1,268 @@
+"""A base model by any of its names: Hub id, folder, .gguf file or the bundled one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from attnprune.attention.interface import check_family, gates_of
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
+from attnprune.measure import Reference
+from attnprune.runs.folder import DEMO
+from attnprune.sidecar import format, hub
+from attnprune.sidecar.folder import is_merged
+from attnprune.sidecar.identity import base_tensors
+from attnprune.sidecar.quiet import quiet
+
+_MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as it was loaded: `kind`, `repo_id` and `revision` as in the manifest."""
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+def demo_folder() -> Path:
+    """The bundled addition model."""
+    return Path(str(resources.files("attnprune"))) / "assets" / "demo"
+
+
+def pick_device(name: str) -> Literal["cpu", "cuda"]:
+    """The device to use: "auto" takes CUDA where there is one.
+
+    Raises:
+        InputError: CUDA asked for and not there, or another name.
+    """
+    available = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name}: is not auto, cpu or cuda")
+    if name == "cuda" and not available:
+        raise InputError("device cuda: no CUDA device here", hint="use --device cpu")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens a model can read at once, or None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch dtype by its short name ("bfloat16") or its str() form ("torch.bfloat16")."""
+    return _DTYPES[name.removeprefix("torch.")]
+
+
+def load_base(
+    name: str, *, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> BaseModel:
+    """Load a supported base model by Hub id, folder, .gguf file or "demo".
+
+    Raises:
+        InputError: no such model, not a supported family, quantised, no safetensors weights, weights that do not fit,
+            unreadable file.
+        AttnPruneError: the Hub cannot be reached.
+    """
+    try:
+        kind, location, extra = _locate(name, revision)
+    except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
+        raise InputError(f"{name}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
+    config = _read_config(name, kind, location, extra)
+    tokenizer = _read_tokenizer(name, kind, location, extra, config)
+    if kind == "gguf":
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    with _explained(name, kind, "this model"):
+        use_safetensors = None if kind == "gguf" else True
+        # With its configuration, which takes seconds to read from a .gguf file.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
+        )
+    model, report = loaded
+    if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
+    _check_weights(name, model, report["missing_keys"])
+    model = model.to(device).eval()
+    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+    """(kind, what transformers loads, its further arguments) of a base model."""
+    path = Path(name)
+    if name == DEMO:
+        return "bundled", str(demo_folder()), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name}: no such file")
+        return "gguf", str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path)
+        return "local", name, {}
+    if path.exists():
+        raise InputError(f"{name}: not a model folder or .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such folder")
+    return "hub", name, {"revision": hub.base_commit(name, revision)}
+
+
+def _check_folder(path: Path) -> None:
+    if (path / format.MANIFEST_FILE).exists():
+        raise InputError(f"{path}: this is a sidecar, not a base model", hint=f"attnprune inspect {path}")
+    if is_merged(path):
+        raise UnsupportedModelError(f"{path}: already sparsified", hint=f"load it with attnprune.load({str(path)!r})")
+    for file in path.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file}: not a regular file")  # reading a pipe would hang
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: no config.json, so not a model folder")
+    (path / "config.json").open("rb").close()  # an unreadable one is said to be so by the caller
+    if (path / "adapter_config.json").exists():
+        raise InputError(f"{path}: adapter_config.json would load another base model", hint="merge the adapter first")
+    if not list(path.glob("*.safetensors")):
+        raise InputError(f"{path}: no safetensors weights")
+    _check_shards(path)
+
+
+def _check_shards(path: Path) -> None:
+    """The shards that the index names are there; transformers names none of them in its own message."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.is_file():
+        return  # transformers reads the index only where there is no single file
+    values = format.parse_json(index.read_bytes(), str(index), _MAX_INDEX_BYTES)
+    shards = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InputError(f"{index}: no weight_map of tensor names to shard names")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors") or "\\" in shard or "\0" in shard:
+            raise InputError(f"{index}: bad shard name {shard!r}")
+        if not (path / shard).is_file():
+            raise InputError(f"{path}: shard {shard} is missing")
+
+
+def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
+    """The configuration, of a supported model: a wrong one is refused before any weights are read."""
+    with _explained(name, kind, "this model"):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
+    if config.model_type.startswith("attnprune_"):
+        raise UnsupportedModelError(f"{name}: already sparsified")
+    check_family(config)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UnsupportedModelError(
+            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
+            hint="name the model it was quantised from, or a .gguf file",
+        )
+    return config
+
+
+def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any], config: Any) -> Any:
+    with _explained(name, kind, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer)} tokens, more than the model's embeddings")
+    return tokenizer
+
+
+def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
+    """Refuse weights that transformers only warns about: random ones for missing tensors, a tie that does not hold."""
+    if missing:
+        raise InputError(f"{name}: no weights for {min(missing)}" + (" and others" if len(missing) > 1 else ""))
+    output = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and output.weight is not model.get_input_embeddings().weight:
+        raise InputError(f"{name}: tied weights differ: config.json ties the head to the embeddings, the file does not")
+
+
+@contextmanager
+def _explained(name: str, kind: str, what: str) -> Iterator[None]:
+    """Run transformers silently; whatever a bad file makes it raise (it has no class of its own) becomes one line."""
+    try:
+        with quiet():
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _explain(name, kind, error, what) from error
+
+
+def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneError:
+    """One line for transformers' many ways to fail."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {type(e).__name__ for e in chain}
+    text = str(error)
+    lines = text.splitlines() or [type(error).__name__]
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    if "type `attnprune_" in text:
+        return UnsupportedModelError(f"{name}: already sparsified")
+    if kind == "gguf":
+        return InputError(f"{name}: cannot read this GGUF file: {reason}")
+    if kind == "hub":
+        if kinds & {"RepositoryNotFoundError", "GatedRepoError", "HFValidationError"}:
+            return InputError(
+                f"{name}: no such folder, and not found on the Hub (or private)", hint="log in with: hf auth login"
+            )
+        if "RevisionNotFoundError" in kinds:
+            return InputError(f"{name}: no such revision")
+        network = {
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectError",
+            "ConnectionError",
+            "ConnectTimeout",
+        }
+        if kinds & network or "connect" in text.lower() or "offline" in text.lower():
+            return AttnPruneError(
+                f"{name}: not in the cache, and the Hub cannot be reached", hint="give a local folder or .gguf file"
+            )
+    if "trust_remote_code" in text:
+        return InputError(f"{name}: needs custom code, which attnprune does not run")
+    if "SafetensorError" in kinds:
+        return InputError(f"{name}: damaged safetensors weights: {reason}")
+    if "ignore_mismatched_sizes" in text:
+        return InputError(f"{name}: the weights do not have the shapes that config.json says")
+    if "model.safetensors" in text:
+        return InputError(f"{name}: no safetensors weights")
+    return InputError(f"{name}: cannot load {what}: {reason}")
+
+
+def dense(model: Any) -> Reference:
+    """A base model without gates as a function from token ids to logits."""
+
+    def reference(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return reference
+
+
+def identity(base: BaseModel) -> dict[str, Any]:
+    """The manifest's `base` entry of a loaded base model; call it before any weight changes."""
+    from attnprune.sidecar.identity import content_fingerprint, structure_fingerprint
+
+    if gates_of(base.model):
+        raise UnsupportedModelError("the base model already has gates")
+    tensors = base_tensors(base.model)
+    return {
+        "kind": base.kind,
+        "repo_id": base.repo_id,
+        "revision": base.revision,
+        "model_type": base.model.config.model_type,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "structure": structure_fingerprint(tensors),
+        "content": content_fingerprint(tensors),
+    }

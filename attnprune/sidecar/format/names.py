@@ -1,0 +1,31 @@
+"""Names and limits of the format: files, features, how large anything may be."""
+
+from __future__ import annotations
+
+import re
+
+from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
+
+FORMAT = "attnprune"
+FORMAT_VERSION = "1.0"
+FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta"})
+
+GATES_FILE = "gates.safetensors"
+DELTA_FILE = "delta.safetensors"
+ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
+ADAPTER_FILE = "adapter/adapter_model.safetensors"
+CODE_FILE = "modeling_attnprune.py"  # of a merged folder
+
+MAX_JSON_BYTES = 1 << 20
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 20_000
+MAX_RANK = 4
+MAX_GATE = 1e4
+MAX_GATES_BYTES = 256 << 20  # 1024 layers of 1024 heads
+MAX_FILES = 1024
+
+# Modules that hold an attention in the supported families; LoRA may change nothing else.
+ATTENTION_MODULES = frozenset({"self_attn", "attn", "attention"})
+# Files that some loader would execute; none belongs beside a sidecar.
+CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib"})
+NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")

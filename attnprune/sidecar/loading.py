@@ -1,0 +1,161 @@
+"""Loading a sparse model: a sidecar onto its base, or a merged folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnprune.attention.interface import attach
+from attnprune.errors import InputError
+from attnprune.runs.folder import DEMO
+from attnprune.sidecar import format, hub
+from attnprune.sidecar.bases import load_base, torch_dtype
+from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
+from attnprune.sidecar.identity import check_base
+from attnprune.sidecar.merged import load_merged
+from attnprune.sidecar.probe import check_probe, measure_probe
+
+
+class LoadedModel(NamedTuple):
+    """A sparse model ready to run, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
+    """(name, revision) of the base that a sidecar names.
+
+    Raises:
+        InputError: the sidecar was made from a local folder or file, which only its user can name.
+    """
+    base = sidecar.manifest.base
+    if base.kind == "bundled":
+        return DEMO, None
+    if base.kind in ("hub", "local") and base.repo_id:
+        return base.repo_id, base.revision
+    what = "a local .gguf file" if base.kind == "gguf" else "a local folder"
+    raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}); name it", hint="use --base MODEL")
+
+
+def load(
+    path: str | Path,
+    base: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    allow_base_mismatch: bool = False,
+    verify: bool = True,
+) -> LoadedModel:
+    """Load a sparse model: the base, its changed weights and its gates, ready for `generate`.
+
+    Args:
+        path: a sidecar or merged folder, or a Hub repository USER/NAME that holds one.
+        base: Hub id, folder or .gguf file of the base model; default: the one the sidecar names.
+        revision: branch, tag or commit of the repository.
+        dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in. Another dtype
+            moves scores that sit on their threshold, so a few edges differ.
+        allow_base_mismatch: accept a base of equal structure with other weights (the probe is then not run).
+        verify: run the stored probe (64 tokens) before returning.
+
+    Raises:
+        VerificationError: the stored probe is not reproduced.
+        InputError: damaged sidecar, or a base that is not the one it was made for.
+        AttnPruneError: the Hub cannot be reached.
+    """
+    folder = hub.locate(path, revision)
+    if is_merged(folder):
+        model, tokenizer = load_merged(folder, verify=verify)
+        model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
+        return LoadedModel(model.eval(), tokenizer)
+    sidecar = open_sidecar(folder)
+    name, base_revision = (base, None) if base is not None else default_base(sidecar)
+    loaded = load_base(name, revision=base_revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
+    apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
+    if verify and not allow_base_mismatch:
+        verify_probe(loaded.model, sidecar.manifest)
+    model = loaded.model.to(device=device, dtype=dtype) if dtype else loaded.model.to(device)
+    return LoadedModel(model.eval(), loaded.tokenizer)
+
+
+def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:
+    """Change a freshly loaded base model into the sparse one, in place."""
+    check_base(sidecar.manifest, model, allow_base_mismatch)
+    install(model, sidecar.biases(), sidecar.weights(), sidecar.manifest.weights)
+
+
+def install(model: Any, biases: Sequence[np.ndarray], weights: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+    """Merge changed weights into a base model and attach gates with the given biases (one array [heads] per layer)."""
+    if entry.kind == "lora":
+        merge_lora(model, weights, entry)
+    elif entry.kind == "delta":
+        _copy_delta(model, weights)
+    gates = attach(model)
+    if [len(gate.bias) for gate in gates] != [len(bias) for bias in biases]:
+        raise InputError(f"{format.GATES_FILE}: the gates do not fit the model's layers and heads")
+    with torch.no_grad():
+        for gate, bias in zip(gates, biases, strict=True):
+            gate.bias.copy_(torch.from_numpy(bias.copy()))
+
+
+def _copy_delta(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, values in tensors.items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise InputError(f"{format.DELTA_FILE}: {name} {tuple(values.shape)} does not fit the base model")
+        if not bool(values.to(parameters[name].dtype).isfinite().all()):
+            raise InputError(f"{format.DELTA_FILE}: {name} is not finite in the base's {parameters[name].dtype}")
+    with torch.no_grad():
+        for name, values in tensors.items():
+            parameters[name].copy_(values)
+
+
+def merge_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+    """Add `alpha / rank * B A` to the base weights, computed in fp32 and cast last.
+
+    Names follow PEFT: `base_model.model.MODULE.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank].
+
+    Raises:
+        InputError: A without B, a rank that differs from the manifest, or a target that does not fit.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    prefix = "base_model.model."
+    targets = sorted({n.removeprefix(prefix).rsplit(".lora_", 1)[0] for n in tensors})
+    expected = {f"{prefix}{target}.lora_{side}.weight" for target in targets for side in "AB"}
+    if expected != set(tensors):
+        raise InputError(f"{format.ADAPTER_FILE}: {sorted(expected ^ set(tensors))[0]} has no partner")
+    if entry.rank is None or entry.alpha is None:
+        raise InputError(f"{format.MANIFEST_FILE}: weights: lora needs rank and alpha")
+    for target in targets:
+        module = modules.get(target)
+        a = tensors[f"{prefix}{target}.lora_A.weight"].float()
+        b = tensors[f"{prefix}{target}.lora_B.weight"].float()
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, Conv1D)) or weight is None:
+            raise InputError(f"{format.ADAPTER_FILE}: target {target} is not allowed")
+        update = entry.alpha / entry.rank * (b @ a)
+        update = update.T if isinstance(module, Conv1D) else update
+        if a.shape[0] != entry.rank or update.shape != weight.shape:
+            raise InputError(f"{format.ADAPTER_FILE}: {target}: shape or rank does not fit the base model")
+        with torch.no_grad():
+            merged = (weight.float() + update.to(weight.device)).to(weight.dtype)
+            if not bool(merged.isfinite().all()):
+                raise InputError(f"{format.ADAPTER_FILE}: non-finite value in {target} after merging")
+            weight.copy_(merged)
+
+
+def verify_probe(model: Any, manifest: format.Manifest) -> None:
+    """Run the stored probe.
+
+    Raises:
+        VerificationError: loss or open-edge count differ.
+    """
+    check_probe(measure_probe(model, manifest.probe.input_ids), manifest.probe)

@@ -1,0 +1,108 @@
+"""What happens beside the steps of a run: the multiplier's state, seals, signals, metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from attnprune.errors import AttnPruneError
+from attnprune.files import write_atomic
+from attnprune.training import checkpoints
+from attnprune.training.constraint import Multiplier
+
+
+class DualState(TrainerCallback, ExportableState):
+    """What a run knows besides the model; saved in `trainer_state.json` and restored on resume.
+
+    The multiplier, the best evaluation so far, and the density at which the falling density limit starts (None: that of
+    the first batch, once it is known).
+
+    The multiplier moves in `on_step_end`, after the optimiser step, so that gradient accumulation and a save at a step
+    boundary see one update per step. Restoring replaces this object: look it up, never keep a reference.
+    """
+
+    def __init__(
+        self, multiplier: dict[str, Any], best: dict[str, Any] | None = None, start_density: float | None = 1.0
+    ):
+        self.multiplier = Multiplier(**multiplier)
+        self.best = best
+        self.start_density = start_density
+        self.observed: list[dict[str, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        args = {"multiplier": self.multiplier.state(), "best": self.best, "start_density": self.start_density}
+        return {"args": args, "attributes": {}}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        violation = sum(o["violation"] for o in self.observed) / len(self.observed)
+        self.multiplier.step(violation)
+        self.observed = []
+
+
+class Seal(TrainerCallback):
+    """Seals each checkpoint after it was written, then deletes the ones before the last two."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            checkpoints.seal(Path(str(args.output_dir)) / f"{checkpoints.PREFIX}{state.global_step}")
+            checkpoints.rotate(Path(str(args.output_dir)), keep=2)
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops the run before a non-finite gradient reaches the weights."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(grads).isfinite():
+            raise AttnPruneError(f"training: non-finite gradient at step {state.global_step + 1}")
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM finish the current step, save and stop; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log and evaluation as one JSON line to metrics.jsonl; a resumed run first drops later lines."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.file.exists():
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            write_atomic(self.file, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and ("multiplier" in logs or "eval_density" in logs):
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")

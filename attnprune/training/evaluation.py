@@ -1,0 +1,81 @@
+"""Measuring a sidecar (or a base model) on texts the user names, or on the run's own held-out split."""
+
+from __future__ import annotations
+
+import copy
+
+from attnprune.data.blocks import Blocks, pack
+from attnprune.data.sampling import cache_folder, self_written
+from attnprune.data.sources import documents, source_name
+from attnprune.data.texts import addition_task, load_blocks
+from attnprune.errors import InputError
+from attnprune.measure import Report, measure
+from attnprune.runs.folder import RUN_FILE, load_run_file
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.folder import Sidecar
+
+# Of 32 bits, since a CPU's generator keeps no more (2**32 is its seed 0), and one that no run is given by chance: text
+# that the base writes here was not trained on.
+SELF_SEED = 0xA77E5EED
+
+
+def evaluate_model(
+    name: str,
+    sidecar: Sidecar | None,
+    sources: list[str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    seq_len: int = 0,
+    tokens: int = 16_384,
+    batch_size: int = 0,
+    text_field: str = "text",
+    allow_base_mismatch: bool = False,
+) -> list[Report]:
+    """One Report per text. A sidecar is measured against its base, with the open-gate control.
+
+    Raises:
+        InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
+    """
+    device = bases.pick_device(device)
+    if sidecar is None:
+        model = bases.load_base(name, revision=revision, device=device)
+        length = seq_len or min(512, bases.context_length(model.model) or 512)
+        return [
+            measure(model.model, _blocks(s, text_field, model, length, tokens), batch_size=batch_size) for s in sources
+        ]
+    base_name, base_revision = (base, None) if base is not None else loading.default_base(sidecar)
+    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
+    dense = bases.load_base(base_name, revision=base_revision, device=device, dtype=dtype)
+    length = seq_len or sidecar.manifest.result.seq_len
+    texts = [_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
+    sparse = copy.deepcopy(dense.model)
+    loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
+    reference = bases.dense(dense.model)
+    return [measure(sparse, blocks, reference=reference, control=True, batch_size=batch_size) for blocks in texts]
+
+
+def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, tokens: int) -> Blocks:
+    context = bases.context_length(base.model)
+    if context is not None and seq_len > context:
+        raise InputError(f"--seq-len: {seq_len} is more than the model's context of {context}")
+    if source == "task":
+        return addition_task(base.tokenizer)[1]
+    if source == "self":
+        key = bases.identity(base)["content"]
+        return self_written(base.model, base.tokenizer, seq_len, tokens, SELF_SEED, cache_folder(), key)
+    return pack(documents(source, text_field), base.tokenizer, seq_len, tokens, source_name(source))
+
+
+def held_out_split(sidecar: Sidecar, base: bases.BaseModel) -> Blocks:
+    """The evaluation split that the sidecar's result was measured on, rebuilt from run.toml.
+
+    Raises:
+        InputError: no run.toml, or the text is not what it was.
+    """
+    config = load_run_file(sidecar.path / RUN_FILE)
+    _, held_out = load_blocks(config, base.model, base.tokenizer, sidecar.manifest.base.content)
+    if held_out.fingerprint != sidecar.manifest.result.data_sha256:
+        raise InputError(f"{config.data.source}: not the text this sidecar was measured on", hint="give --data FILE")
+    return held_out

@@ -1,0 +1,136 @@
+"""From a trained model to a published sidecar: what is measured is what is on disk."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnprune.attention.interface import GATE_ATTRIBUTE, gates_of
+from attnprune.data.blocks import Blocks
+from attnprune.errors import AttnPruneError, InputError
+from attnprune.measure import GateStatistics, Report, gate_statistics, measure
+from attnprune.runs.config import RunConfig
+from attnprune.sidecar import bases, format, loading
+from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
+from attnprune.sidecar.probe import measure_probe
+from attnprune.training.trainer import constraint_of, trainable_state
+
+STAGING = ".staging-"
+
+
+def export(
+    model: Any,
+    fresh: bases.BaseModel,
+    base_entry: dict[str, Any],
+    config: RunConfig,
+    held_out: Blocks,
+    folder: Path,
+) -> Sidecar:
+    """Put a trained model's state onto a fresh base exactly as `load` will, measure that, publish it in `folder`."""
+    biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(model)]
+    weights, adapter_config, entry = changed_weights(model, config)
+    sparse = copy.deepcopy(fresh.model)
+    loading.install(sparse, biases, weights, entry)
+    statistics = gate_statistics(sparse, held_out)
+    staging = folder / f"{STAGING}{os.getpid()}"
+    save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
+    report = measure(sparse, held_out, reference=bases.dense(fresh.model), control=True)
+    probe = held_out.input_ids[0, :64].tolist()
+    manifest = {
+        "format": format.FORMAT,
+        "format_version": format.FORMAT_VERSION,
+        "requires": ["gate:threshold"] + ([f"weights:{entry.kind}"] if entry.kind != "none" else []),
+        "created_by": f"attnprune {metadata.version('attnprune')}",
+        "base": {key: value for key, value in base_entry.items() if value is not None},
+        "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
+        "weights": entry.model_dump(exclude_none=True),
+        "files": file_entries(staging),
+        "result": result_entry(report, config, held_out.fingerprint),
+        "probe": measure_probe(sparse, probe).model_dump(),
+    }
+    staged = Sidecar(staging, format.Manifest.model_validate(manifest))
+    _check_written(staged, biases, weights)
+    return publish(staging, folder, staged.manifest)
+
+
+def _check_written(staged: Sidecar, biases: list[np.ndarray], weights: dict[str, Tensor]) -> None:
+    """Read the staged files back with the strict reader: they must hold exactly what was measured."""
+    try:
+        read = staged.weights()
+        same = read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
+        same = same and all(np.array_equal(a, b) for a, b in zip(staged.biases(), biases, strict=True))
+    except InputError as error:
+        raise AttnPruneError(f"the written sidecar does not pass: {error.message}") from error
+    if not same:
+        raise AttnPruneError(f"{staged.path}: the written files differ from what was measured")
+
+
+def gate_arrays(biases: list[np.ndarray], statistics: GateStatistics) -> dict[str, np.ndarray]:
+    """The tensors of gates.safetensors."""
+    arrays = {"stats.offset_edges": statistics.offset_edges.numpy()}
+    for layer, bias in enumerate(biases):
+        density = statistics.density[layer].float().numpy()
+        arrays[f"layers.{layer}.gate.bias"] = bias
+        arrays[f"layers.{layer}.gate.closed"] = (density == 0).astype(np.uint8)
+        arrays[f"layers.{layer}.stats.density"] = density
+        arrays[f"layers.{layer}.stats.open_by_offset"] = statistics.open_by_offset[layer].float().numpy()
+        arrays[f"layers.{layer}.stats.sink"] = statistics.sink[layer].float().numpy()
+    return arrays
+
+
+def changed_weights(
+    model: Any, config: RunConfig
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, format.WeightsEntry]:
+    """(tensors, adapter configuration or None, manifest entry) of what training changed besides the gates."""
+    scope = config.train.scope
+    if scope == "gates":
+        return {}, None, format.WeightsEntry(kind="none")
+    if scope == "lora":
+        from peft import get_peft_model_state_dict
+
+        lora = model.peft_config["default"]
+        tensors = {
+            name: t.detach().cpu().contiguous()
+            for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+            if ".lora_" in name
+        }
+        adapter = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": None,
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "target_modules": sorted(lora.target_modules),
+            "fan_in_fan_out": lora.fan_in_fan_out,
+            "bias": "none",
+            "inference_mode": True,
+        }
+        entry = format.WeightsEntry(kind="lora", rank=lora.r, alpha=float(lora.lora_alpha), tensors=len(tensors))
+        return tensors, adapter, entry
+    state = {n: t for n, t in trainable_state(model).items() if GATE_ATTRIBUTE not in n}
+    return state, None, format.WeightsEntry(kind="delta", tensors=len(state))
+
+
+def result_entry(report: Report, config: RunConfig, data_sha256: str) -> dict[str, Any]:
+    """The manifest's `result` of a measured artefact."""
+    constraint = constraint_of(config)
+    assert report.kl is not None
+    assert report.density is not None
+    value = constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
+    left_out = ("heads", "agreement")
+    return {key: v for key, v in asdict(report).items() if key not in left_out} | {
+        "data_sha256": data_sha256,
+        "steps": config.train.steps,
+        "seed": config.train.seed,
+        "constraint": constraint.kind,
+        "limit": constraint.limit,
+        "feasible": constraint.feasible(value),
+    }

@@ -1,0 +1,225 @@
+"""The whole flow on one page: RunConfig in, Sidecar out.
+
+resolve -> load base -> data -> attach gates -> choose what trains (and where it starts) -> plan -> train -> export ->
+measure the artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback, set_seed
+
+from attnprune.attention.interface import attach
+from attnprune.data.blocks import Blocks
+from attnprune.data.texts import load_blocks
+from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
+from attnprune.files import locked, write_atomic
+from attnprune.measure import Reference
+from attnprune.runs.config import RunConfig
+from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
+from attnprune.sidecar import bases, format
+from attnprune.sidecar.folder import Sidecar
+from attnprune.sidecar.quiet import quiet
+from attnprune.training import checkpoints
+from attnprune.training.calibration import bias_for_mass
+from attnprune.training.callbacks import MetricsFile, StopOnSignal
+from attnprune.training.export import STAGING, export
+from attnprune.training.plan import Plan, make_plan
+from attnprune.training.resolve import load_base, load_dtype, resolve
+from attnprune.training.scope import make_trainable
+from attnprune.training.start import check_start, sidecar_to_start_from, start_from
+from attnprune.training.trainer import SparsifyTrainer
+
+CALIBRATION_BLOCKS = 16
+
+
+def sparsify(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    on_plan: Callable[[Plan], bool] | None = None,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Sidecar | None:
+    """Post-train a model until its attention is sparse at the base's loss, and write the sidecar.
+
+    Args:
+        config: the run; 'auto' values are resolved here and written back to run.toml.
+        resume: continue the run in `config.output.folder` from its last intact checkpoint.
+        callbacks: transformers callbacks, e.g. a progress display.
+        on_plan: called with the plan before the first step; return False to stop there (dry run).
+        on_note: receives one-line notes.
+
+    Returns:
+        The sidecar, or None when `on_plan` stopped the run. Its result says whether the constraint is met.
+
+    Raises:
+        AttnPruneError: see its subclasses; the last sealed checkpoint stays in place.
+    """
+    config, notes = resolve(config)
+    folder = Path(config.output.folder)
+    if not resume:
+        check_output(folder)
+    with locked(folder):
+        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note)
+
+
+def _run(
+    config: RunConfig,
+    notes: list[str],
+    folder: Path,
+    resume: bool,
+    callbacks: list[TrainerCallback],
+    on_plan: Callable[[Plan], bool] | None,
+    on_note: Callable[[str], None],
+) -> Sidecar | None:
+    """`sparsify` with the folder held."""
+    init = None
+    # A run that has a checkpoint needs nothing else.
+    if config.model.init and not (resume and checkpoints.last_good(folder / CHECKPOINTS)[0]):
+        init = sidecar_to_start_from(config)
+    if init is not None and config.model.dtype == "auto":
+        config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    base = load_base(config)
+    config, more = resolve(config, base)
+    if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train
+        base = load_base(config)
+    if load_dtype(config) != torch.float32 and config.train.scope in ("attn", "full"):
+        raise InputError(
+            f"model.dtype: {config.model.dtype} would round away the updates of scope {config.train.scope}",
+            hint="leave out --dtype and use --precision bf16",
+        )
+    config.model.dtype = str(base.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
+    set_seed(config.train.seed)
+    base_entry = bases.identity(base)
+    if init is not None:
+        check_start(init, base.model)
+        more.append(f"start: the gates and weights of {init.path}")
+    train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, base_entry["content"])
+    attach_gates(base.model, config, train_blocks)
+    model, reference = make_trainable(base.model, config)
+    run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
+    if init is not None:
+        start_from(model, init, config)
+        run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
+    plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
+    if on_plan is not None and not on_plan(plan):
+        return None
+    try:
+        checkpoint = _start(folder, config, run_facts, resume, on_note)
+        trainer = _train(
+            model, config, train_blocks, held_out, reference, folder, init is not None, checkpoint, callbacks
+        )
+        trainer.load_best()
+        trainer.model.cpu()  # makes room on a GPU
+        sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, folder)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return sidecar
+    except AttnPruneError as error:
+        _describe_state(error, folder)
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # A full disk reaches us as any of these, by the library that was writing.
+        text = str(error)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text and "write failed" not in text:
+            raise
+        failure = AttnPruneError(f"{folder}: cannot write: {getattr(error, 'strerror', None) or text.splitlines()[0]}")
+        _describe_state(failure, folder)
+        raise failure from error
+
+
+def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
+    """Attach gates with the run's temperatures and initial biases."""
+    settings = config.gate
+    gates = attach(model, bias=settings.bias_init)
+    for gate in gates:
+        gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
+        gate.deterministic = config.train.deterministic
+    if settings.initial_mass and not config.model.init:
+        rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
+        ids = blocks.take(rows).input_ids.to(model.device)
+        for gate, bias in zip(gates, bias_for_mass(model, ids, settings.initial_mass), strict=True):
+            with torch.no_grad():
+                gate.bias.copy_(bias)
+
+
+def _describe_state(error: AttnPruneError, folder: Path) -> None:
+    """Say which checkpoint the run can continue from."""
+    if error.hint is None and (folder / CHECKPOINTS).is_dir():
+        good, _ = checkpoints.last_good(folder / CHECKPOINTS)
+        if good is not None:
+            error.hint = f"last good checkpoint: {good.name}; continue with: attnprune sparsify --resume {folder}"
+
+
+def _start(
+    folder: Path, config: RunConfig, facts: dict[str, str], resume: bool, on_note: Callable[[str], None]
+) -> Path | None:
+    """Write run.toml of a new run, or find the checkpoint a resumed run continues from."""
+    facts_file = folder / CHECKPOINTS / "data.json"
+    if not resume:
+        write_atomic(folder / RUN_FILE, config.to_toml())
+        (folder / CHECKPOINTS).mkdir()
+        write_atomic(facts_file, json.dumps(facts, sort_keys=True))
+        return None
+    for stale in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(stale)
+    stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
+    for name, value in facts.items():
+        if stored.get(name) != value:
+            what = {
+                "train": "training data",
+                "held_out": "held-out data",
+                "base": "base model",
+                "init": "first sidecar",
+            }
+            raise InputError(f"{folder}: the {what[name]} differs from the run's")
+    good, skipped = checkpoints.last_good(folder / CHECKPOINTS)
+    for damaged in skipped:
+        on_note(f"skipping {damaged.name} (incomplete)")
+    # Without a seal a save was cut short and the run can start over; a sealed one that fails was damaged later.
+    if good is None and any((folder / checkpoints.SEAL).exists() for folder in skipped):
+        raise AttnPruneError(f"{folder}: no intact checkpoint", hint="start again with another --out")
+    for damaged in skipped:
+        shutil.rmtree(damaged)
+    on_note(f"continuing from {good.name}" if good else "no checkpoint yet: starting at step 0")
+    return good
+
+
+def _train(
+    model: Any,
+    config: RunConfig,
+    train_blocks: Blocks,
+    held_out: Blocks,
+    reference: Reference,
+    folder: Path,
+    from_sidecar: bool,
+    checkpoint: Path | None,
+    callbacks: list[TrainerCallback],
+) -> SparsifyTrainer:
+    """Train to the end, or save and raise InterruptedRunError on a signal."""
+    inner = config.model_copy(deep=True)
+    inner.output.folder = str(folder / CHECKPOINTS)
+    stopper = StopOnSignal()
+    callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
+    trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, from_sidecar)
+    if checkpoint is not None:
+        trainer.restore_best(checkpoint)
+    set_seed(config.train.seed)
+    with stopper, quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < config.train.steps:
+            assert stopper.received is not None  # nothing else ends training early
+            raise InterruptedRunError(
+                f"interrupted: saved checkpoint-{trainer.state.global_step}",
+                stopper.received,
+                hint=f"continue with: attnprune sparsify --resume {folder}",
+            )
+    return trainer

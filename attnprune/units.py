@@ -1,0 +1,25 @@
+"""Numbers as people read them: shares, times, sizes."""
+
+from __future__ import annotations
+
+
+def percent(share: float) -> str:
+    """A share with three significant digits: 41 %, 2.66 %, 0.312 %."""
+    return f"{100 * share:.3g} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min, 3 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float, unit: str = "B") -> str:
+    """A byte count with a decimal prefix."""
+    for prefix in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.3g} {prefix}{unit}"
+        count /= 1000
+    return f"{count:.3g} G{unit}"

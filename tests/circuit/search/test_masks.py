@@ -1,0 +1,153 @@
+"""Learning masks: edges that matter stay, the others go, the target holds, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.planted import plant
+from attnprune.circuit.search import masks
+from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.masks import EVERY, learn_circuits
+from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
+from attnprune.circuit.search.sizes import circuit_of_size, smallest_held
+from attnprune.circuit.search.splits import Settings, Split, pattern_visible
+from attnprune.circuit.tasks import load_task
+from attnprune.sidecar import bases
+from tests.helpers.circuits import planted_task, silent
+
+
+def learn(split, order, size, settings, cache=None):
+    gap = (split.clean.mean() - split.corrupted.mean()).item()
+    return learn_circuits(split, order, size, gap, settings, silent, cache or Cache())
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """(prompts, mask) of every step."""
+    seen = []
+    real = masks._error_gradients
+
+    def noted(split, prompts, kept, gap):
+        seen.append((prompts, kept))
+        return real(split, prompts, kept, gap)
+
+    monkeypatch.setattr(masks, "_error_gradients", noted)
+    return seen
+
+
+def test_what_is_learned_of_all_edges_in_any_order_is_planted():
+    planted = plant("llama", gated=False, seed=1)
+    anatomy = anatomy_of(planted.model)
+    split = Split(anatomy, planted_task(planted, prompts=8).train, "train", Cache(), 8)
+    edges = anatomy.graph.mask().flatten().nonzero()[:, 0]
+    order = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(0))]
+    settings = Settings(target=0.9, mask_steps=80)
+    circuits = learn(split, order, len(order), settings)
+    assert len(circuits) == 4
+    assert not (circuits[-1] & ~planted.edges).any()
+    assert settings.reached(split.faithfulness(circuits[-1]))
+
+
+def test_a_step_that_breaks_the_circuit_is_taken_back(monkeypatch, steps):
+    """Without an edge between them nothing is learned any more, so what broke it must return."""
+    planted = plant("llama", gated=False, seed=1)
+    split = Split(anatomy_of(planted.model), planted_task(planted, prompts=8).train, "train", Cache(), 8)
+    order = planted.edges.flatten().nonzero()[:, 0]
+    monkeypatch.setattr(masks, "_LEARNING_RATE", 2.0)  # the first step drops everything
+    learn(split, order, 2 * len(order), Settings(target=0.9, mask_steps=3))
+    kept = [mask for _, mask in steps]
+    assert torch.equal(kept[0], planted.edges)
+    assert not kept[1].any()
+    assert torch.equal(kept[2], planted.edges)
+
+
+@pytest.fixture(scope="module")
+def addition():
+    """(train, validation, ranked edges) of the bundled model."""
+    base = bases.load_base("demo")
+    task = load_task("addition", base.tokenizer, count=24, more=96)
+    anatomy = anatomy_of(base.model)
+    ranked = Split(anatomy, task.train, "train", Cache(), 32, to_rank=True, by_template=True)
+    with pattern_visible(anatomy):
+        order = eap_ig_orders(anatomy.graph, score_edges(ranked, 4, silent, Cache()).edges)[0].edges
+    more, validation = (Split(anatomy, part, "part", Cache(), 32) for part in (task.more, task.validation))
+    return more, validation, order
+
+
+def test_a_learned_circuit_explains_more_than_as_many_of_the_best_edges(addition):
+    more, _, order = addition
+    (learned,) = learn(more, order, 250, Settings(mask_steps=EVERY))
+    graph = more.anatomy.graph
+    assert torch.equal(learned, graph.prune(learned))
+    best = circuit_of_size(graph, order, int(learned.sum()))
+    assert 100 < int(learned.sum()) < 250
+    assert more.faithfulness(learned) > more.faithfulness(best) + 0.05
+
+
+def test_the_smallest_circuit_that_validation_prompts_hold(addition):
+    _, validation, order = addition
+    graph = validation.anatomy.graph
+    circuits = [circuit_of_size(graph, order, size) for size in (60, 400, 100, 500)]
+    found = smallest_held(validation, circuits, Settings(target=0.85), silent)
+    assert found is not None
+    assert found.size == int(circuits[1].sum())
+    assert found.faithfulness == pytest.approx(validation.faithfulness(circuits[1]))
+    assert smallest_held(validation, circuits[::2], Settings(target=0.85), silent) is None
+    assert smallest_held(validation, [], Settings(target=0.85), silent) is None
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkeypatch):
+    more, _, order = addition
+    settings = Settings(mask_steps=2 * EVERY + 5)
+    whole = learn(more, order, 250, settings)
+    assert len(whole) == 3
+
+    steps = []
+    real = masks._error_gradients
+
+    def counted(*arguments):
+        steps.append(arguments)
+        if len(steps) == EVERY + 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(masks, "_error_gradients", counted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(more, order, 250, settings, Cache(tmp_path))
+    again = learn(more, order, 250, settings, Cache(tmp_path))
+    assert len(steps) == EVERY + 3 + EVERY + 5
+    assert all(map(torch.equal, whole, again))
+    learn(more, order, 250, settings, Cache(tmp_path))
+    assert len(steps) == EVERY + 3 + EVERY + 5
+    learn(more, order, 200, settings, Cache(tmp_path))  # another beginning is another run
+    assert len(steps) > EVERY + 3 + EVERY + 5
+
+
+def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, steps):
+    more, _, order = addition
+    assert learn(more, order, 250, Settings(mask_steps=0)) == []
+    learn(more, order, 250, Settings(mask_steps=len(more.prompts)))
+    assert {id(prompts) for prompts, _ in steps} == {id(prompts) for prompts in more.prompts}
+
+
+def test_a_bad_beginning_is_learned_from_all_the_same(addition, monkeypatch):
+    """There is no step to take back."""
+    more, _, order = addition
+    kept = []
+    real = masks._error_gradients
+
+    def noted(split, prompts, mask, gap):
+        kept.append(mask)
+        return real(split, prompts, mask, gap)[0], 0.0
+
+    monkeypatch.setattr(masks, "_error_gradients", noted)
+    learn(more, order, 250, Settings(mask_steps=2))
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_a_circuit_without_edges_has_no_gradients(addition):
+    more, _, order = addition
+    circuits = learn(more, order, 0, Settings(mask_steps=2))
+    assert not any(edges.any() for edges in circuits)

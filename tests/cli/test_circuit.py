@@ -1,0 +1,136 @@
+"""`attnprune circuit` as a person meets it: real subprocesses, exit codes, files, JSON, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from attnprune.circuit.folder import read_settings
+from attnprune.circuit.result import CircuitResult
+from tests.helpers.factory import save_tiny_llama
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+COMMAND = [sys.executable, "-m", "attnprune", "circuit"]
+ADDITION = ["demo", "--task", "addition", "--quick", "--prompts", "9", "--device", "cpu"]
+
+
+def circuit(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random model and a finished search of the bundled one against itself."""
+    folder = tmp_path_factory.mktemp("circuit")
+    save_tiny_llama(folder / "model", max_position_embeddings=64)
+    done = circuit(*ADDITION, "--against", "demo", "--mask-steps", "5", "--out", "found", "--json", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.json").write_text(done.stdout)
+    return folder
+
+
+def test_json_is_the_file_and_matches_its_schema(place):
+    printed = json.loads((place / "stdout.json").read_text())
+    assert printed == json.loads((place / "found" / "circuit.json").read_text())
+    result = CircuitResult.model_validate(printed)
+    one, other = result.models
+    assert one.edges == other.edges
+    assert result.compare.edges.value == 1
+    assert result.compare.comparable
+    assert result.task.test == 9
+    assert result.method.mask_steps == 5
+    assert result.task.more > 1000
+
+
+def test_files_of_a_search(place):
+    names = {path.name for path in (place / "found").iterdir()}
+    assert names >= {"circuit.json", "circuit.html", "eap-ig.json", "eap-ig-against.json", "cache"}
+    edges = json.loads((place / "found" / "eap-ig.json").read_text())["edges"]
+    assert len(edges) == 479
+
+
+def test_a_finished_search_can_be_shown_again(place):
+    before = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
+    done = circuit("--resume", "found", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "Smallest circuit with faithfulness 0.9: addition" in done.stdout
+    assert "random circuits" in done.stdout
+    after = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
+    assert [model.edges for model in after.models] == [model.edges for model in before.models]
+    assert after.command == before.command
+    assert "--task addition" in after.command
+
+
+def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):
+    settings = json.loads((place / "found" / "cache" / "settings.json").read_text())
+    assert settings.pop("mask_steps") == 5
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "settings.json").write_text(json.dumps(settings))
+    assert read_settings(tmp_path) == settings | {"mask_steps": 0}
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):
+    arguments = [*ADDITION, "--no-controls", "--prompts", "12", "--out", "half"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    evaluations = place / "half" / "cache" / "evaluations.jsonl"
+    while process.poll() is None and not (evaluations.exists() and len(evaluations.read_text().splitlines()) > 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == "attnprune: interrupted (continue with: attnprune circuit --resume half)"
+    assert not (place / "half" / "circuit.json").exists()
+    lines = evaluations.read_text().splitlines()
+    done = circuit("--resume", "half", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert evaluations.read_text().splitlines()[: len(lines) - 1] == lines[:-1]
+    assert json.loads(done.stdout)["models"][0]["controls"]["random"] is None
+
+
+def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
+    before = sorted(place.rglob("*"))
+    done = circuit(*arguments, cwd=place)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no model given"),
+        (("demo",), "no task given"),
+        (("demo", "--task", "addition", "--target", "0"), "--target 0: is not above 0"),
+        (("demo", "--task", "addition", "--target", "1.1"), "--target 1.1: is not above 0"),
+        (("demo", "--task", "addition", "--out", "found"), "found: is not empty (attnprune circuit --resume found"),
+        (("demo", "--task", "addition", "--out", "model/config.json"), "is not a folder"),
+        (("--resume", "model"), "holds no search to continue"),
+        (("demo", "--task", "addition", "--resume", "found"), "leave out model, --task"),
+        (("--resume", "found", "--seed", "0", "-o", "other"), "leave out --seed, --out"),
+        (("demo", "--task", "nonsense"), "nonsense: no such task"),
+    ],
+)
+def test_bad_options_are_refused(place, arguments, message):
+    refused(place, *arguments, message=message)
+
+
+def test_another_graph_is_refused(place):
+    refused(place, "demo", "--task", "addition", "--against", "model", message="--against model: has other layers")
+
+
+def test_a_model_that_cannot_do_the_task_exits_1(place):
+    done = circuit("model", "--task", "induction", "--prompts", "8", "--quick", "--out", "unable", cwd=place)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("attnprune: model: induction: this model cannot do the task")
+    assert not (place / "unable" / "circuit.json").exists()

@@ -1,0 +1,41 @@
+"""Fixtures of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnprune.circuit.model.graph import Graph
+from attnprune.report.circuit_page import render_page
+from tests.helpers.pages import Browser, Page, circuit_result, model_circuit
+
+
+@pytest.fixture(scope="module")
+def two_models():
+    """4 layers of 4 heads on 2 key/value heads; the first model needs fewer edges."""
+    graph = Graph(4, 4, 2)
+    return circuit_result(model_circuit(graph, 40), model_circuit(graph, 150, "some/base", "dense", seed=1))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = Browser(tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Open the page of a result; what it did wrong by the end of the test fails the test."""
+    pages = []
+
+    def open_result(result):
+        path = tmp_path / f"circuit-{len(pages)}.html"
+        path.write_text(render_page(result), "utf-8")
+        pages.append(Page(browser, path))
+        return pages[-1]
+
+    yield open_result
+    for page in pages:
+        page.js("0")  # events so far have arrived
+        assert page.errors() == []
+        assert [url for url in page.requests() if not url.startswith("data:")] == [page.url]

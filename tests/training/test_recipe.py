@@ -1,0 +1,118 @@
+"""The whole flow on tiny models: export equals what loads, scopes, settings, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import attnprune
+from attnprune.data.sampling import sample
+from attnprune.errors import InputError
+from attnprune.files import locked
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.folder import open_sidecar
+from attnprune.training import recipe
+from attnprune.training.evaluation import SELF_SEED, evaluate_model
+from attnprune.training.resolve import load_base, resolve
+from tests.helpers.factory import save_tiny_llama
+from tests.helpers.recipes import run_config
+
+
+@pytest.mark.parametrize(("capability", "precision", "told"), [
+    ("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False),
+])  # fmt: skip
+def test_bf16_on_a_processor_without_it_is_told(inputs, tmp_path, monkeypatch, capability, precision, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    config = run_config(inputs, tmp_path / "run", train={"precision": precision})
+    _, notes = resolve(config, load_base(config))
+    assert any("no bf16 instructions" in note for note in notes) == told
+
+
+def test_result_is_reproduced_by_loading_the_sidecar(uninterrupted, inputs):
+    [report] = evaluate_model(str(uninterrupted.path), uninterrupted, [], base=str(inputs[0]))
+    result = uninterrupted.manifest.result
+    assert (report.loss, report.open_edges) == (result.loss, result.open_edges)
+    assert (report.base_loss, report.kl, report.control_loss) == (result.base_loss, result.kl, result.control_loss)
+
+
+def test_finished_run_leaves_a_sidecar_and_no_checkpoints(uninterrupted):
+    names = {file.name for file in uninterrupted.path.iterdir()}
+    assert names == {"attnprune.json", "gates.safetensors", "delta.safetensors", "run.toml", "metrics.jsonl"}
+
+
+def test_metrics_hold_the_constraint_numbers(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted.path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_density" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    assert all({"multiplier", "gap", "density", "violation"} <= set(line) for line in lines if "multiplier" in line)
+
+
+@pytest.mark.parametrize(("scope", "kind"), [("gates", "none"), ("lora", "lora"), ("attn", "delta"), ("full", "delta")])
+def test_every_scope_loads_back_and_moves_only_its_weights(inputs, tmp_path, scope, kind):
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", train={"scope": scope, "steps": 8}))
+    assert sidecar.manifest.weights.kind == kind
+    base = dict(bases.load_base(str(inputs[0])).model.named_parameters())
+    sparse = attnprune.load(sidecar.path, base=str(inputs[0])).model
+    moved = {n for n, p in sparse.named_parameters() if n in base and not torch.equal(p, base[n])}
+    attention = {n for n in base if "self_attn" in n}
+    assert moved == {"gates": set(), "lora": attention, "attn": attention, "full": set(base)}[scope]
+    loading.verify_probe(sparse, sidecar.manifest)
+
+
+def test_gates_start_with_the_asked_share_of_the_softmax_mass(inputs, tmp_path):
+    """One step that moves nothing: the smaller share starts sparser."""
+    density = {}
+    for mass in (0.5, 0.9):
+        overrides = {
+            "gate": {"initial_mass": mass},
+            "train": {"scope": "gates", "steps": 1, "gate_learning_rate": 1e-9},
+        }
+        sidecar = recipe.sparsify(run_config(inputs, tmp_path / f"run-{mass}", **overrides))
+        density[mass] = sidecar.manifest.result.density
+    assert 0 < density[0.5] < density[0.9] < 1
+
+
+def test_eval_on_text_that_the_base_writes(uninterrupted, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    [report] = evaluate_model(str(uninterrupted.path), uninterrupted, ["self"], base=str(inputs[0]), tokens=64)
+    assert (report.data, report.seq_len) == ("self", 16)
+    assert report.kl > 0
+
+
+def test_text_to_measure_on_is_not_that_of_a_runs_seed(inputs):
+    base = bases.load_base(str(inputs[0]))
+    seeds = (0, 1, 2**32 - 1, SELF_SEED)
+    drawn = [sample(base.model, base.tokenizer, 4, 16, seed) for seed in seeds]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
+
+
+def test_plan_can_stop_the_run_and_leaves_nothing(inputs, tmp_path):
+    plans = []
+    assert recipe.sparsify(run_config(inputs, tmp_path / "run"), on_plan=lambda plan: bool(plans.append(plan))) is None
+    assert not (tmp_path / "run").exists()
+    assert plans[0].trainable == plans[0].total
+    assert plans[0].seconds_per_1000_steps > 0
+
+
+def test_output_folder_in_use_is_refused(inputs, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="in use by another run"):
+        recipe.sparsify(run_config(inputs, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_base_is_refused(uninterrupted, tmp_path):
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="not the weights"):
+        attnprune.load(uninterrupted.path, base=str(other))
+    wider = save_tiny_llama(tmp_path / "wider", num_attention_heads=8)
+    with pytest.raises(InputError, match="wrong base"):
+        attnprune.load(uninterrupted.path, base=str(wider))
+    assert attnprune.load(uninterrupted.path, base=str(other), allow_base_mismatch=True)
+
+
+def test_unnamed_local_base_asks_for_base(uninterrupted):
+    with pytest.raises(InputError, match="name it"):
+        attnprune.load(open_sidecar(uninterrupted.path).path)

@@ -1,0 +1,152 @@
+"""Interruptions: kill -9 at every write, signals, damaged checkpoints, other settings, non-finite values."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
+from attnprune.runs.config import RunConfig
+from attnprune.runs.folder import CHECKPOINTS, read_resumed
+from attnprune.training import checkpoints, recipe, trainer
+from tests.helpers.recipes import _SignalAt, artefact, run_config
+
+FORK = multiprocessing.get_context("fork")  # children start with torch imported, and can be killed
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def in_child(target, *args) -> int:
+    """Run in a forked process; its exit code (negative: killed by that signal)."""
+    child = FORK.Process(target=target, args=args)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+def _train_and_die(config: RunConfig, die_at: int, counter) -> None:
+    """Train, and SIGKILL this process at file write number `die_at` of the saves (0: never; count them)."""
+    writes = 0
+
+    def about_to_write(path, atomic=False) -> None:
+        nonlocal writes
+        if f"{CHECKPOINTS}{os.sep}{checkpoints.PREFIX}" not in os.fspath(path):
+            return
+        writes += 1
+        counter.value = writes
+        if writes == die_at:
+            if not atomic:
+                Path(path).write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, args):
+        if event == "open" and isinstance(args[0], (str, os.PathLike)) and isinstance(args[1], str) and "w" in args[1]:
+            about_to_write(args[0])
+        elif event == "os.rename":
+            about_to_write(args[1], atomic=True)
+
+    original = trainer.save_file
+
+    def save_file(tensors, path, *rest):  # written by Rust, so no audit event
+        about_to_write(path)
+        original(tensors, path, *rest)
+
+    trainer.save_file = save_file
+    torch_save = torch.save
+
+    def save(obj, path, *rest, **kwargs):  # written by C++, likewise
+        about_to_write(path)
+        torch_save(obj, path, *rest, **kwargs)
+
+    torch.save = save
+    sys.addaudithook(audit)
+    recipe.sparsify(config)
+
+
+def _resume(config: RunConfig) -> None:
+    recipe.sparsify(config, resume=True)
+
+
+def _count_writes(inputs, folder: Path) -> int:
+    counter = FORK.Value("i", 0)
+    assert in_child(_train_and_die, run_config(inputs, folder), 0, counter) == 0
+    return counter.value
+
+
+def test_resume_after_kill_at_every_file_write_gives_the_same_result(inputs, tmp_path, uninterrupted):
+    writes = _count_writes(inputs, tmp_path / "count")
+    assert writes >= 3 * 7  # three saves of model, best, optimizer, scheduler, random state, trainer state, seal
+    expected = artefact(uninterrupted.path)
+    per_save = writes // 3
+    for die_at in range(1, 2 * per_save + 1):  # every write of the first and the second save
+        out = tmp_path / f"killed-{die_at}"
+        config = run_config(inputs, out)
+        assert in_child(_train_and_die, config, die_at, FORK.Value("i", 0)) == -signal.SIGKILL
+        assert in_child(_resume, config) == 0
+        assert artefact(out) == expected, f"killed at write {die_at}"
+        shutil.rmtree(out)
+
+
+def test_resume_with_only_damaged_checkpoints_is_refused(inputs, tmp_path):
+    config = run_config(inputs, tmp_path / "run")
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(config, callbacks=[_SignalAt(2, signal.SIGTERM)])
+    (tmp_path / "run" / CHECKPOINTS / "checkpoint-3" / "optimizer.pt").write_bytes(b"damaged")
+    with pytest.raises(AttnPruneError, match="no intact checkpoint"):
+        recipe.sparsify(config, resume=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_resume_is_exact(inputs, tmp_path, uninterrupted, number, code):
+    config = run_config(inputs, tmp_path / "run")
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedRunError) as caught:
+        recipe.sparsify(config, callbacks=[_SignalAt(5, number)])
+    assert caught.value.exit_code == code
+    assert "checkpoint-6" in caught.value.message
+    assert "--resume" in (caught.value.hint or "")
+    assert signal.getsignal(number) is before
+    recipe.sparsify(read_resumed(tmp_path / "run", {}), resume=True)
+    assert artefact(tmp_path / "run") == artefact(uninterrupted.path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_resume_with_other_settings_or_data_is_refused(inputs, tmp_path):
+    config = run_config(inputs, tmp_path / "run")
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(config, callbacks=[_SignalAt(5, signal.SIGTERM)])
+    with pytest.raises(InputError, match=r"train\.seed: 7 differs"):
+        read_resumed(tmp_path / "run", {"train": {"seed": 7}})
+    text = inputs[1].read_text()
+    inputs[1].write_text(text.replace("gate", "door"))
+    try:
+        with pytest.raises(InputError, match="data differs"):
+            recipe.sparsify(config, resume=True)
+    finally:
+        inputs[1].write_text(text)
+
+
+class _Poison(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).fill_(float("nan"))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(inputs, tmp_path):
+    with pytest.raises(AttnPruneError, match=r"non-finite .* at step 7") as caught:
+        recipe.sparsify(run_config(inputs, tmp_path / "run"), callbacks=[_Poison()])
+    assert caught.value.exit_code == 1
+    assert "checkpoint-4" in (caught.value.hint or "")

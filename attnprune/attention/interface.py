@@ -3,6 +3,8 @@
 transformers looks up the attention function and the mask function by one name in two registries; with only the first
 registered a model silently becomes bidirectional, so both are registered here. Some families accept the name and never
 call the function, so support is an allow-list plus a run-time probe, not "it did not raise".
+
+Long because the registered functions, the gates and their guards share the state of a model that is being attached.
 """
 
 from __future__ import annotations

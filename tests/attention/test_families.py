@@ -1,4 +1,7 @@
-"""Every supported family as a tiny random model: padding, packing, caches, generation, save/load; refusals by name."""
+"""Every supported family as a tiny random model: padding, packing, caches, generation, save/load; refusals by name.
+
+Long because every test runs the same models, one of each family.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Gated models run as defined: independent edge counts, padding, caches, patterns, checkpointing, masks."""
+"""Gated models run as defined: independent edge counts, padding, caches, patterns, checkpointing, masks.
+
+Long because every test runs the same small model.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from attnprune.bench import attention, clock, models, providers
 from attnprune.bench.cases import SUITES
 from attnprune.bench.providers import GATED, SDPA
 from attnprune.bench.record import Record
-from attnprune.circuit.result import CircuitResult
+from attnprune.circuit.folder import read_record
 from attnprune.cli import app
 from attnprune.errors import InputError
 from attnprune.runs.config import build_config
@@ -147,6 +147,6 @@ def test_committed_records_are_of_today_s_schema():
     results = EXAMPLES / "results"
     record = Record.model_validate_json((results / "bench-attention-cpu.json").read_text())
     assert {row.suite for row in record.rows} == {"train", "prefill"}
-    circuits = [CircuitResult.model_validate_json(f.read_text()) for f in (results / "circuits").glob("*/circuit.json")]
+    circuits = [read_record(folder) for folder in (results / "circuits").iterdir()]
     assert {circuit.task.name for circuit in circuits} == {"addition", "induction", "induction:keys", "ioi", "sva"}
     assert all([model.kind for model in circuit.models] == ["sparse", "dense"] for circuit in circuits)

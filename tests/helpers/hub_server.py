@@ -5,6 +5,8 @@ with HubServer() as hub:
     hub.fail("GET .*/resolve/.*config.json", kind="drop")
     subprocess.run(command, env=os.environ | hub.environment(home))
     assert hub.log.sent("/resolve/") < 1000 and hub.commits("tester/model")[0].sha == sha
+
+Long because it answers every request that the real client makes.
 """
 
 from __future__ import annotations

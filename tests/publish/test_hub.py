@@ -1,4 +1,7 @@
-"""Push, inspect, apply and load through a local Hub, with the real client and the real command line: rows H1-H15."""
+"""Push, inspect, apply and load through a local Hub, with the real client and the real command line: rows H1-H15.
+
+Long because pushing and reading are two ends of the same local Hub.
+"""
 
 from __future__ import annotations
 

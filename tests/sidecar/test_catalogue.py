@@ -1,4 +1,7 @@
-"""The catalogue of bad sidecars (S) and bases (B) through the real command line, one subprocess per row."""
+"""The catalogue of bad sidecars (S) and bases (B) through the real command line, one subprocess per row.
+
+Long because it is a table, a row for each bad input.
+"""
 
 import ctypes
 import hashlib

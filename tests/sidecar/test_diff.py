@@ -1,4 +1,7 @@
-"""`attnprune diff`: every number against full matrices in torch, everything it cannot know said or refused."""
+"""`attnprune diff`: every number against full matrices in torch, everything it cannot know said or refused.
+
+Long because its sidecars and merged folders take seconds to make, and every test compares the same ones.
+"""
 
 from __future__ import annotations
 

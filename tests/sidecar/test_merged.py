@@ -1,4 +1,7 @@
-"""The merged form: measured on its own files, loaded in every documented way, refused in every other."""
+"""The merged form: measured on its own files, loaded in every documented way, refused in every other.
+
+Long because its merged folders take seconds to make, and every way of loading is tried on the same ones.
+"""
 
 from __future__ import annotations
 

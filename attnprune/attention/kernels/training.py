@@ -6,6 +6,8 @@ order, so two runs agree bit for bit, at the price of computing the scores twice
 adds dQ with atomics. Masks come as the intervals of `spans.py`; tiles inside all intervals run without a mask.
 
 Tiles are BM queries x BN keys. Scores and statistics are fp32; the matmuls take the inputs' dtype.
+
+Long because forward and backward repeat each other's index arithmetic and are only checked side by side.
 """
 
 # Triton turns Python arguments into constants and iterates in its own way, which pyright cannot know:

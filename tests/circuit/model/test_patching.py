@@ -1,4 +1,7 @@
-"""Exact patching on tiny models of every family with an adapter, dense and gated."""
+"""Exact patching on tiny models of every family with an adapter, dense and gated.
+
+Long because every test runs on the same collected pairs of every family.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Generated prompt pairs on real tokenizers: what differs, what is asked, where the roles are."""
+"""Generated prompt pairs on real tokenizers: what differs, what is asked, where the roles are.
+
+Long because every task is looked at on its own.
+"""
 
 from __future__ import annotations
 

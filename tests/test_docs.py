@@ -1,0 +1,72 @@
+"""The map for people leads somewhere: every path and name in it exists, every link has a target."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+DOCUMENTS = ["docs/architecture.md", "CONTRIBUTING.md"]
+ROOMS = ("attnprune", "docs", "examples", "formats", "tests")
+
+
+def prose(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def paths(text: str) -> list[str]:
+    """What is written like a path of this repository: in backticks or in a command, with a folder or a known suffix."""
+    quoted = re.findall(r"`([^`\n]+)`", text) + re.findall(r"(?m)^\.venv/bin/.*", text)
+    words = [word.rstrip(",.") for span in quoted for word in span.split()]
+    inside = [word for word in words if "/" in word and word.partition("/")[0] in ROOMS]
+    return inside + [word for word in words if re.fullmatch(r"[A-Z]+\.md|[\w-]+\.t(oml|xt)", word)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_exists(document):
+    found = [path for path in paths(prose(document)) if path != "text.txt"]
+    assert len(found) > 10
+    assert [path for path in found if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_that_a_sentence_leaves_in_a_room_exists(document):
+    """`chunked.py` in a paragraph about attention/."""
+    known = {path.name for path in (ROOT / "attnprune").rglob("*.py")}
+    names = set(re.findall(r"`([\w]+\.py)`", prose(document)))
+    assert names <= known
+    for room, text in re.findall(r"(?ms)^- \*\*(\w+)/\*\*(.*?)(?=^- |^##|\Z)", prose(document)):
+        for name in re.findall(r"`(\w+(?:\.py|/))`", text):
+            assert (ROOT / "attnprune" / room / name).exists(), f"{room}/: {name}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md"])
+def test_every_link_has_a_target(document):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(document)) if "://" not in link]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / file if file else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.+)$", target.read_text(encoding="utf-8"))
+            slugs = [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+            assert anchor in slugs, link
+
+
+def test_names_to_copy_from_exist():
+    """`FAMILIES` in `attnprune/...`: the name is defined in that file."""
+    text = " ".join(prose("CONTRIBUTING.md").split())
+    pairs = re.findall(r"`(\w+)`(?: and `(\w+)`)? in `([\w/.]+\.py)`", text)
+    assert len(pairs) > 8
+    for first, second, file in pairs:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for name in filter(None, (first, second)):
+            assert re.search(rf"(?m)^(def |class )?{name}\b", code), f"{name} in {file}"
+
+
+def test_readme_leads_to_the_map():
+    assert "docs/architecture.md" in prose("README.md")
+    assert "CONTRIBUTING.md" in prose("README.md")

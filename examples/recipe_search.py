@@ -1,6 +1,6 @@
 """Which settings govern density at equal loss and equal tokens: one `attnprune sparsify` per variant and seed.
 
-    python examples/train_small_lm.py peps.txt rust_rfcs.txt --out examples/small-lm --texts-only
+    python examples/train_small_lm.py peps.txt rust_rfcs.txt --out examples/small-lm
     python examples/recipe_search.py examples/small-lm --out examples/results/recipe-search.json
 
 Every run selects its best state on blocks of train.jsonl that it did not train on. It is then measured on text that

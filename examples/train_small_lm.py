@@ -7,7 +7,10 @@ so the text that `attnprune sparsify OUT --data OUT/train.jsonl` trains on IS th
 neither of them has seen test.jsonl. Recipes are chosen on the beginning of test.jsonl; unseen.jsonl has its other
 documents, for what is reported. The model has not converged: compare with an open-gate control.
 
-examples/small-lm holds the model that examples/results reports on; `--texts-only` writes just the texts for it.
+examples/small-lm holds the tokenizer and the configuration of the model that examples/results reports on. Its weights
+are not kept in the repository: this script makes them again, bit for bit on a processor like the one that made them
+(the last line says whether), and the history has them: `git show 277e95c:examples/small-lm/model.safetensors`.
+`--texts-only` writes just the texts.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from attnprune.data.blocks import pack
+from attnprune.files import sha256_of
 from attnprune.measure import measure
 
 END_OF_TEXT = "<|endoftext|>"
 SEQ_LEN = 256
+REPORTED_ON = "6d3e44cb4f4f1521225a588ef1edcdba19ff60a16a3f47b8cd689f91a4179258"  # sha256 of its model.safetensors
 CHOSEN_ON = 5  # the first 1 / CHOSEN_ON of the held-out documents is what settings were compared on
 
 
@@ -69,8 +74,11 @@ def main() -> None:
     parser.add_argument("--texts-only", action="store_true", help="write the .jsonl files and stop")
     options = parser.parse_args()
 
+    weights = options.out / "model.safetensors"
+    if weights.exists() and not options.texts_only:
+        parser.error(f"{weights}: exists, and is not overwritten")
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=options.texts_only)
+    options.out.mkdir(parents=True, exist_ok=True)
     parts = write_texts(options.texts, options.out)
     print(f"{len(parts['train']) + len(parts['test'])} documents", flush=True)
     if options.texts_only:
@@ -108,6 +116,8 @@ def main() -> None:
             print(f"step {step}: train {loss.item():.3f}, held-out {report.loss:.4f} ({seconds:.0f} s)", flush=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    same = sha256_of(weights) == REPORTED_ON
+    print("the model" if same else "not, bit for bit, the model", "that examples/results reports on", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,11 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
 def _draw(folder: Path) -> None:
     from attnprune.circuit.folder import read_record
 
-    written = _write_pictures(read_record(folder), folder)
+    result = read_record(folder)
+    try:
+        written = _write_pictures(result, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write: {(error.strerror or str(error)).lower()}") from None
     out.result({"written": [str(file) for file in written]}, *(f"written: {file}" for file in written))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -67,6 +68,33 @@ def test_a_finished_search_can_be_shown_again(place):
     assert [model.edges for model in after.models] == [model.edges for model in before.models]
     assert after.command == before.command
     assert "--task addition" in after.command
+
+
+def test_pictures_are_drawn_again_from_a_compressed_record(place, tmp_path):
+    found = place / "found"
+    (tmp_path / "circuit.json.gz").write_bytes(gzip.compress((found / "circuit.json").read_bytes()))
+    done = circuit("--render", tmp_path, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"written: {tmp_path / name}" for name in ("circuit.html", "curve.png")]
+    for name in ("circuit.html", "curve.png"):
+        assert (tmp_path / name).read_bytes() == (found / name).read_bytes()
+
+
+def test_drawing_refuses_what_it_cannot_do(place, tmp_path):
+    (tmp_path / "circuit.json").write_bytes((place / "found" / "circuit.json").read_bytes())
+    (tmp_path / "circuit.html").mkdir()
+    cases = [
+        (["--render", tmp_path], "cannot write: is a directory"),
+        (["--render", place], "holds no circuit.json and no circuit.json.gz"),
+        (["demo", "--task", "addition", "--render", tmp_path], "leave out model, --task"),
+        (["--render", tmp_path, "--resume", place / "found"], "leave out --resume"),
+    ]
+    for arguments, message in cases:
+        done = circuit(*arguments, cwd=place)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert message in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit.html", "circuit.json"]
 
 
 def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):

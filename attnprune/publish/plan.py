@@ -127,6 +127,11 @@ def make_plan(
     create_pr: bool,
     replace: bool,
 ) -> Plan:
+    """Compare what would be sent with what `listing` says is there.
+
+    Raises:
+        InputError: the repository holds another model and `replace` is not given, holds code, or has no such branch.
+    """
     present = {} if listing is None else listing.files
     there = _remote_manifest(listing)
     foreign = _foreign(sidecar, listing, there)
@@ -168,6 +173,7 @@ def _branch_is_missing(repo: str, branch: str) -> bool:
 
 
 def state_of(content: Path | bytes, found: remote.RemoteFile | None) -> Literal["new", "changed", "unchanged"]:
+    """How a local file or bytes compare with what the repository holds under its name."""
     if found is None:
         return "new"
     return "unchanged" if found.holds(content) else "changed"
@@ -244,6 +250,7 @@ def _is_generated(repo: str, listing: remote.Listing | None) -> bool:
 
 
 def remote_card(repo: str, commit: str) -> str:
+    """README.md of a repository at a commit; empty where there is none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -12,8 +12,6 @@ from attnprune.report.tables import facts_table
 from attnprune.sidecar.diff import Difference, HeadChange
 from attnprune.units import percent
 
-# --- for JSON and for a person
-
 
 def as_data(found: Difference) -> dict[str, Any]:
     """Everything that was found, for JSON; heads are [layer, head]."""

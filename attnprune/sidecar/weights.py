@@ -41,9 +41,6 @@ class Weights:
     updates: Mapping[str, Callable[[], Factors]] = field(default_factory=dict)
 
 
-# --- weights
-
-
 def stored_weights(sidecar: Sidecar) -> Weights:
     """The weights of a sidecar or merged folder, checked, as they are stored."""
     if is_merged(sidecar.path):

@@ -70,6 +70,7 @@ def evaluate_sizes(split: Split, order: Order, sizes: Iterable[int], watch: Watc
 
 
 def evaluated(split: Split, edges: Tensor) -> Sized:
+    """A circuit, bool [U, V], with what it measures on a split."""
     metric = split.measure(edges).metric
     faithfulness = ratio_of_means(metric, split.clean, split.corrupted)
     return Sized(edges, int(edges.sum()), metric, faithfulness)

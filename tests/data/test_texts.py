@@ -7,7 +7,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from attnprune.data import blocks
 from attnprune.data.blocks import IGNORED_LABEL
 from attnprune.data.texts import addition_task, load_blocks
 from attnprune.runs.config import build_config
@@ -52,7 +51,7 @@ def test_only_the_answer_digits_count(task):
     for part in task:
         assert (part.labels[:, :7] == IGNORED_LABEL).all()
         assert torch.equal(part.labels[:, 7:], part.input_ids[:, 7:])
-        assert blocks.name == "two-digit addition"
+        assert part.name == "two-digit addition"
 
 
 def test_the_held_out_sums_are_a_fixed_choice(task):

@@ -372,7 +372,7 @@ print(type(model).__module__, type(model).__name__, len(tokenizer))
         line, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["attnprune.modeling_attnprune", "AttnPruneGPT2LMHeadModel", "14"]
+    assert done.stdout.split() == ["attnprune.sidecar.modeling_attnprune", "AttnPruneGPT2LMHeadModel", "14"]
 
 
 def test_import_attnprune_imports_neither_torch_nor_transformers():

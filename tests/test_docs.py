@@ -9,6 +9,9 @@ import pytest
 from tests.helpers.paths import ROOT
 
 DOCUMENTS = ["docs/architecture.md", "CONTRIBUTING.md"]
+TEXT = {".py", ".md", ".json"}
+MODULE = r"(?<![\w./-])attnprune\.(?:[a-z_]+\.)+\w+"
+NO_MODULES = r"attnprune\.v1\."  # formats/attnprune.v1.schema.json
 ROOMS = ("attnprune", "docs", "examples", "formats", "tests")
 
 
@@ -21,12 +24,12 @@ def paths(text: str) -> list[str]:
     quoted = re.findall(r"`([^`\n]+)`", text) + re.findall(r"(?m)^\.venv/bin/.*", text)
     words = [word.rstrip(",.") for span in quoted for word in span.split()]
     inside = [word for word in words if "/" in word and word.partition("/")[0] in ROOMS]
-    return inside + [word for word in words if re.fullmatch(r"[A-Z]+\.md|[\w-]+\.t(oml|xt)", word)]
+    return inside + [word for word in words if re.fullmatch(r"[A-Z]+\.md|pyproject\.toml|constraints\.txt", word)]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", "examples/results/README.md"])
 def test_every_path_exists(document):
-    found = [path for path in paths(prose(document)) if path != "text.txt"]
+    found = paths(prose(document))
     assert len(found) > 10
     assert [path for path in found if not (ROOT / path).exists()] == []
 
@@ -56,15 +59,40 @@ def test_every_link_has_a_target(document):
             assert anchor in slugs, link
 
 
-def test_names_to_copy_from_exist():
+@pytest.mark.parametrize(("document", "least"), [("CONTRIBUTING.md", 9), ("docs/architecture.md", 2)])
+def test_names_to_copy_from_exist(document, least):
     """`FAMILIES` in `attnprune/...`: the name is defined in that file."""
-    text = " ".join(prose("CONTRIBUTING.md").split())
+    text = " ".join(prose(document).split())
     pairs = re.findall(r"`(\w+)`(?: and `(\w+)`)? in `([\w/.]+\.py)`", text)
-    assert len(pairs) > 8
+    assert len(pairs) >= least
     for first, second, file in pairs:
         code = (ROOT / file).read_text(encoding="utf-8")
         for name in filter(None, (first, second)):
             assert re.search(rf"(?m)^(def |class )?{name}\b", code), f"{name} in {file}"
+
+
+def test_every_module_that_a_text_names_exists():
+    """`attnprune.circuit.model.graph` in a docstring, a hint, a comment or a document."""
+    files = [f for room in ("attnprune", "formats", "docs") for f in (ROOT / room).rglob("*") if f.suffix in TEXT]
+    files += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    files += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    names = {(name, file) for file in files for name in re.findall(MODULE, file.read_text(encoding="utf-8"))}
+    assert len(names) > 100
+    assert sorted((name, str(file)) for name, file in names if not leads_somewhere(name)) == []
+
+
+def leads_somewhere(name: str) -> bool:
+    """Whether a dotted name is a module, or a name in one."""
+    if re.match(NO_MODULES, name):
+        return True
+    parts = name.split(".")
+    for end in range(len(parts), 1, -1):
+        place = ROOT.joinpath(*parts[:end])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                text = file.read_text(encoding="utf-8")
+                return end == len(parts) or parts[end] in re.findall(r"\w+", text)
+    return False
 
 
 def test_readme_leads_to_the_map():

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
-from tests.helpers.paths import EXAMPLES, ROOT
+import attnprune
+from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "attnprune"
 SIDECARS = ("examples/smollm2-half/", "examples/smollm2-sparse/")
@@ -42,7 +41,10 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of the package that a module imports, anywhere in it and for whatever reason."""
+    """The modules of the package that a module imports, anywhere in it and for whatever reason.
+
+    What `attnprune` itself exports counts as the module that it is loaded from on first use.
+    """
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
@@ -50,6 +52,7 @@ def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
             assert node.level == 0, f"{name}: relative import"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
+                inner = attnprune._HOMES.get(alias.name, inner) if node.module == "attnprune" else inner
                 if inner in known or node.module in known:
                     yield inner if inner in known else str(node.module)
 
@@ -70,6 +73,11 @@ def test_no_import_goes_up_or_sideways():
                 inside = name.split(".")[: room.count(".") + 2] == target.split(".")[: room.count(".") + 2]
                 if here is not None and there is not None and not inside and here >= there:
                     wrong.append(f"{name} -> {target}")
+            if name.startswith(f"{target}.") and target != "attnprune":
+                wrong.append(f"{name} -> {target}, the package that it is in")
+            # Its names load any room; the command line asks it for the version.
+            if target == "attnprune" and name != "attnprune.cli.app":
+                wrong.append(f"{name} -> {target}")
     assert wrong == []
 
 
@@ -101,7 +109,8 @@ def test_a_long_file_says_why_in_its_first_comment():
     for file in code:
         text = file.read_text()
         if text.count("\n") > LONG:
-            assert "Long because" in (ast.get_docstring(ast.parse(text)) or ""), f"{file}: {text.count(chr(10))} lines"
+            first = ast.get_docstring(ast.parse(text)) if file.suffix == ".py" else text[: text.index("\n\n")]
+            assert "Long because" in (first or ""), f"{file}: {text.count(chr(10))} lines"
 
 
 def test_the_tree_is_light():
@@ -112,7 +121,7 @@ def test_the_tree_is_light():
     assert [name for name, size in sizes.items() if name.endswith(text) and size > MIB] == []
 
 
-@pytest.mark.parametrize("folder", sorted((EXAMPLES / "results" / "circuits").iterdir()), ids=lambda path: path.name)
-def test_records_of_circuits_are_stored_compressed_and_without_a_page(folder):
-    mine = [name for name in tracked() if name.startswith(f"{folder.relative_to(ROOT).as_posix()}/")]
-    assert [Path(name).name for name in mine] == ["circuit.json.gz"]
+def test_records_of_circuits_are_stored_compressed_and_without_a_page():
+    stored = [Path(name) for name in tracked() if name.startswith("examples/results/circuits/")]
+    assert len(stored) >= 6
+    assert {path.name for path in stored} == {"circuit.json.gz"}

@@ -76,19 +76,25 @@ def read_record(folder: Path) -> CircuitResult:
     Raises:
         InputError: no record, one that cannot be read, or one of another schema.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
-    file = next((folder / name for name in (RECORD_FILE, COMPRESSED_FILE) if (folder / name).is_file()), None)
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+        file = next((folder / name for name in (RECORD_FILE, COMPRESSED_FILE) if (folder / name).is_file()), None)
+    except OSError as error:  # a folder that may not be searched, a name that is too long
+        raise InputError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
     if file is None:
         raise InputError(f"{folder}: holds no {RECORD_FILE} and no {COMPRESSED_FILE}")
     raw = _read(file)
     try:
-        return CircuitResult.model_validate_json(raw)
+        result = CircuitResult.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         reason = f"{where}: {first['msg']}" if where else first["msg"]
         raise InputError(f"{file}: not a record of {SCHEMA}: {reason}") from None
+    if not result.models:
+        raise InputError(f"{file}: not a record of {SCHEMA}: no models")
+    return result
 
 
 def _read(file: Path) -> bytes:

@@ -70,7 +70,7 @@ class Method(_Strict):
 
 
 class GraphFacts(_Strict):
-    """Sizes of the graph (see attnprune.circuit.graph)."""
+    """Sizes of the graph (see attnprune.circuit.model.graph)."""
 
     layers: int
     heads: int = Field(description="heads per layer")

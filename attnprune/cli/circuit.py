@@ -149,20 +149,21 @@ def _draw(folder: Path) -> None:
         written = _write_pictures(result, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write: {(error.strerror or str(error)).lower()}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers that no search ends with
+        raise InputError(f"{folder}: this record cannot be drawn: {error}") from error
     out.result({"written": [str(file) for file in written]}, *(f"written: {file}" for file in written))
 
 
 def _write_pictures(result: CircuitResult, folder: Path) -> list[Path]:
-    """Page and curve of a search; the files written."""
+    """Page and curve of a search, both made before one is written; the files written."""
     from attnprune.files import write_atomic
     from attnprune.report.circuit_page import render_page
     from attnprune.report.circuits import curve_png
 
-    page, curve = folder / "circuit.html", folder / "curve.png"
-    write_atomic(page, render_page(result))
-    picture = curve_png(result)
-    if picture is None:
-        out.note(f"no {curve.name}: matplotlib is not installed")
-        return [page]
-    write_atomic(curve, picture)
-    return [page, curve]
+    contents = {"circuit.html": render_page(result), "curve.png": curve_png(result)}
+    if contents["curve.png"] is None:
+        out.note("no curve.png: matplotlib is not installed")
+    made = {folder / name: content for name, content in contents.items() if content is not None}
+    for file, content in made.items():
+        write_atomic(file, content)
+    return list(made)

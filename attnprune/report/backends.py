@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from attnprune.attention.backends import PhaseBackend
+if TYPE_CHECKING:
+    from attnprune.attention.backends import PhaseBackend
 
 
 def as_data(model: Any, found: list[PhaseBackend]) -> dict[str, Any]:

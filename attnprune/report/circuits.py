@@ -202,8 +202,10 @@ def curve_png(result: CircuitResult) -> bytes | None:
             )  # fmt: skip
         axes.plot([model.counts.edges], [model.validation_faithfulness], "*", color=colour, markersize=12)
     axes.axhspan(*result.method.band, color="0.9", zorder=0)
-    axes.set(xscale="log", xlabel="edges", ylabel="faithfulness (validation)", title=result.task.name, ylim=(-0.3, 1.6))
-    axes.legend()
+    axes.set(xscale="log", xlabel="edges", ylabel="faithfulness (validation)", ylim=(-0.3, 1.6))
+    axes.set_title(result.task.name, parse_math=False)  # names are a user's, and "$" is no formula in them
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     picture = BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     return picture.getvalue()

@@ -51,6 +51,20 @@ def test_a_record_that_unpacks_to_too_much_is_refused(result, tmp_path, monkeypa
     refused(lambda: read_record(tmp_path), "larger than 1 MiB")
 
 
+def test_a_record_without_a_model_is_refused(result, tmp_path):
+    (tmp_path / "circuit.json").write_text(result.model_copy(update={"models": []}).model_dump_json())
+    refused(lambda: read_record(tmp_path), "no models")
+
+
+def test_a_folder_that_may_not_be_searched_is_refused(as_nobody):
+    place, switch = as_nobody
+    (place / "closed" / "inner").mkdir(parents=True)
+    (place / "closed").chmod(0)
+    switch()
+    refused(lambda: read_record(place / "closed"), "permission denied")
+    refused(lambda: read_record(place / "closed" / "inner"), "permission denied")
+
+
 def test_a_folder_without_a_record_is_refused(tmp_path):
     refused(lambda: read_record(tmp_path), "holds no circuit.json and no circuit.json.gz")
     refused(lambda: read_record(tmp_path / "nowhere"), "no such folder")

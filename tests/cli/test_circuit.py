@@ -97,6 +97,26 @@ def test_drawing_refuses_what_it_cannot_do(place, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit.html", "circuit.json"]
 
 
+def test_a_record_with_numbers_that_no_search_ends_with_is_refused_and_nothing_is_drawn(place, tmp_path):
+    record = json.loads((place / "found" / "circuit.json").read_text())
+    record["method"]["band"] = []
+    (tmp_path / "circuit.json").write_text(json.dumps(record))
+    done = circuit("--render", tmp_path, cwd=place)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"attnprune: {tmp_path}: this record cannot be drawn: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["circuit.json"]
+
+
+def test_names_with_dollars_are_no_formulas(place, tmp_path):
+    record = json.loads((place / "found" / "circuit.json").read_text())
+    record["task"]["name"] = record["models"][0]["name"] = r"a$\frac{$b"
+    (tmp_path / "circuit.json").write_text(json.dumps(record))
+    done = circuit("--render", tmp_path, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
 def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):
     settings = json.loads((place / "found" / "cache" / "settings.json").read_text())
     assert settings.pop("mask_steps") == 5

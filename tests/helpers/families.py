@@ -77,7 +77,7 @@ def logits_of(model, tokens, **options):
 
 
 def merged(model):
-    """The merged model of an attached one, built as `attnprune.merged.write_merged` builds it."""
+    """The merged model of an attached one, built as `attnprune.sidecar.merged.write_merged` builds it."""
     config_class, model_class = modeling_attnprune.classes_for(model.config.model_type)
     values = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):

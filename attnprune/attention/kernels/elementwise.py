@@ -19,7 +19,7 @@ LARGEST = tl.constexpr(40.0)  # log2 of the largest y: sigma is 1 to fp32 from t
 
 @triton.jit
 def hash32(x):
-    """The mixer of `attnprune.gates`, on uint32."""
+    """The mixer of `attnprune.attention.gates`, on uint32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -34,7 +34,7 @@ def row_state(seed, head, queries):
 
 @triton.jit
 def uniform(state, keys):
-    """The uniforms of `attnprune.gates.logistic_noise`, bit for bit; `state` and `keys` broadcast to the tile."""
+    """The uniforms of `attention.gates.logistic_noise`, bit for bit; `state` and `keys` broadcast to the tile."""
     bits = hash32(state + keys.to(tl.uint32) * 0x85EBCA77) >> 9
     # 23 bits as the mantissa of a number in [1, 2), less 1 - 2^-24: exact mid-points without an integer conversion.
     return (bits | 0x3F800000).to(tl.float32, bitcast=True) - (1.0 - 1.0 / 16777216)

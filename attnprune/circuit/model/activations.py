@@ -237,6 +237,7 @@ def attention_of(run: Activations, layer: int) -> tuple[Tensor, Tensor]:
     """(pattern [B, H, S, S], values [B, H_kv, S, width]) of a layer. Raises UnsupportedModelError without gates."""
     if run.patterns is None or run.values is None:
         raise UnsupportedModelError(
-            "attention messages need a model with gates", hint="collect inside attnprune.circuit.adapters.open_gates"
+            "attention messages need a model with gates",
+            hint="collect inside attnprune.circuit.model.adapters.open_gates",
         )
     return run.patterns[layer], run.values[layer]

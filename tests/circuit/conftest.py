@@ -11,7 +11,7 @@ from attnprune.sidecar import bases
 # The bundled model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def addition():
     """The bundled model, the same with most edges closed by gates, and few prompts."""
     dense, sparse = bases.load_base("demo"), bases.load_base("demo")

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def writer():
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -9,14 +9,14 @@ from attnprune.report.circuit_page import render_page
 from tests.helpers.pages import Browser, Page, circuit_result, model_circuit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_models():
     """4 layers of 4 heads on 2 key/value heads; the first model needs fewer edges."""
     graph = Graph(4, 4, 2)
     return circuit_result(model_circuit(graph, 40), model_circuit(graph, 150, "some/base", "dense", seed=1))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     chromium = Browser(tmp_path_factory.mktemp("profile"))
     yield chromium

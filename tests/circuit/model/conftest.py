@@ -9,7 +9,7 @@ from tests.helpers.families import BIAS, build
 from tests.helpers.pairs import Pair
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair_of():
     """Cached pairs by family, dense or gated; nothing may change their models."""
     pairs = {}

@@ -64,11 +64,11 @@ def floor(name: str, room: str, floors: list[set[str]]) -> int | None:
 
 
 def test_no_import_goes_up_or_sideways():
-    known = modules()
+    known, rooms = modules(), layers()
     wrong = []
     for name, file in known.items():
         for target in imports(name, file, known):
-            for room, floors in layers().items():
+            for room, floors in rooms.items():
                 here, there = floor(name, room, floors), floor(target, room, floors)
                 inside = name.split(".")[: room.count(".") + 2] == target.split(".")[: room.count(".") + 2]
                 if here is not None and there is not None and not inside and here >= there:

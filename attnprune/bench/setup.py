@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ Cases = list[tuple[str, Callable[[], Case]]]
 """Names of cases and what makes them: a case is made only once its turn comes."""
 
 
-def suites_named(names: Iterable[str]) -> list[Suite]:
+def suites_named(names: list[str]) -> list[Suite]:
     """The suites of these names.
 
     Raises:

@@ -10,6 +10,7 @@ import gzip
 import json
 import shlex
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from attnprune.circuit.result import SCHEMA, CircuitResult
 from attnprune.errors import InputError
+from attnprune.sidecar import format
 
 SETTINGS_FILE = "settings.json"
 CACHE_FOLDER = "cache"
@@ -98,13 +100,13 @@ def read_record(folder: Path) -> CircuitResult:
 
 
 def _read(file: Path) -> bytes:
+    raw = format.read_regular(file.parent, file.name, MAX_RECORD_BYTES)
+    if file.name != COMPRESSED_FILE:
+        return raw
     try:
-        with (gzip.open if file.name == COMPRESSED_FILE else open)(file, "rb") as stream:
-            raw = stream.read(MAX_RECORD_BYTES + 1)
+        raw = gzip.GzipFile(fileobj=BytesIO(raw)).read(MAX_RECORD_BYTES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{file}: damaged: {error}") from None
-    except OSError as error:
-        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}") from None
     if len(raw) > MAX_RECORD_BYTES:
         raise InputError(f"{file}: larger than {MAX_RECORD_BYTES >> 20} MiB")
     return raw

@@ -13,13 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. Triton reads this when it is imported, which transformers does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import transformers
 from transformers.utils import logging as transformers_logging
 
 from tests.helpers.factory import spread
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when they are imported
 
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A suite that was started in the background ignores Ctrl-C, and so would the processes that tests send one to.

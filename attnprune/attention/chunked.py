@@ -51,7 +51,7 @@ class GateSettings:
 
     Attributes:
         temperature: penalty temperature T_p.
-        slope_temperature: temperature T_s of the straight-through slope.
+        slope_temperature: temperature T_s of the straight-through slope; infinite for the true gradient, without slope.
         noise_seed: seed of the logistic noise (`gumbel` estimator); None for the noise-free `threshold` estimator.
         on_chunk: called with (query slice, key slice, open-and-visible bool [N, H, C, K]) for every block, for
             statistics; it must not keep the tensor. A block may hold only N of the B sequences.

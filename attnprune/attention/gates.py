@@ -7,6 +7,7 @@ edges as `sigma(z / T_p)`. The functions work elementwise on any shape and never
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ def gate_open(logits: Tensor, noise: Tensor | None = None) -> Tensor:
 
 
 def straight_through_slope(logits: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """dA/dz used in the backward pass: `sigma'((z + eps) / T_s) / T_s`, whose integral is 1 for every T_s."""
+    """dA/dz used in the backward pass: `sigma'((z + eps) / T_s) / T_s`, whose integral is 1 for every finite T_s.
+
+    An infinite T_s means the true derivative of a hard gate, 0.
+    """
+    if math.isinf(temperature):
+        return torch.zeros_like(logits)  # by name, since hidden pairs have infinite logits
     return edge_penalty_slope(logits if noise is None else logits + noise, temperature)
 
 

@@ -9,6 +9,7 @@ Long because the registered functions, the gates and their guards share the stat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -72,6 +73,8 @@ class Gate(nn.Module):
         layer: index of the layer.
         forced_open: every gate open (the dense model; also the open-gate control).
         temperature, slope_temperature: T_p of the penalty and T_s of the straight-through slope.
+        straight_through: whether gradients have that slope, which only training wants; None follows `training`. Without
+            it they are the derivatives of what the model computes.
         return_pattern: set while the model is called with `output_attentions=True`; some families do not pass it on.
         noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
         deterministic: the kernels' backward pass without atomics.
@@ -86,6 +89,7 @@ class Gate(nn.Module):
         self.forced_open = False
         self.temperature = 1.0
         self.slope_temperature = 1.0
+        self.straight_through: bool | None = None
         self.noise_seed: int | None = None
         self.deterministic = True
         self.on_chunk: OnChunk | None = None
@@ -119,9 +123,10 @@ class Gate(nn.Module):
         """Gated attention. Shapes as in `gated_attention`; the pattern [B, H, Q, K] is computed only on request."""
         bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
+        has_slope = self.training if self.straight_through is None else self.straight_through
         settings = GateSettings(
             temperature=self.temperature,
-            slope_temperature=self.slope_temperature,
+            slope_temperature=self.slope_temperature if has_slope else math.inf,
             noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
             on_chunk=self.on_chunk,
             deterministic=self.deterministic,
@@ -136,15 +141,20 @@ class Gate(nn.Module):
         return result.output, pattern
 
 
-def _visible(mask: Tensor | None) -> Tensor:
-    """The bool mask of visible pairs from what transformers passes: our bool mask, or a caller's own 4D mask."""
+def _visible(mask: Tensor | None, pairs: tuple[int, int]) -> Tensor:
+    """The bool mask [B, 1, Q, K] of visible pairs, from our mask function or a caller's own 4D mask."""
     if mask is None:
         raise UnsupportedModelError("attnprune attention got no mask: the model does not build it through transformers")
+    if mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
+        expected = f"[batch, 1, {pairs[0]}, {pairs[1]}]"
+        raise UnsupportedModelError(f"attention_mask: expected shape {expected}, got {list(mask.shape)}")
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
-    if not bool((visible | (mask <= -1e4)).all()):
-        raise UnsupportedModelError("attnprune attention got an additive bias as mask (ALiBi?), not a visibility mask")
+    if not mask.is_floating_point() or not bool((visible | (mask <= -1e4)).all()):  # counts, an additive bias (ALiBi)
+        raise UnsupportedModelError(
+            "attention_mask: a 4D mask is bool (True: visible) or a float of 0 and the lowest number"
+        )
     return visible
 
 
@@ -173,7 +183,7 @@ def attnprune_attention(
         query,
         key,
         value,
-        _visible(attention_mask),
+        _visible(attention_mask, (query.shape[2], key.shape[2])),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,
@@ -351,12 +361,26 @@ def detach(model: PreTrainedModel) -> None:
 @contextmanager
 def gates_forced_open(model: nn.Module) -> Iterator[None]:
     """Run the model dense (every gate open) inside the block."""
+    with _every_gate(model, "forced_open", True):
+        yield
+
+
+@contextmanager
+def straight_through(model: nn.Module, use: bool = True) -> Iterator[None]:
+    """Give gradients the gates' training slope inside the block, or not, whatever mode the model is in."""
+    with _every_gate(model, "straight_through", use):
+        yield
+
+
+@contextmanager
+def _every_gate(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """Set an attribute of all gates inside the block."""
     gates = gates_of(model)
-    before = [gate.forced_open for gate in gates]
+    before = [getattr(gate, attribute) for gate in gates]
     for gate in gates:
-        gate.forced_open = True
+        setattr(gate, attribute, value)
     try:
         yield
     finally:
         for gate, state in zip(gates, before, strict=True):
-            gate.forced_open = state
+            setattr(gate, attribute, state)

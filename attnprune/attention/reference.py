@@ -6,6 +6,8 @@ it is for short sequences and for returning the pattern, never for training.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def gated_attention_reference(
         sinks: attention sinks [H]: a logit that takes part in the denominator and is never gated.
         counted: bool like `visible`: the pairs that the penalty counts (both tokens real); default `visible`.
         noise: [B, H, Q, K] or None.
-        temperature, slope_temperature: T_p of the penalty and T_s of the gate's straight-through slope.
+        temperature, slope_temperature: T_p of the penalty and T_s of the gate's straight-through slope; with an
+            infinite T_s there is none, and the gradient is that of the function itself.
 
     Returns:
         output [B, H, Q, D], pattern `P * A` [B, H, Q, K], and the edge penalty summed over counted pairs, [H].
@@ -56,9 +59,10 @@ def gated_attention_reference(
         probabilities = torch.softmax(masked, -1)
     probabilities = probabilities.masked_fill(~visible, 0.0)  # also turns the NaN of an empty row into 0
 
-    soft = torch.sigmoid((logits if noise is None else logits + noise) / slope_temperature)
-    hard = gates.gate_open(logits, noise).to(scores.dtype)
-    gate = hard + soft - soft.detach()
+    gate = gates.gate_open(logits, noise).to(scores.dtype)
+    if math.isfinite(slope_temperature):
+        soft = torch.sigmoid((logits if noise is None else logits + noise) / slope_temperature)
+        gate = gate + soft - soft.detach()
     pattern = probabilities * gate
     counted = visible if counted is None else counted
     penalty = (gates.edge_penalty(logits, temperature) * counted).sum((0, 2, 3))

@@ -52,10 +52,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     state = portable.state_dict()
     biases = [state.pop(name) for name in list(state) if name.endswith(GATE_SUFFIX)]
     stock_class = model_class.__bases__[1]
-    ours = ("model_type", "attnprune", "attn_implementation", "architectures", "auto_map")
-    values = {key: value for key, value in config.to_dict().items() if key not in ours}
-    values["vocab_size"] = values.pop(modeling_attnprune.VOCABULARY)
-    stock_config = stock_class.config_class(**values)
+    stock_config = stock_class.config_class(**config.stock_dict())
     with quiet():
         model = stock_class.from_pretrained(None, config=stock_config, state_dict=state, dtype=portable.dtype)
     model.generation_config = portable.generation_config

@@ -25,8 +25,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from attnprune.attention.interface import Gate
-from attnprune.attention.reference import gated_attention_reference, open_edges_reference
+from attnprune.attention.interface import straight_through as slopes_of_gates
 from attnprune.circuit.model.activations import Activations, Hooks, attention_of, check_pair, forward, repeat_heads
 from attnprune.circuit.model.adapters import Anatomy, Block
 from attnprune.circuit.model.effects import Metric, scores_of
@@ -174,7 +173,8 @@ def _add_point(sums: _Sums, point: float, metric: Metric, straight_through: bool
     def keep_output(module: nn.Module, _: Tensor, output: Tensor) -> None:
         kept[module] = output
 
-    with Hooks() as hooks, frozen(anatomy.model), torch.enable_grad():
+    slopes = slopes_of_gates(anatomy.model, straight_through)
+    with Hooks() as hooks, frozen(anatomy.model), slopes, torch.enable_grad():
         start = sums.corrupted.outputs[0].lerp(sums.clean.outputs[0], point).requires_grad_()
         hooks.before(anatomy.blocks[0].module, lambda _: start)
         for block in anatomy.blocks:
@@ -183,8 +183,6 @@ def _add_point(sums: _Sums, point: float, metric: Metric, straight_through: bool
                 hooks.after(module, partial(keep_output, module))
             for module in (block.output, block.mlp_start):
                 hooks.before(module, partial(keep_input, module))
-            if isinstance(block.gate, Gate) and not straight_through:
-                hooks.add(block.gate.register_forward_hook(_hard, with_kwargs=True))
         hooks.before(anatomy.final_norm, partial(keep_input, anatomy.final_norm))
         total = scores_of(metric, forward(anatomy, sums.clean.ids, sums.clean.last, sums.clean.prefix)).sum()
         gradients = torch.autograd.grad(total, list(kept.values()), materialize_grads=True)
@@ -218,18 +216,6 @@ def _at_streams(block: Block, kind: Kind, stream: Tensor, gradient: Tensor) -> T
         return torch.autograd.grad(block.normed(x), x, normed)[0]
 
 
-def _hard(gate: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> Any:
-    """The same attention with gates that are constants to autograd: the softmax alone has a gradient."""
-    query, key, value = (x.to(gate.bias.dtype) for x in args[:3])
-    scores: dict[str, Any] = {name: kwargs[name] for name in ("scaling", "softcap", "sinks")}
-    visible, everything = args[3], torch.full_like(gate.bias, float("inf"))
-    pattern = gated_attention_reference(query, key, value, everything, visible, **scores)[1]
-    if not gate.forced_open:
-        threshold = (gate.bias, visible, kwargs["scaling"], kwargs["softcap"])
-        pattern = pattern * open_edges_reference(query, key, *threshold)
-    return (pattern @ repeat_heads(value, query.shape[1])).to(output[0].dtype), output[1]
-
-
 def attribute_circuit(
     anatomy: Anatomy, clean: Activations, corrupted: Activations, edges: Tensor, metric: Metric
 ) -> Tensor:
@@ -261,11 +247,8 @@ def edge_gradients(
     """
     check_pair(clean, corrupted)
     run = _CircuitGradients(anatomy, corrupted, edges)
-    with Hooks() as hooks, frozen(anatomy.model), torch.enable_grad():
+    with Hooks() as hooks, frozen(anatomy.model), slopes_of_gates(anatomy.model, False), torch.enable_grad():
         run.install(hooks)
-        for block in anatomy.blocks:
-            if isinstance(block.gate, Gate):
-                hooks.add(block.gate.register_forward_hook(_hard, with_kwargs=True))
         total = scores_of(metric, forward(anatomy, clean.ids, clean.last, clean.prefix)).sum()
         if total.requires_grad:  # without any edge nothing is read
             torch.autograd.grad(total, run.start)

@@ -1,0 +1,198 @@
+"""One sparse model in its four forms: attached in memory, loaded from a sidecar, loaded from a merged folder by us and
+by the portable class. The same inputs give the same numbers or the same refusal in all of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from attnprune.attention.interface import attach, gates_of, straight_through
+from attnprune.errors import AttnPruneError
+from attnprune.sidecar import bases, loading, merged
+from tests.helpers.factory import save_tiny_llama
+from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
+
+LENGTH = 9
+BASES = {"llama": save_tiny_llama, "gpt2": save_tiny_gpt2}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """Factory of the four forms of one sparse model, by name."""
+    folder = tmp_path_factory.mktemp("forms")
+    made = {}
+
+    def make(family):
+        if family not in made:
+            base = BASES[family](folder / f"{family}-base")
+            sidecar = save_sidecar(folder / f"{family}-sidecar", base)
+            model, tokenizer = loading.load(sidecar.path, str(base))
+            merged.write_merged(model, tokenizer, sidecar, folder / family, same_dtype=True)
+            attached = bases.load_base(str(base)).model
+            attach(attached, torch.stack([torch.from_numpy(bias.copy()) for bias in sidecar.biases()]))
+            made[family] = {
+                "attached": attached,
+                "sidecar": model,
+                "merged": loading.load(folder / family).model,
+                "portable": AutoModelForCausalLM.from_pretrained(folder / family),
+            }
+        for model in made[family].values():
+            model.eval().float()
+        return made[family]
+
+    return make
+
+
+NAMES = ("attached", "sidecar", "merged", "portable")
+IDS = torch.randint(1, 250, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+LOWEST = torch.finfo(torch.float32).min
+
+
+def additive(visible, low=LOWEST, dtype=torch.float32):
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, low)[None, None].expand(2, 1, -1, -1)
+
+
+def four_dimensional(mask):
+    return mask[None, None].expand(2, 1, LENGTH, LENGTH)
+
+
+WINDOW = CAUSAL & ~torch.ones_like(CAUSAL).tril(-4)
+PADDED = torch.ones(2, LENGTH, dtype=torch.long)
+PADDED[1, :3] = 0
+SOFT = additive(CAUSAL) - 0.5 * torch.arange(LENGTH)  # as ALiBi has it
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
+
+TAKEN = {
+    "plain": {},
+    "padded on the left": {"attention_mask": PADDED},
+    "padded on the right": {"attention_mask": PADDED.flip(1)},
+    "bool mask": {"attention_mask": four_dimensional(WINDOW)},
+    "float mask": {"attention_mask": additive(WINDOW)},
+    "float mask of -inf": {"attention_mask": additive(WINDOW, float("-inf"))},
+    "float mask of -1e4": {"attention_mask": additive(WINDOW, -1e4)},
+    "every pair": {"attention_mask": four_dimensional(torch.ones_like(CAUSAL))},
+    "packed": {"position_ids": POSITIONS},
+    "patterns": {"output_attentions": True},
+    "cached": {"use_cache": True},
+}
+REFUSED = {
+    "1 and 0 as integers": four_dimensional(CAUSAL.long()),
+    "1 and 0 as small integers": four_dimensional(CAUSAL.to(torch.int8)),
+    "0 as integers": four_dimensional(torch.zeros(LENGTH, LENGTH, dtype=torch.long)),
+    "1 and 0 as floats": four_dimensional(CAUSAL.float()),
+    "1 and 0 in 16 bits": four_dimensional(CAUSAL.to(torch.bfloat16)),
+    "soft bias": SOFT,
+    "one soft pair": additive(CAUSAL).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(5), torch.tensor(2)),
+                                                torch.tensor(-3.0)),
+    "-100": additive(CAUSAL, -100.0),
+    "NaN": additive(CAUSAL, float("nan")),
+    "a bias above 0": additive(CAUSAL).masked_fill(CAUSAL, 1e-3),
+    "one mask per head": additive(CAUSAL).expand(2, 4, -1, -1),
+    "too few keys": additive(CAUSAL)[..., :-1],
+    "too many keys": torch.cat([additive(CAUSAL), additive(CAUSAL)], -1),
+}  # fmt: skip
+
+
+def outcome(model, options):
+    with torch.no_grad():
+        return model(IDS, **{"use_cache": False} | options)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("case", TAKEN)
+def test_every_form_computes_the_same(forms, family, case):
+    first, *others = (outcome(forms(family)[name], TAKEN[case]) for name in NAMES)
+    assert first.logits.isfinite().all()
+    for other in others:
+        assert torch.equal(first.logits, other.logits)
+        for mine, theirs in zip(first.attentions or (), other.attentions or (), strict=True):
+            assert torch.equal(mine != 0, theirs != 0)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_4d_mask_is_what_it_says(forms, family):
+    """The float and the bool form of one mask are one mask, and a causal one is what the model does itself."""
+    for model in forms(family).values():
+        window = outcome(model, TAKEN["bool mask"]).logits
+        assert all(torch.equal(outcome(model, TAKEN[case]).logits, window) for case in TAKEN if case.startswith("float"))
+        causal = outcome(model, {"attention_mask": four_dimensional(CAUSAL)}).logits
+        assert torch.equal(causal, outcome(model, {}).logits)
+        assert not torch.equal(window, causal)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", REFUSED)
+def test_every_form_refuses_masks_that_say_something_else(forms, family, name, case):
+    with pytest.raises((AttnPruneError, ValueError), match=r"^attention_mask: .*"):
+        outcome(forms(family)[name], {"attention_mask": REFUSED[case]})
+
+
+# --- gradients
+
+
+STEP = 1e-3  # in fp32, in which norms and rotations compute; no gate of these models flips on the way
+
+
+def directional(model, embeddings, direction):
+    """The derivative of a number that the model makes along a direction of its input: by autograd, by differences."""
+
+    def number(x):
+        return model(inputs_embeds=x, use_cache=False).logits[0, -1, :7].double().sin().sum()
+
+    x = embeddings.clone().requires_grad_()
+    gradient = torch.autograd.grad(number(x), x)[0]
+    with torch.no_grad():
+        difference = (number(embeddings + STEP * direction) - number(embeddings - STEP * direction)) / (2 * STEP)
+    return (gradient * direction).sum().item(), difference.item()
+
+
+def points(model):
+    embeddings = model.get_input_embeddings()(IDS[:1]).detach()
+    return embeddings, torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_a_model_at_rest_are_those_of_its_function(forms, family, name):
+    model = forms(family)[name]
+    slope, difference = directional(model, *points(model))
+    assert slope == pytest.approx(difference, rel=2e-3)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_the_training_slope_follows_the_mode_or_the_switch(forms, family):
+    model = forms(family)["attached"]
+    place = points(model)
+    true = directional(model, *place)[0]
+    with straight_through(model):
+        trained, difference = directional(model, *place)
+    assert true == pytest.approx(difference, rel=2e-3)
+    assert abs(trained - true) > 1e-2 * abs(true)  # five tolerances
+    model.train()
+    assert directional(model, *place)[0] == trained
+    with straight_through(model, False):
+        assert directional(model, *place)[0] == true
+    assert all(gate.straight_through is None for gate in gates_of(model))
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+def test_every_backend_has_the_true_gradient(forms, family, backend, monkeypatch):
+    model = forms(family)["attached"]
+    embeddings = model.get_input_embeddings()(IDS).detach()
+
+    def gradient():
+        x = embeddings.clone().requires_grad_()
+        return torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits[:, -1, :7].sin().sum(), x)[0]
+
+    expected = torch.autograd.grad(
+        forms(family)["portable"](inputs_embeds=(x := embeddings.clone().requires_grad_()), use_cache=False)
+        .logits[:, -1, :7].sin().sum(), x,
+    )[0]  # fmt: skip
+    monkeypatch.setenv("ATTNPRUNE_BACKEND", backend)
+    torch.testing.assert_close(gradient(), expected, rtol=2e-4, atol=2e-5)

@@ -28,7 +28,7 @@ from attnprune.sidecar import bases, format, loading, masks
 from attnprune.sidecar.edges import open_edges
 from attnprune.sidecar.folder import Sidecar, file_entries, open_merged, open_sidecar, publish, save_files
 from attnprune.sidecar.merged import write_merged
-from attnprune.sidecar.probe import measure_probe, probe_blocks
+from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import export
 
@@ -117,7 +117,7 @@ def write_sidecar(folder: Path, base: Path, kind: str) -> None:
         "result": {key: getattr(report, key) for key in measured}
         | {"data_sha256": blocks.fingerprint, "steps": 0, "seed": SEEDS[name]}
         | {"constraint": "density", "limit": 0.5, "feasible": report.density <= 0.5},
-        "probe": measure_probe(sparse, ids[0].tolist()).model_dump(),
+        "probe": measure_probe(sparse, *probe_rows(ids, bases.context_length(sparse))).model_dump(),
     }
     publish(staging, folder, format.Manifest.model_validate(manifest))
 
@@ -208,7 +208,8 @@ def tensor_digest(values: torch.Tensor) -> str:
 @torch.no_grad()
 def probe_values(model: Any, manifest: format.Manifest) -> dict[str, Any]:
     """Loss, open edges, and the last position's logits rounded to six places, on the stored probe."""
-    blocks = probe_blocks(manifest.probe.input_ids)
+    ids = torch.tensor([manifest.probe.input_ids])
+    blocks = Blocks(ids, ids.clone(), "probe")
     report = measure(model, blocks)
     logits = model(input_ids=blocks.input_ids, use_cache=False).logits[0, -1].float()
     return {

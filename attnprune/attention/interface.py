@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ SUPPORTED_FAMILIES = frozenset(
 # Largest difference of open gates to eager, relative to the largest logit (or to 1, if that is smaller).
 PROBE_TOLERANCE = 1e-4
 HALF_PROBE_TOLERANCE = 5e-2  # eager rounds its scores to 16 bits, we do not
+
+SAVING = ("save_pretrained", "push_to_hub")
 
 _discovered: ContextVar[list[tuple[nn.Module, int]] | None] = ContextVar("attnprune_discovered", default=None)
 
@@ -303,6 +305,11 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
     if gates_of(model):
         raise UnsupportedModelError("this model already has gates", hint="call attnprune.detach(model) first")
     check_family(model.config)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "attach: parts of this model are offloaded (device_map)",
+            hint="load it in memory; a merged model (attnprune apply --merge) can be offloaded",
+        )
     _check_bias(torch.as_tensor(bias), model.config)
     previous = model.config._attn_implementation or "sdpa"
     try:
@@ -317,12 +324,31 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
         gate.train(module.training)
         gate.__dict__["_guard_handle"] = module.register_forward_pre_hook(_guard)
         module.add_module(GATE_ATTRIBUTE, gate)
+    for part in _savable(model):
+        part.__dict__.update(dict.fromkeys(SAVING, refuse_to_save))
     handles = (
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, always_call=True),
     )
     model.__dict__["_attnprune"] = (previous, handles)
     return gates_of(model)
+
+
+def _savable(model: nn.Module) -> list[nn.Module]:
+    """The model and the parts of it (its backbone) that have a `save_pretrained` of their own."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """What an attached model has for the names in SAVING: the stock class would read those files without the gates.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        "save_pretrained: a stock model's files cannot hold gates and would come back dense",
+        hint="write a merged model: attnprune apply SIDECAR --merge OUT",
+    )
 
 
 def _check_bias(bias: Tensor, config: Any) -> None:
@@ -343,19 +369,31 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
         gate.return_pattern = False
 
 
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: remove gates and guards and restore the previous attention implementation."""
-    if "_attnprune" not in model.__dict__:
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: remove gates and guards and restore the previous attention implementation.
+
+    `model` may be a wrapper of the attached model (PEFT). One without gates is left alone.
+
+    Raises:
+        UnsupportedModelError: it is a part of the attached model.
+    """
+    attached = next((module for module in model.modules() if "_attnprune" in module.__dict__), None)
+    if attached is None:
+        if gates_of(model):
+            raise UnsupportedModelError("these gates were attached to a larger model", hint="call detach on that one")
         return
-    previous, handles = model.__dict__.pop("_attnprune")
+    previous, handles = attached.__dict__.pop("_attnprune")
     for handle in handles:
         handle.remove()
+    for part in _savable(attached):
+        for name in SAVING:
+            part.__dict__.pop(name, None)
     for module in list(model.modules()):
         gate = getattr(module, GATE_ATTRIBUTE, None)
         if isinstance(gate, Gate):
             gate.__dict__["_guard_handle"].remove()
             delattr(module, GATE_ATTRIBUTE)
-    model.set_attn_implementation(previous)
+    cast(PreTrainedModel, attached).set_attn_implementation(previous)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from attnprune.attention.interface import check_family, gates_of
+from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
 from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
 from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
-from attnprune.sidecar.identity import base_tensors
+from attnprune.sidecar.identity import base_tensors, config_values, content_fingerprint, structure_fingerprint
 from attnprune.sidecar.quiet import quiet
 
 _MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
@@ -93,7 +93,7 @@ def load_base(
     model, report = loaded
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
-    _check_weights(name, model, report["missing_keys"])
+    _check_weights(name, model, report)
     model = model.to(device).eval()
     return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
 
@@ -176,13 +176,26 @@ def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any], 
     return tokenizer
 
 
-def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
-    """Refuse weights that transformers only warns about: random ones for missing tensors, a tie that does not hold."""
-    if missing:
-        raise InputError(f"{name}: no weights for {min(missing)}" + (" and others" if len(missing) > 1 else ""))
+def _check_weights(name: str, model: Any, report: dict[str, Collection[str]]) -> None:
+    """Refuse weights that transformers only warns about: tensors that it fills at random, tensors that it leaves out
+    (other than those that the model's class declares ignorable), a tie that does not hold.
+    """
+    if missing := report["missing_keys"]:
+        raise InputError(f"{name}: no weights for {_first_of(missing)}")
+    if unused := report["unexpected_keys"]:
+        has_gates = any(GATE_ATTRIBUTE in key for key in unused)
+        hint = "these are the gates of a sparse model, saved without them: attnprune apply SIDECAR --merge OUT"
+        raise InputError(
+            f"{name}: a {model.config.model_type} model has no place for {_first_of(unused)} of its weights",
+            hint=hint if has_gates else "config.json names another architecture than the weights are of",
+        )
     output = model.get_output_embeddings()
     if model.config.tie_word_embeddings and output.weight is not model.get_input_embeddings().weight:
         raise InputError(f"{name}: tied weights differ: config.json ties the head to the embeddings, the file does not")
+
+
+def _first_of(names: Collection[str]) -> str:
+    return min(names) + (" and others" if len(names) > 1 else "")
 
 
 @contextmanager
@@ -252,8 +265,6 @@ def dense(model: Any) -> Reference:
 
 def identity(base: BaseModel) -> dict[str, Any]:
     """The manifest's `base` entry of a loaded base model; call it before any weight changes."""
-    from attnprune.sidecar.identity import content_fingerprint, structure_fingerprint
-
     if gates_of(base.model):
         raise UnsupportedModelError("the base model already has gates")
     tensors = base_tensors(base.model)
@@ -265,4 +276,5 @@ def identity(base: BaseModel) -> dict[str, Any]:
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "structure": structure_fingerprint(tensors),
         "content": content_fingerprint(tensors),
+        "config": config_values(base.model.config),
     }

@@ -146,15 +146,19 @@ def _open(path: str) -> Sidecar:
 
 
 def _check_same_base(a: Sidecar, b: Sidecar) -> None:
-    def identity(sidecar: Sidecar) -> tuple[str, str, list[int]]:
-        manifest = sidecar.manifest
-        return manifest.base.structure, manifest.base.content, manifest.gate.heads
+    configurations = [sidecar.manifest.base.config for sidecar in (a, b)]
+    if None in configurations:  # format 1.0
+        configurations = [None, None]
+
+    def identity(sidecar: Sidecar, config: dict[str, Any] | None) -> tuple[Any, ...]:
+        base = sidecar.manifest.base
+        return base.structure, base.content, sidecar.manifest.gate.heads, config
 
     def described(sidecar: Sidecar) -> str:
         base, heads = sidecar.manifest.base, sidecar.manifest.gate.heads
         return f"{base.repo_id or base.model_type} in {base.dtype}, {len(heads)} layers of {max(heads)} heads"
 
-    if identity(a) != identity(b):
+    if identity(a, configurations[0]) != identity(b, configurations[1]):
         raise InputError(f"{b.path}: made from another base ({described(b)}) than {a.path} ({described(a)})")
 
 

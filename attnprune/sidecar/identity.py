@@ -1,16 +1,41 @@
-"""Which base model a sidecar belongs to: fingerprints of a model's tensors, and the check against a manifest."""
+"""Which base model a sidecar belongs to: fingerprints of a model's tensors, its configuration, and the check against a
+manifest.
+
+Equal weights are not an equal model: a window, a norm's epsilon, a rotation's base or an activation is a number in
+config.json. Every key counts but those of which it is known that they cannot change what the model computes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnprune.errors import InputError
 from attnprune.sidecar import format
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+# Keys of a configuration that cannot change what a loaded model computes at rest (formats/attnprune-v1.md lists them):
+# names and versions; how it is stored or run, not what; labels of other heads; what it returns besides; settings of
+# generate; how new weights are drawn. Dropout acts in training alone.
+INERT_KEYS = frozenset(
+    [
+        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "prefix"),
+        *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "torchscript"),
+        *("attn_implementation", "experts_implementation", "use_cache", "gradient_checkpointing", "return_dict"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+        *("initializer_range", "initializer_factor"),
+    ]
+)
+INERT_ENDINGS = ("_token_id", "_token_ids", "dropout", "pdrop")
 
 
 def structure_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -34,11 +59,54 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if "attnprune_gate" not in name}
 
 
+def config_values(config: Any) -> dict[str, Any]:
+    """The keys of a transformers configuration that change what the model computes, as JSON values."""
+    stock = config.stock_dict() if hasattr(config, "stock_dict") else config.to_dict()
+    kept = {key: value for key, value in stock.items() if key not in INERT_KEYS and not key.endswith(INERT_ENDINGS)}
+    return _as_json(kept)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_as_json(entry) for entry in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def config_difference(recorded: Mapping[str, Any], config: Any) -> str | None:
+    """What differs between a recorded configuration and that of a model, "KEY is X, not Y"; None if nothing does.
+
+    A key that only one of two versions of transformers knows has the default that the installed one has for it; one
+    that the installed version does not know may only be off.
+    """
+    found = config_values(config)
+    if found == recorded:
+        return None
+    defaults = config_values(type(config)())
+    for key in sorted({*recorded, *found}):
+        then, now = (values.get(key, defaults.get(key)) for values in (recorded, found))
+        if then != now and not (key not in found and not then):
+            return f"{key} is {json.dumps(now)[:80]}, not {json.dumps(then)[:80]}"
+    return None
+
+
+def model_key(base: Mapping[str, Any]) -> str:
+    """A name for what the base of a manifest's `base` entry computes: text that it writes itself is kept under it."""
+    if base.get("config") is None:
+        return base["content"]
+    text = json.dumps([base["content"], base["config"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool = False) -> None:
-    """Refuse a base model that is not the one the sidecar was made for.
+    """Refuse a base model that is not the one the sidecar was made for. One that has no configuration on record
+    (format 1.0) is noted.
 
     Raises:
-        InputError: other structure; or other content, unless `allow_mismatch`.
+        InputError: other structure; or other content or another configuration, unless `allow_mismatch`.
     """
     tensors = base_tensors(model)
     base = manifest.base
@@ -50,5 +118,12 @@ def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool
         raise InputError(
             f"wrong base model: same structure as {name}, but not the weights the sidecar was made for"
             + (f" (revision {base.revision})" if base.revision else ""),
+            hint="--allow-base-mismatch loads it all the same",
+        )
+    if base.config is None:
+        log.warning("this sidecar does not record its base's configuration (format 1.0): weights and probe are checked")
+    elif not allow_mismatch and (difference := config_difference(base.config, model.config)):
+        raise InputError(
+            f"wrong base model: the weights of {name}, but {difference} as the sidecar was made for",
             hint="--allow-base-mismatch loads it all the same",
         )

@@ -18,7 +18,7 @@ from attnprune.sidecar.bases import load_base, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
 from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.merged import load_merged
-from attnprune.sidecar.probe import check_probe, measure_probe
+from attnprune.sidecar.probe import check_probe, measure_again
 
 
 class LoadedModel(NamedTuple):
@@ -62,7 +62,7 @@ def load(
         dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in. Another dtype
             moves scores that sit on their threshold, so a few edges differ.
         allow_base_mismatch: accept a base of equal structure with other weights (the probe is then not run).
-        verify: run the stored probe (64 tokens) before returning.
+        verify: run the stored probe (64 tokens, and 256 where the context allows) before returning.
 
     Raises:
         VerificationError: the stored probe is not reproduced.
@@ -158,4 +158,4 @@ def verify_probe(model: Any, manifest: format.Manifest) -> None:
     Raises:
         VerificationError: loss or open-edge count differ.
     """
-    check_probe(measure_probe(model, manifest.probe.input_ids), manifest.probe)
+    check_probe(measure_again(model, manifest.probe), manifest.probe)

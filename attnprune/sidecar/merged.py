@@ -17,7 +17,8 @@ from attnprune.errors import InputError
 from attnprune.files import fsync, sha256_of, write_atomic
 from attnprune.sidecar import format, modeling_attnprune
 from attnprune.sidecar.folder import Sidecar, open_merged
-from attnprune.sidecar.probe import check_probe, measure_probe
+from attnprune.sidecar.identity import config_difference, config_values
+from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quiet import quiet
 
 GATE_SUFFIX = "attnprune_gate.bias"
@@ -33,10 +34,11 @@ def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
     manifest = open_merged(path).manifest
     try:
         model, tokenizer = _read(path)
+        _check_config(model, manifest)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{path}: cannot load this merged model: {str(error).splitlines()[0]}") from error
     if verify:
-        check_probe(measure_probe(model, manifest.probe.input_ids), manifest.probe)
+        check_probe(measure_again(model, manifest.probe), manifest.probe)
     return model, tokenizer
 
 
@@ -85,10 +87,10 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
         shutil.copyfile(str(modeling_attnprune.__file__), staging / format.CODE_FILE)
         written, _ = _read(staging)
         _check_gates(written, gates)
-        probe = measure_probe(written, sidecar.manifest.probe.input_ids)
+        probe = measure_again(written, sidecar.manifest.probe)
         if same_dtype:
             check_probe(probe, sidecar.manifest.probe)
-        manifest = _manifest(sidecar.manifest, probe, written.dtype, staging)
+        manifest = _manifest(sidecar.manifest, probe, written, staging)
         config = format.parse_json((staging / "config.json").read_bytes(), "config.json")
         config["attnprune"] = json.loads(manifest.to_json())
         write_atomic(staging / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -142,16 +144,25 @@ def _check_gates(model: Any, gates: dict[str, np.ndarray]) -> None:
         raise InputError(f"{format.GATES_FILE}: the gates differ from those of the model")
 
 
-def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, dtype: torch.dtype, folder: Path) -> format.Manifest:
+def _check_config(model: Any, manifest: format.Manifest) -> None:
+    """Refuse a config.json that was changed after the folder was written; its weights have hashes, it has none."""
+    recorded = manifest.base.config
+    if recorded is not None and (difference := config_difference(recorded, model.config)):
+        raise InputError(f"config.json: {difference} as this model was written")
+
+
+def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, model: Any, folder: Path) -> format.Manifest:
     names = [format.GATES_FILE, format.CODE_FILE, *(file.name for file in sorted(folder.glob("model*.safetensors*")))]
     files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)} for n in names}
     values = sidecar.model_dump(exclude_none=True)
     values["merged"] = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": values["weights"],
         "probe": values["probe"],
     }
+    values["format_version"] = format.FORMAT_VERSION
     values["requires"] = ["gate:threshold"]
+    values["base"]["config"] = config_values(model.config)  # that of the base it was applied to
     values["weights"] = {"kind": "none", "tensors": 0}
     values["probe"] = probe.model_dump()
     values["files"] = files

@@ -235,8 +235,8 @@ def _check_attention(name):
 class GatedConfig:
     """Mixin over a transformers config: no other attention can be asked for, and config.json names ours.
 
-    The name in config.json makes a stock class, which would ignore the gates, refuse the folder. The sizes of 0 do the
-    same where a caller names another attention: no tensor of the checkpoint fits.
+    The name in config.json makes a stock class, which would ignore the gates, refuse the folder. Where a caller names
+    another attention the wrong sizes do the same: no tensor of the checkpoint fits.
     """
 
     @classmethod
@@ -263,8 +263,9 @@ class GatedConfig:
 
     def to_dict(self):
         values = super().to_dict()
-        hidden = {PREFIX + key: values[key] for key in self._hidden_sizes()}
-        return {**values, **hidden, "attn_implementation": ATTENTION, **dict.fromkeys(self._hidden_sizes(), 0)}
+        keys = self._hidden_sizes()
+        wrong = dict(zip(keys, (0, 2 * self.num_attention_heads), strict=True))
+        return {**values, **{PREFIX + key: values[key] for key in keys}, **wrong, "attn_implementation": ATTENTION}
 
     def stock_dict(self):
         """What the family's own config class takes: nothing is hidden and nothing is ours."""

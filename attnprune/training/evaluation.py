@@ -13,6 +13,7 @@ from attnprune.measure import Report, measure
 from attnprune.runs.folder import RUN_FILE, load_run_file
 from attnprune.sidecar import bases, loading
 from attnprune.sidecar.folder import Sidecar
+from attnprune.sidecar.identity import model_key
 
 # Of 32 bits, since a CPU's generator keeps no more (2**32 is its seed 0), and one that no run is given by chance: text
 # that the base writes here was not trained on.
@@ -63,7 +64,7 @@ def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, t
     if source == "task":
         return addition_task(base.tokenizer)[1]
     if source == "self":
-        key = bases.identity(base)["content"]
+        key = model_key(bases.identity(base))
         return self_written(base.model, base.tokenizer, seq_len, tokens, SELF_SEED, cache_folder(), key)
     return pack(documents(source, text_field), base.tokenizer, seq_len, tokens, source_name(source))
 
@@ -75,7 +76,7 @@ def held_out_split(sidecar: Sidecar, base: bases.BaseModel) -> Blocks:
         InputError: no run.toml, or the text is not what it was.
     """
     config = load_run_file(sidecar.path / RUN_FILE)
-    _, held_out = load_blocks(config, base.model, base.tokenizer, sidecar.manifest.base.content)
+    _, held_out = load_blocks(config, base.model, base.tokenizer, model_key(sidecar.manifest.base.model_dump()))
     if held_out.fingerprint != sidecar.manifest.result.data_sha256:
         raise InputError(f"{config.data.source}: not the text this sidecar was measured on", hint="give --data FILE")
     return held_out

@@ -20,7 +20,7 @@ from attnprune.measure import GateStatistics, Report, gate_statistics, measure
 from attnprune.runs.config import RunConfig
 from attnprune.sidecar import bases, format, loading
 from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
-from attnprune.sidecar.probe import measure_probe
+from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.training.trainer import constraint_of, trainable_state
 
 STAGING = ".staging-"
@@ -43,7 +43,7 @@ def export(
     staging = folder / f"{STAGING}{os.getpid()}"
     save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
     report = measure(sparse, held_out, reference=bases.dense(fresh.model), control=True)
-    probe = held_out.input_ids[0, :64].tolist()
+    probe = probe_rows(held_out.input_ids, bases.context_length(sparse))
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
@@ -54,7 +54,7 @@ def export(
         "weights": entry.model_dump(exclude_none=True),
         "files": file_entries(staging),
         "result": result_entry(report, config, held_out.fingerprint),
-        "probe": measure_probe(sparse, probe).model_dump(),
+        "probe": measure_probe(sparse, *probe).model_dump(),
     }
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
     _check_written(staged, biases, weights)

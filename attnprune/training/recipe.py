@@ -27,6 +27,7 @@ from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
 from attnprune.sidecar import bases, format
 from attnprune.sidecar.folder import Sidecar
+from attnprune.sidecar.identity import model_key
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
 from attnprune.training.calibration import bias_for_mass
@@ -103,7 +104,7 @@ def _run(
     if init is not None:
         check_start(init, base.model)
         more.append(f"start: the gates and weights of {init.path}")
-    train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, base_entry["content"])
+    train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, model_key(base_entry))
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
     run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}

@@ -13,7 +13,7 @@ from attnprune.data.blocks import Blocks
 from attnprune.measure import gate_statistics, measure
 from attnprune.sidecar import bases, format, loading
 from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
-from attnprune.sidecar.probe import probe_blocks
+from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.training import export
 from tests.helpers.factory import byte_tokenizer
 
@@ -34,8 +34,7 @@ def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, bi
     loading.install(fresh.model, biases, weights, changed)
     blocks = Blocks(ids := torch.randint(1, 250, (4, 32), generator=generator), ids.clone(), "random ids")
     report = measure(fresh.model, blocks)
-    probe = ids[0].tolist()
-    probed = measure(fresh.model, probe_blocks(probe))
+    probe = measure_probe(fresh.model, *probe_rows(ids, bases.context_length(fresh.model)))
     staging = folder.with_name(f".{folder.name}")
     arrays = export.gate_arrays(biases, gate_statistics(fresh.model, blocks))
     save_files(staging, arrays, weights, adapter)
@@ -53,8 +52,7 @@ def save_sidecar(folder: Path, base: Path, kind: str = "none", seed: int = 0, bi
             "data": "random ids", "data_sha256": "0" * 64, "steps": 0, "seed": seed, "constraint": "kl", "limit": 0.05,
             "feasible": True,
         },
-        "probe": {"input_ids": probe, "loss": probed.loss, "open_edges": probed.open_edges, "tolerance": 1e-3,
-                  "edge_tolerance": 0},
+        "probe": probe.model_dump() | {"edge_tolerance": 0},
     }  # fmt: skip
     assert len(gates_of(fresh.model)) == len(heads)
     return publish(staging, folder, format.Manifest.model_validate(manifest))

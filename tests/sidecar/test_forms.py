@@ -4,14 +4,18 @@ by the portable class. The same inputs give the same numbers or the same refusal
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from attnprune.attention.interface import attach, gates_of, straight_through
+from attnprune.attention.interface import attach, detach, gates_of, straight_through
 from attnprune.errors import AttnPruneError
 from attnprune.sidecar import bases, loading, merged
-from tests.helpers.factory import save_tiny_llama
+from tests.helpers.factory import refused, save_tiny_llama
 from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
 
 LENGTH = 9
@@ -39,9 +43,10 @@ def forms(tmp_path_factory):
                 "portable": AutoModelForCausalLM.from_pretrained(folder / family),
             }
         for model in made[family].values():
-            model.eval().float()
+            model.eval()
         return made[family]
 
+    make.folder = folder
     return make
 
 
@@ -118,7 +123,9 @@ def test_a_4d_mask_is_what_it_says(forms, family):
     """The float and the bool form of one mask are one mask, and a causal one is what the model does itself."""
     for model in forms(family).values():
         window = outcome(model, TAKEN["bool mask"]).logits
-        assert all(torch.equal(outcome(model, TAKEN[case]).logits, window) for case in TAKEN if case.startswith("float"))
+        assert all(
+            torch.equal(outcome(model, TAKEN[case]).logits, window) for case in TAKEN if case.startswith("float")
+        )
         causal = outcome(model, {"attention_mask": four_dimensional(CAUSAL)}).logits
         assert torch.equal(causal, outcome(model, {}).logits)
         assert not torch.equal(window, causal)
@@ -196,3 +203,132 @@ def test_every_backend_has_the_true_gradient(forms, family, backend, monkeypatch
     )[0]  # fmt: skip
     monkeypatch.setenv("ATTNPRUNE_BACKEND", backend)
     torch.testing.assert_close(gradient(), expected, rtol=2e-4, atol=2e-5)
+
+
+# --- a sparse model does not come back dense
+
+
+def every_way_to_save(model):
+    from peft import LoraConfig, get_peft_model
+
+    yield model.save_pretrained
+    yield model.base_model.save_pretrained
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["c_attn", "q_proj"]))
+    yield wrapped.save_pretrained
+    yield wrapped.push_to_hub
+    yield model.push_to_hub
+    yield wrapped.merge_and_unload().save_pretrained
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("name", ["attached", "sidecar", "merged"])
+def test_an_attached_model_is_not_saved_as_a_stock_one(forms, family, name, tmp_path):
+    """Nothing is written, and no repository is made: the refusal comes before the first file or request."""
+    model = copy.deepcopy(forms(family)[name])
+    for save in every_way_to_save(model):
+        refused(lambda save=save: save(tmp_path / "saved"), "would come back dense")
+        assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_detached_model_is_saved_and_loads_as_the_base(forms, family, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(forms(family)["attached"])
+    detach(get_peft_model(model, LoraConfig(target_modules=["c_attn", "q_proj"])).merge_and_unload())
+    model.save_pretrained(tmp_path / "dense")
+    dense = bases.load_base(str(forms.folder / f"{family}-base")).model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(again(IDS).logits, dense(IDS).logits)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_detach_finds_the_model_under_its_wrapper(forms, family):
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(forms(family)["attached"])
+    refused(lambda: detach(model.base_model), "larger model")
+    assert gates_of(model)
+    detach(get_peft_model(model, LoraConfig(target_modules=["c_attn", "q_proj"])))
+    assert not gates_of(model)
+    assert model.config._attn_implementation == "sdpa"
+    detach(model)  # one without gates is left alone
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_base_with_weights_that_it_does_not_use_is_refused(forms, family, tmp_path):
+    forms(family)
+    base = forms.folder / f"{family}-base"
+    stray = next(name for name in bases.load_base(str(base)).model.state_dict() if name.endswith(".weight"))
+    layer = {"llama": "model.layers.1.self_attn", "gpt2": "transformer.h.1.attn"}[family]
+    for extra, allowed in (
+        (f"{layer}.attnprune_gate.bias", False),
+        (f"{layer}.q_norm.weight", False),
+        ("stray", False),
+        (f"{stray}_scale", False),
+        (
+            f"{layer}.rotary_emb.inv_freq",
+            family == "llama",
+        ),  # a buffer of older versions that transformers itself leaves out
+        (f"{layer}.bias", family == "gpt2"),
+    ):
+        folder = shutil.copytree(base, tmp_path / extra)
+        tensors = load_file(folder / "model.safetensors") | {extra: torch.ones(4)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if allowed:
+            bases.load_base(str(folder))
+        else:
+            error = refused(lambda folder=folder: bases.load_base(str(folder)), f"has no place for {extra}")
+            assert ("--merge" in error.hint) == ("attnprune_gate" in extra)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_stock_class_does_not_load_a_merged_folder(forms, family):
+    model = forms(family)["attached"]
+    stock = type(model)
+    sizes = {"vocab_size": model.config.vocab_size}
+    for options in ({}, {"attn_implementation": "sdpa"}, {"attn_implementation": "sdpa", **sizes}):
+        with pytest.raises((ValueError, RuntimeError)):
+            stock.from_pretrained(forms.folder / family, **options)
+
+
+PARTS = {
+    "llama": ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"),
+    "gpt2": ("transformer.wte", "transformer.wpe", "transformer.drop", "transformer.ln_f", "lm_head"),
+}
+LAYERS = {"llama": "model.layers", "gpt2": "transformer.h"}
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("family", BASES)
+def test_the_portable_class_runs_from_memory_or_disk(forms, family, where, tmp_path):
+    """What `device_map="auto"` makes of a model that does not fit: layers that are read back for every forward."""
+    whole = forms(family)["portable"]
+    places = dict.fromkeys(PARTS[family], "cpu") | {f"{LAYERS[family]}.{i}": where for i in range(2)}
+    model = AutoModelForCausalLM.from_pretrained(
+        forms.folder / family, device_map=places, offload_folder=str(tmp_path)
+    ).eval()
+    gates = [p.device.type for n, p in model.named_parameters() if "attnprune_gate" in n]
+    assert gates == ["meta" if where == "disk" else "cpu"] * 2
+    for options in ({}, {"attention_mask": PADDED}):
+        assert torch.equal(outcome(model, options).logits, outcome(whole, options).logits)
+
+
+def test_gates_that_are_not_finite_are_refused_on_the_disk_too(forms, tmp_path):
+    forms("llama")
+    folder = shutil.copytree(forms.folder / "llama", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.attnprune_gate.bias"][2] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    places = dict.fromkeys(PARTS["llama"], "cpu") | {f"model.layers.{i}": "disk" for i in range(2)}
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.attnprune_gate\.bias is not finite"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
+
+
+def test_gates_are_not_attached_to_a_model_on_the_disk(forms, tmp_path):
+    forms("llama")
+    places = dict.fromkeys(PARTS["llama"], "cpu") | {f"model.layers.{i}": "disk" for i in range(2)}
+    model = AutoModelForCausalLM.from_pretrained(
+        forms.folder / "llama-base", device_map=places, offload_folder=str(tmp_path)
+    )
+    refused(lambda: attach(model), "offloaded")

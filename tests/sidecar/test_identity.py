@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-import torch
+import json
+import shutil
 
-from attnprune.sidecar import format
-from attnprune.sidecar.identity import base_tensors, check_base, content_fingerprint, structure_fingerprint
-from tests.helpers.factory import refused
+import pytest
+import torch
+from transformers import AutoConfig, MistralConfig, MistralForCausalLM
+
+from attnprune.attention.interface import SUPPORTED_FAMILIES
+from attnprune.errors import VerificationError
+from attnprune.sidecar import format, loading, merged
+from attnprune.sidecar.identity import (
+    base_tensors,
+    check_base,
+    config_difference,
+    config_values,
+    content_fingerprint,
+    model_key,
+    structure_fingerprint,
+)
+from attnprune.sidecar.verify import climb
+from tests.helpers.factory import byte_tokenizer, refused, save_tiny_llama
 from tests.helpers.formats import good_manifest
+from tests.helpers.sidecars import save_sidecar
+
+
+def edit_json(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
 
 # The base model's fingerprints
 
@@ -58,3 +82,114 @@ def test_fingerprints_do_not_depend_on_the_order_or_layout_of_the_tensors():
     renamed = {"c": first["a"], "b": first["b"]}
     assert structure_fingerprint(renamed) != structure_fingerprint(first)
     assert content_fingerprint(renamed) != content_fingerprint(first)
+
+
+# The base model's configuration
+
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+# A family, and values that change what a model of equal weights computes.
+CHANGED = [
+    ("llama", {"rms_norm_eps": 1e-5}), ("llama", {"rope_theta": 500000.0}), ("llama", {"rope_parameters": ROPE}),
+    ("llama", {"hidden_act": "gelu"}), ("mistral", {"sliding_window": 40}), ("mistral", {"sliding_window": None}),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}), ("gemma2", {"attn_logit_softcapping": 20.0}),
+    ("gemma2", {"final_logit_softcapping": None}), ("gemma2", {"query_pre_attn_scalar": 100}),
+    ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"]}), ("granite", {"attention_multiplier": 0.5}),
+    ("granite", {"residual_multiplier": 0.5}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"activation_function": "relu"}), ("gpt2", {"layer_norm_epsilon": 1e-6}),
+    ("gpt_neox", {"use_parallel_residual": False}), ("phi", {"partial_rotary_factor": 0.25}),
+    ("cohere2", {"logit_scale": 2.0}), ("llama", {"some_new_key": 1}),
+]  # fmt: skip
+INERT = {
+    "_name_or_path": "somewhere/else", "architectures": ["Other"], "transformers_version": "9.0", "use_cache": False,
+    "eos_token_id": 5, "bos_token_id": None, "pad_token_id": 3, "dtype": "bfloat16", "attention_dropout": 0.1,
+    "initializer_range": 0.5, "id2label": {0: "a"}, "output_attentions": False,
+}  # fmt: skip
+
+
+def config_of(family, **values):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    return AutoConfig.for_model(family, **sizes | values)
+
+
+@pytest.mark.parametrize(("family", "values"), CHANGED, ids=str)
+def test_a_configuration_that_changes_the_function_is_another_base(family, values):
+    recorded = json.loads(json.dumps(config_values(config_of(family))))
+    assert config_difference(recorded, config_of(family)) is None
+    assert next(iter(values)).split("_")[0] in config_difference(recorded, config_of(family, **values))
+
+
+@pytest.mark.parametrize("key", INERT)
+def test_what_cannot_change_the_function_is_no_difference(key):
+    assert config_values(config_of("llama", **{key: INERT[key]})) == config_values(config_of("llama"))
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED_FAMILIES))
+def test_every_family_has_a_configuration_that_json_can_hold(family):
+    values = config_values(config_of(family))
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert len(values) > 10
+
+
+def test_keys_of_other_versions_of_transformers():
+    config = config_of("llama")
+    recorded = config_values(config)
+    del recorded["mlp_bias"]  # written before there was such a key: it has its default
+    assert config_difference(recorded, config) is None
+    assert "mlp_bias is true, not false" in config_difference(recorded, config_of("llama", mlp_bias=True))
+    assert config_difference(recorded | {"newer_key": None, "newer_switch": False}, config) is None
+    assert config_difference(recorded | {"newer_key": 3}, config) == "newer_key is null, not 3"
+
+
+def test_the_configuration_is_checked_when_a_sidecar_is_loaded(tmp_path, caplog):
+    """By every command: a base of the same weights with a window that only acts beyond the short probe."""
+    base = save_tiny_llama(tmp_path / "base", max_position_embeddings=300)
+    sidecar = save_sidecar(tmp_path / "sidecar", base)
+    assert len(sidecar.manifest.probe.long.input_ids) == 4 * 32
+    other = shutil.copytree(base, tmp_path / "other")
+    edit_json(other / "config.json", lambda values: values.update(rms_norm_eps=3e-6))
+    loading.load(sidecar.path, str(base))
+    error = refused(lambda: loading.load(sidecar.path, str(other)), "rms_norm_eps is 3e-06, not 1e-06")
+    assert "--allow-base-mismatch" in error.hint
+    loading.load(sidecar.path, str(other), allow_base_mismatch=True)
+    *_, last = climb(sidecar.path, str(other))
+    assert (last.name, last.error.exit_code) == ("base", 2)
+    edit_json(sidecar.path / "attnprune.json", lambda values: values["base"].pop("config"))
+    assert not caplog.messages
+    loading.load(sidecar.path, str(other))  # as a sidecar of format 1.0: the probe is all there is
+    assert "does not record its base's configuration" in caplog.messages[0]
+
+
+def test_a_window_beyond_the_short_probe_is_seen_by_the_longer_one(tmp_path):
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+    base, narrow = tmp_path / "base", tmp_path / "narrow"
+    for folder, window in ((base, None), (narrow, 70)):
+        torch.manual_seed(0)
+        MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    sidecar = save_sidecar(tmp_path / "sidecar", base)
+    edit_json(sidecar.path / "attnprune.json", lambda values: values["base"].pop("config"))
+    loading.load(sidecar.path, str(base))
+    with pytest.raises(VerificationError, match="probe of 128 tokens"):
+        loading.load(sidecar.path, str(narrow))
+
+
+def test_a_merged_folder_whose_configuration_was_changed_is_refused(tmp_path):
+    base = save_tiny_llama(tmp_path / "base")
+    sidecar = save_sidecar(tmp_path / "sidecar", base)
+    merged.write_merged(*loading.load(sidecar.path, str(base)), sidecar, tmp_path / "merged", same_dtype=True)
+    loading.load(tmp_path / "merged")
+    edit_json(tmp_path / "merged" / "config.json", lambda values: values.update(rms_norm_eps=3e-6))
+    refused(lambda: loading.load(tmp_path / "merged"), "config.json: rms_norm_eps is 3e-06, not 1e-06")
+
+
+def test_text_that_a_base_writes_is_kept_by_weights_and_configuration():
+    config = config_values(config_of("llama"))
+    keys = [
+        model_key({"content": content, "config": values})
+        for content in ("1" * 64, "2" * 64)
+        for values in (config, config | {"rms_norm_eps": 1e-5}, None)
+    ]
+    assert len(set(keys)) == 6
+    assert keys[2] == "1" * 64

@@ -21,7 +21,7 @@ from attnprune.attention.interface import gates_of
 from attnprune.errors import InputError, VerificationError
 from attnprune.sidecar import loading, merged
 from attnprune.sidecar.folder import open_merged
-from attnprune.sidecar.probe import measure_probe
+from attnprune.sidecar.probe import measure_again
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
@@ -91,7 +91,7 @@ def test_block_is_a_manifest_measured_on_the_files(place, name):
     assert manifest.merged is not None
     assert manifest.merged.weights == sidecar.manifest.weights
     model = loading.load(place / name).model
-    assert measure_probe(model, manifest.probe.input_ids) == manifest.probe
+    assert measure_again(model, manifest.probe) == manifest.probe
     assert sorted(manifest.files) == ["gates.safetensors", "model.safetensors", "modeling_attnprune.py"]
     for file, entry in manifest.files.items():
         assert (place / name / file).stat().st_size == entry.size

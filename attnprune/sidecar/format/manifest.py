@@ -50,7 +50,9 @@ class FileEntry(_Entry):
 
 
 class BaseEntry(_Entry):
-    """The base model. `structure` hashes its (name, dtype, shape) list, `content` 256 sampled values per tensor."""
+    """The base model. `structure` hashes its (name, dtype, shape) list, `content` 256 sampled values per tensor;
+    `config` holds the keys of its configuration that change what it computes (since 1.1).
+    """
 
     kind: Literal["hub", "local", "gguf", "bundled"]
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")] | None = None
@@ -59,6 +61,7 @@ class BaseEntry(_Entry):
     dtype: str
     structure: Sha256
     content: Sha256
+    config: dict[str, Any] | None = None
 
 
 class GateEntry(_Entry):
@@ -101,14 +104,23 @@ class ResultEntry(_Entry):
     feasible: bool
 
 
-class ProbeEntry(_Entry):
-    """A short text whose loss (nats per token) and open-edge count a reader reproduces within the tolerances."""
+class ProbeRow(_Entry):
+    """A text whose loss (nats per token) and open-edge count a reader reproduces within the tolerances."""
 
-    input_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=64)]
+    input_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=1024)]
     loss: Finite
     open_edges: Size
     tolerance: Finite
     edge_tolerance: Size
+
+
+class ProbeEntry(ProbeRow):
+    """A short text, and a longer one where the context has room: windows and positions beyond the short one act there
+    (since 1.1).
+    """
+
+    input_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=64)]
+    long: ProbeRow | None = None
 
 
 class MergedEntry(_Entry):

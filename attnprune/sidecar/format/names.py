@@ -7,7 +7,7 @@ import re
 from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
 
 FORMAT = "attnprune"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta"})
 
 GATES_FILE = "gates.safetensors"

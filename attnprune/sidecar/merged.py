@@ -161,7 +161,7 @@ def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, model: Any, fo
         "probe": values["probe"],
     }
     values["format_version"] = format.FORMAT_VERSION
-    values["requires"] = ["gate:threshold"]
+    values["requires"] = ["gate:threshold", "merged:sizes"]
     values["base"]["config"] = config_values(model.config)  # that of the base it was applied to
     values["weights"] = {"kind": "none", "tensors": 0}
     values["probe"] = probe.model_dump()

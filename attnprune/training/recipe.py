@@ -107,7 +107,12 @@ def _run(
     train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, model_key(base_entry))
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
-    run_facts = {"train": train_blocks.fingerprint, "held_out": held_out.fingerprint, "base": base_entry["content"]}
+    run_facts = {
+        "train": train_blocks.fingerprint,
+        "held_out": held_out.fingerprint,
+        "base": base_entry["content"],
+        "base_config": model_key(base_entry),
+    }
     if init is not None:
         start_from(model, init, config)
         run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
@@ -174,11 +179,14 @@ def _start(
         shutil.rmtree(stale)
     stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
     for name, value in facts.items():
+        if name == "base_config" and name not in stored:
+            continue  # a run that began before configurations were compared
         if stored.get(name) != value:
             what = {
                 "train": "training data",
                 "held_out": "held-out data",
                 "base": "base model",
+                "base_config": "base model's configuration",
                 "init": "first sidecar",
             }
             raise InputError(f"{folder}: the {what[name]} differs from the run's")

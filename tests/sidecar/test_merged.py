@@ -159,11 +159,19 @@ def test_changed_weights_fail_the_probe(copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.self_attn.attnprune_gate.bias"), "does not hold this model's gates"),
+        (
+            lambda t: t.pop("model.layers.1.self_attn.attnprune_gate.bias"),
+            r"layers\.1\.self_attn\.attnprune_gate\.bias \(missing keys\)",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(8)}),
+            r"q_norm\.weight \(unexpected keys\)",
+        ),
+        (lambda t: t.pop("model.norm.weight"), r"norm\.weight \(missing keys\)"),
         (lambda t: t["model.layers.1.self_attn.attnprune_gate.bias"].fill_(float("nan")), "is not finite"),
     ],
 )
-def test_missing_or_nan_gates_are_refused(copy, change, message):
+def test_tensors_that_do_not_fit_and_nan_gates_are_refused(copy, change, message):
     damage(copy, change)
     with pytest.raises(ValueError, match=message):
         portable(copy)

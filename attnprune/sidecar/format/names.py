@@ -8,7 +8,7 @@ from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
 
 FORMAT = "attnprune"
 FORMAT_VERSION = "1.1"
-FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta"})
+FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"})
 
 GATES_FILE = "gates.safetensors"
 DELTA_FILE = "delta.safetensors"

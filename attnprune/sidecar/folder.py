@@ -130,15 +130,23 @@ def read_manifest(folder: Path) -> format.Manifest:
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a folder is a merged model: its config.json names one of our model types."""
+    """Whether a folder is a merged model: the `model_type` in its config.json is one of ours.
+
+    A config.json that cannot be read says nothing; then the code that only a merged folder has decides, so that
+    whoever opens a damaged one says what is wrong with it.
+    """
     config = folder / "config.json"
     try:
         if not config.is_file() or (folder / format.MANIFEST_FILE).exists():
             return False
         with config.open("rb") as file:
-            return b'"attnprune_' in file.read(format.MAX_JSON_BYTES)
+            values = format.parse_json(file.read(format.MAX_JSON_BYTES + 1), str(config))
     except OSError:  # whoever opens it says why
         return False
+    except InputError:
+        return (folder / format.CODE_FILE).exists()
+    family = values.get("model_type") if isinstance(values, dict) else None
+    return isinstance(family, str) and family.startswith("attnprune_")
 
 
 def open_merged(folder: Path) -> Sidecar:

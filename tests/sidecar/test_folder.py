@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from attnprune.attention.interface import gates_of
 from attnprune.files import sha256_of
 from attnprune.sidecar import folder as folder_module
 from attnprune.sidecar import format
-from attnprune.sidecar.folder import open_sidecar
-from tests.helpers.factory import refused
+from attnprune.sidecar.folder import is_merged, open_sidecar
+from attnprune.sidecar.loading import load
+from tests.helpers.factory import refused, save_tiny_llama
 from tests.helpers.formats import (
     ADAPTER,
     DELTA,
@@ -32,6 +34,7 @@ from tests.helpers.formats import (
     store_manifest,
     stored_manifest,
 )
+from tests.helpers.sidecars import save_sidecar
 
 
 @pytest.fixture
@@ -274,3 +277,36 @@ def test_a_hub_cache_link_to_anywhere_else_is_refused(tmp_path, place):
     (snapshot / GATES).unlink()
     (snapshot / GATES).symlink_to(tmp_path / place)
     refused(lambda: read_all(snapshot), "link leaves the folder")
+
+
+@pytest.mark.parametrize(
+    ("config", "has_code", "expected"),
+    [
+        ('{"model_type": "llama", "_name_or_path": "attnprune_x"}', False, False),
+        ('{"model_type": "llama", "attnprune_note": {"model_type": "attnprune_llama"}}', False, False),
+        ('{"model_type": "llama", "architectures": ["attnprune_llama"], "attnprune_": "attnprune_"}', True, False),
+        ('{"model_type": "llama", "limit": Infinity, "name": "attnprune_x"}', False, False),
+        ('{"model_type": ["attnprune_llama"]}', False, False),
+        ('["attnprune_llama"]', False, False),
+        ('{"model_type" : "attnprune_llama"}', False, True),
+        ('{"model_type": "attnprune\\u005fllama"}', False, True),
+        ('{"model_type": "attnprune_llama", ', False, False),
+        ('{"model_type": "attnprune_llama", ', True, True),  # a damaged merged folder, and its reader says so
+        ("", True, True),
+    ],
+)
+def test_only_the_model_type_makes_a_folder_a_merged_model(tmp_path, config, has_code, expected):
+    (tmp_path / "config.json").write_text(config)
+    if has_code:
+        (tmp_path / "modeling_attnprune.py").touch()
+    assert is_merged(tmp_path) is expected
+
+
+def test_a_base_that_mentions_attnprune_in_its_configuration_is_a_base(tmp_path):
+    base = save_tiny_llama(tmp_path / "attnprune_tiny")
+    values = json.loads((base / "config.json").read_bytes())
+    values |= {"_name_or_path": "attnprune_tiny", "note": ["attnprune_llama", {"model_type": "attnprune_llama"}]}
+    (base / "config.json").write_text(json.dumps(values))
+    sidecar = save_sidecar(tmp_path / "sidecar", base)
+    model, _ = load(sidecar.path, str(base))
+    assert len(gates_of(model)) == 2

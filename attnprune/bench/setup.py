@@ -14,6 +14,7 @@ from attnprune.attention.interface import attach, gates_of
 from attnprune.bench.cases import SUITES, Case, Suite, captured_case, gaussian_case
 from attnprune.data.blocks import pack
 from attnprune.data.sources import documents
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.sidecar.bases import context_length, load_base, pick_device, torch_dtype
 from attnprune.sidecar.folder import is_merged, open_sidecar
@@ -78,13 +79,15 @@ def captured_cases(
     """Cases from a layer of a real sparse model that reads `data`.
 
     Raises:
-        InputError: a length beyond the model's context, or text that is shorter.
+        InputError: a length beyond the model's context, text that is shorter, or a token that the model does not have.
     """
     model, tokenizer = load(source, base, device=str(device))
     longest, context = max(lengths), context_length(model)
     if context is not None and longest > context:
         raise InputError(f"--seq-len: {longest} is more than the model's context of {context}")
-    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids.to(device)
+    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids
+    check_tokens(ids, tokenizer, model.config.vocab_size, data.name)
+    ids = ids.to(device)
     made: Cases = []
     for length in lengths:
         title = f"{Path(source).name} layer {layer} T{length} {str(dtype)[6:]}"

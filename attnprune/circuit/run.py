@@ -44,11 +44,14 @@ def run(
     models = {"model": (settings["model"], model)}
     how = _thoroughness(settings)
     more = MASK_PROMPTS if how.mask_steps else 0
-    task = load_task(settings["task"], tokenizer, count=settings["prompts"], more=more, seed=settings["seed"])
     if settings["against"] is not None:
         other, other_tokenizer = _load(settings["against"], settings["base"], device)
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
+    task = load_task(
+        settings["task"], tokenizer, vocabulary=min(one.config.vocab_size for _, one in models.values()),
+        count=settings["prompts"], more=more, seed=settings["seed"],
+    )  # fmt: skip
     (folder / CACHE_FOLDER).mkdir(parents=True, exist_ok=True)
     if is_new:
         stored = settings | {"fingerprint": task.fingerprint}

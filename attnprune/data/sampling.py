@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnprune.data.blocks import Blocks
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 
 _SAMPLING_BYTES = 4 << 30
@@ -53,11 +54,12 @@ def sample(model: Any, tokenizer: Any, rows: int, seq_len: int, seed: int, rows_
     The global random state is left alone.
 
     Raises:
-        InputError: the tokenizer has no token to start with.
+        InputError: the tokenizer has no token to start with, or one that the model does not have.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise InputError("self: this tokenizer has no BOS or EOS token to start a text with")
+    check_tokens(torch.tensor([start]), tokenizer, model.config.vocab_size, "self")
     from transformers import GenerationConfig
 
     own = model.generation_config

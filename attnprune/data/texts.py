@@ -9,6 +9,7 @@ import torch
 from attnprune.data.blocks import IGNORED_LABEL, Blocks, pack, split
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.sources import documents, source_name
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO
@@ -19,7 +20,10 @@ DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple[Blocks, Blocks]:
     """(train, held-out) blocks of a resolved run.
 
-    `model` (the base, dense) and `model_key` (its content fingerprint) matter only for the source 'self'.
+    `model` is the base, dense; `model_key`, its content fingerprint, matters only for the source 'self'.
+
+    Raises:
+        InputError: no such text, too little of it, or a token that the model does not have.
     """
     text, train = config.data, config.train
     if (text.source == "task") != (config.model.name == DEMO):
@@ -38,6 +42,7 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
         limit = min(text.train_tokens, wanted) + text.eval_tokens
         texts = documents(text.source, text.text_field)
         blocks = pack(texts, tokenizer, text.seq_len, limit, source_name(text.source))
+    check_tokens(blocks.input_ids, tokenizer, model.config.vocab_size, blocks.name)
     return split(blocks, text.eval_tokens, train.seed)
 
 

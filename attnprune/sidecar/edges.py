@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnprune.attention.interface import gates_of
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.sidecar.masks import pack
 
@@ -59,7 +60,7 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
     """Run `text` through a sparse model and list its open edges.
 
     Raises:
-        InputError: no tokens, or more than MAX_TOKENS.
+        InputError: no tokens, more than MAX_TOKENS, or one that the model does not have.
     """
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
@@ -67,6 +68,7 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
     if ids.shape[1] > longest:
         raise InputError(f"--text: {ids.shape[1]} tokens are more than the {longest} that can be shown")
+    check_tokens(ids[0], tokenizer, model.config.vocab_size, "--text")
     found: list[tuple[int, Tensor]] = []
     gates = gates_of(model)
     for gate in gates:

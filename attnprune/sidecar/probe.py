@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnprune.data.blocks import Blocks
-from attnprune.errors import VerificationError
+from attnprune.errors import InputError, VerificationError
 from attnprune.measure import measure
 from attnprune.sidecar import format
 
@@ -34,7 +34,11 @@ def probe_rows(input_ids: Tensor, context: int | None) -> tuple[list[int], list[
 
 
 def measure_probe(model: Any, input_ids: list[int], long: list[int] | None = None) -> format.ProbeEntry:
-    """Run the probe's rows through a model with gates; the tolerances follow its dtype."""
+    """Run the probe's rows through a model with gates; the tolerances follow its dtype.
+
+    Raises:
+        InputError: a token that the model does not have.
+    """
     row = None if long is None else format.ProbeRow(**_measure_row(model, long))
     return format.ProbeEntry(**_measure_row(model, input_ids), long=row)
 
@@ -46,6 +50,8 @@ def measure_again(model: Any, probe: format.ProbeEntry) -> format.ProbeEntry:
 
 def _measure_row(model: Any, input_ids: list[int]) -> dict[str, Any]:
     ids = torch.tensor([input_ids])
+    if max(input_ids) >= model.config.vocab_size:
+        raise InputError(f"probe: token id {max(input_ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
     report = measure(model, Blocks(ids, ids.clone(), "probe"))
     loss_tolerance, edge_share = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     return {

@@ -8,6 +8,7 @@ from attnprune.data.blocks import Blocks, pack
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.sources import documents, source_name
 from attnprune.data.texts import addition_task, load_blocks
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.measure import Report, measure
 from attnprune.runs.folder import RUN_FILE, load_run_file
@@ -61,12 +62,15 @@ def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, t
     context = bases.context_length(base.model)
     if context is not None and seq_len > context:
         raise InputError(f"--seq-len: {seq_len} is more than the model's context of {context}")
-    if source == "task":
-        return addition_task(base.tokenizer)[1]
     if source == "self":
         key = model_key(bases.identity(base))
         return self_written(base.model, base.tokenizer, seq_len, tokens, SELF_SEED, cache_folder(), key)
-    return pack(documents(source, text_field), base.tokenizer, seq_len, tokens, source_name(source))
+    if source == "task":
+        blocks = addition_task(base.tokenizer)[1]
+    else:
+        blocks = pack(documents(source, text_field), base.tokenizer, seq_len, tokens, source_name(source))
+    check_tokens(blocks.input_ids, base.tokenizer, base.model.config.vocab_size, blocks.name)
+    return blocks
 
 
 def held_out_split(sidecar: Sidecar, base: bases.BaseModel) -> Blocks:

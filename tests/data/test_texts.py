@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -65,11 +67,16 @@ def test_the_held_out_sums_are_a_fixed_choice(task):
 # load: the source decides
 
 
+def model_of(tokens):
+    """All that matters of a model that writes no text."""
+    return SimpleNamespace(config=SimpleNamespace(vocab_size=tokens))
+
+
 def test_load_reads_packs_and_splits_a_local_file(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text(prose(2000))
     config = build_config({"data": {"source": str(file), "seq_len": 10, "train_tokens": 300, "eval_tokens": 100}})
-    train, held_out = load_blocks(config, None, byte_tokenizer(), "key")
+    train, held_out = load_blocks(config, model_of(258), byte_tokenizer(), "key")
     assert (len(train), len(held_out)) == (32, 8)  # 400 tokens, at most a fifth held out
 
 
@@ -86,7 +93,7 @@ def test_load_writes_its_own_text_into_the_users_cache(writer, tmp_path, monkeyp
 
 def test_load_gives_the_addition_task_to_the_bundled_model_only(task):
     settings = {"data": {"source": "task"}, "model": {"name": "demo"}}
-    train, held_out = load_blocks(build_config(settings), None, character_tokenizer(), "key")
+    train, held_out = load_blocks(build_config(settings), model_of(258), character_tokenizer(), "key")
     assert (train.fingerprint, held_out.fingerprint) == (task[0].fingerprint, task[1].fingerprint)
     other = build_config({"data": {"source": "task"}, "model": {"name": "other/model"}})
-    refused(lambda: load_blocks(other, None, character_tokenizer(), "key"), "task")
+    refused(lambda: load_blocks(other, model_of(258), character_tokenizer(), "key"), "task")

@@ -591,7 +591,6 @@ B = {
     "B11-name": (sharded("../x.safetensors"), "bad shard name '../x.safetensors'"),
     "B12": (both(another(tie_word_embeddings=True), weights(untied)), "tied weights differ"),
     "B13-none": (no_tokenizer, "cannot load its tokenizer"),
-    "B13-large": (another(vocab_size=200, eos_token_id=None), "the tokenizer has 257 tokens"),
     "S48": (lambda base: (base / "config.json").chmod(0), "permission denied"),
 }
 

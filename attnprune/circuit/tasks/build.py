@@ -47,20 +47,23 @@ def task_names() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
-def load_task(name: str, tokenizer: Any, *, count: int = 100, more: int = 0, seed: int = 0) -> Task:
+def load_task(
+    name: str, tokenizer: Any, *, vocabulary: int | None = None, count: int = 100, more: int = 0, seed: int = 0
+) -> Task:
     """A generated task by name, or the user's .csv or .jsonl file, as `count` prompt pairs for each split.
 
     The same arguments give the same task. The seed chooses which words (which prompts of a file) go to which split and
     what is drawn from them; a larger `count` adds prompts to those of a smaller one. A file may have fewer than asked.
+    `vocabulary` is the model's number of tokens (default: those of the tokenizer, which may have more).
     `more` is how many train prompts there should be to learn a circuit on, or as many as there are.
 
     Raises:
         InputError: no such task or file, a bad file, a tokenizer that cannot write the task's words as single tokens,
-            or fewer different prompts than `count`.
+            fewer different prompts than `count`, or a token that the model does not have.
     """
     if count < 1:
         raise InputError(f"{count} prompts: at least one is needed")
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, vocabulary)
     if name.endswith((".csv", ".jsonl")):
         return _from_file(Path(name), encoder, count, more, seed)
     if name not in _KINDS:

@@ -8,7 +8,10 @@ from random import Random
 from string import Formatter
 from typing import Any, TypeVar
 
+import torch
+
 from attnprune.circuit.tasks.prompts import Example
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 
 Span = tuple[int, int]
@@ -17,12 +20,17 @@ Item = TypeVar("Item")
 
 
 class Encoder:
-    """A tokenizer as a model reads plain text: its BOS token first where it adds one, nothing after the text."""
+    """A tokenizer as a model reads plain text: its BOS token first where it adds one, nothing after the text.
 
-    def __init__(self, tokenizer: Any):
+    `vocabulary`: the model's number of tokens; a tokenizer may have more. Default: those of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None):
         self.tokenizer = tokenizer
+        self.vocabulary = 1 + max(tokenizer.get_vocab().values()) if vocabulary is None else vocabulary
         bos = tokenizer.bos_token_id
         self.opening: list[int] = [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
+        check_tokens(torch.tensor(self.opening), tokenizer, self.vocabulary, "the start of every prompt")
         # A tokenizer may map what it does not know to a token that transformers is not told about.
         self.unknown: str | None = tokenizer.unk_token
         if self.unknown is None and tokenizer.is_fast:
@@ -30,17 +38,23 @@ class Encoder:
         self._unknown_id = None if self.unknown is None else tokenizer.convert_tokens_to_ids(self.unknown)
         self._words: dict[str, int | None] = {}
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text, BOS included."""
-        return self.opening + self._ids(text)
+    def ids(self, text: str, where: str) -> list[int]:
+        """Token ids of a text, BOS included.
+
+        Raises:
+            InputError: a token that the model does not have, with `where` it is.
+        """
+        ids = self.opening + self._ids(text)
+        check_tokens(torch.tensor(ids), self.tokenizer, self.vocabulary, where)
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def continuation(self, text: str, more: str) -> int | None:
-        """The token that `more` adds to `text`, or None where that is not exactly one known token."""
+        """The token that `more` adds to `text`, or None where that is not exactly one token that the model knows."""
         whole = self._ids(text + more)
-        if whole[:-1] != self._ids(text) or whole[-1] == self._unknown_id:
+        if whole[:-1] != self._ids(text) or whole[-1] == self._unknown_id or whole[-1] >= self.vocabulary:
             return None
         return whole[-1]
 
@@ -139,7 +153,7 @@ def example(
     """
     encoder = lexicon.encoder
     (text, places), (other, other_places) = fill(template[1], clean), fill(template[1], {**clean, **changes})
-    ids, other_ids = encoder.ids(text), encoder.ids(other)
+    ids, other_ids = (encoder.ids(prompt, lexicon.task) for prompt in (text, other))
     roles = encoder.spans(text, places)
     if len(ids) != len(other_ids) or roles != encoder.spans(other, other_places):
         raise InputError(f"{lexicon.task}: this tokenizer does not align {text!r} with {other!r}")

@@ -117,7 +117,7 @@ def _prompt(row: Row, column: str, encoder: Encoder) -> list[int]:
         raise InputError(f"{column} is not text")
     if not encoder.knows(text):
         raise InputError(f"{column} has characters that this tokenizer does not know")
-    return encoder.ids(text)
+    return encoder.ids(text, column)
 
 
 def _tokens(row: Row, column: str, by_index: bool, encoder: Encoder) -> list[int]:
@@ -128,7 +128,7 @@ def _tokens(row: Row, column: str, by_index: bool, encoder: Encoder) -> list[int
 
 
 def _index(value: Any, _: str, column: str, encoder: Encoder) -> int:
-    vocabulary = len(encoder.tokenizer)
+    vocabulary = min(len(encoder.tokenizer), encoder.vocabulary)
     index = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
     if type(index) is not int or not 0 <= index < vocabulary:
         raise InputError(f"{column} {value!r} is not a token id below {vocabulary}")

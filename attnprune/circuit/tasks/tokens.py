@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
-from attnprune.circuit.tasks.encoding import Lexicon, in_turn
+from attnprune.circuit.tasks.encoding import Encoder, Lexicon, in_turn
 from attnprune.circuit.tasks.prompts import Example
 from attnprune.data.texts import addition_task
+from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 
 # (tokens of the list, how many of them are repeated): one prompt length, several distances between the copies.
@@ -30,7 +31,7 @@ def induction(lexicon: Lexicon, draw: Random, corruption: Literal["query", "keys
     """
     tokenizer, opening = lexicon.encoder.tokenizer, lexicon.encoder.opening
     most = max(listed for listed, _ in SHAPES)
-    pool = _printable_tokens(tokenizer, 3 * most)
+    pool = _printable_tokens(lexicon.encoder, 3 * most)
     if len(pool) < 3 * most:
         raise InputError(f"{lexicon.task}: this tokenizer has {len(pool)} printable tokens, {3 * most} are needed")
     tokens = lexicon.third(pool)
@@ -52,9 +53,10 @@ def induction(lexicon: Lexicon, draw: Random, corruption: Literal["query", "keys
         )  # fmt: skip
 
 
-def _printable_tokens(tokenizer: Any, needed: int) -> list[int]:
+def _printable_tokens(encoder: Encoder, needed: int) -> list[int]:
     """Tokens of whole lower-case words, or, where there are fewer than `needed`, all tokens with something to see."""
-    vocabulary = tokenizer.get_vocab()
+    tokenizer = encoder.tokenizer
+    vocabulary = {piece: token for piece, token in tokenizer.get_vocab().items() if token < encoder.vocabulary}
     words = sorted(token for piece, token in vocabulary.items() if re.fullmatch("[Ġ▁][a-z]{3,}", piece))
     if len(words) >= needed:
         return words
@@ -88,7 +90,9 @@ def _held_out_sums(lexicon: Lexicon) -> list[tuple[list[int], str]]:
     """(token ids, text) of the sums that the bundled model never saw in training."""
     tokenizer = lexicon.encoder.tokenizer
     try:
-        rows = addition_task(tokenizer)[1].input_ids.tolist()
+        ids = addition_task(tokenizer)[1].input_ids
+        check_tokens(ids, tokenizer, lexicon.encoder.vocabulary, lexicon.task)
+        rows = ids.tolist()
     except ValueError:  # rows of different lengths
         rows = [[]]
     if len(rows[0]) != _FIRST_DIGIT + len(ADDITION):

@@ -50,6 +50,7 @@ def apply(
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
     from attnprune.sidecar import bases, loading
     from attnprune.sidecar.merged import write_merged
+    from attnprune.sidecar.precision import cast
 
     model, tokenizer = loading.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
@@ -57,7 +58,7 @@ def apply(
     if merge is not None and not dry_run:
         before = sidecar.manifest.probe
         if dtype is not None:
-            model = model.to(bases.torch_dtype(dtype))
+            model = cast(model, bases.torch_dtype(dtype))
         same = dtype in (None, sidecar.manifest.base.dtype) and not allow_base_mismatch
         after = write_merged(model, tokenizer, sidecar, merge, same_dtype=same).probe
         facts |= {"merged": str(merge), "probe_loss": after.loss, "probe_open_edges": after.open_edges}

@@ -20,10 +20,10 @@ from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
 from attnprune.sidecar.identity import base_tensors, config_values, content_fingerprint, structure_fingerprint
+from attnprune.sidecar.precision import DTYPES, check_cast
 from attnprune.sidecar.quiet import quiet
 
 _MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def context_length(model: Any) -> int | None:
 
 def torch_dtype(name: str) -> torch.dtype:
     """torch dtype by its short name ("bfloat16") or its str() form ("torch.bfloat16")."""
-    return _DTYPES[name.removeprefix("torch.")]
+    return DTYPES[name.removeprefix("torch.")]
 
 
 def load_base(
@@ -73,7 +73,7 @@ def load_base(
 
     Raises:
         InputError: no such model, not a supported family, quantised, no safetensors weights, weights that do not fit,
-            unreadable file.
+            values too large for `dtype` or not finite at all, unreadable file.
         AttnPruneError: the Hub cannot be reached.
     """
     try:
@@ -84,16 +84,23 @@ def load_base(
     tokenizer = _read_tokenizer(name, kind, location, extra)
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    with _explained(name, kind, "this model"):
+
+    def read(dtype: torch.dtype) -> Any:
         use_safetensors = None if kind == "gguf" else True
-        # With its configuration, which takes seconds to read from a .gguf file.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
-        )
-    model, report = loaded
+        with _explained(name, kind, "this model"):
+            # With its configuration, which takes seconds to read from a .gguf file.
+            return AutoModelForCausalLM.from_pretrained(
+                location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
+            )
+
+    model, report = read(dtype)
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain tensors now
     _check_weights(name, model, report)
+    try:
+        check_cast(model, lambda: read(torch.float64)[0])
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from None
     model = model.to(device).eval()
     return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
 

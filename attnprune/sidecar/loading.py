@@ -18,6 +18,7 @@ from attnprune.sidecar.bases import load_base, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
 from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.merged import load_merged
+from attnprune.sidecar.precision import cast
 from attnprune.sidecar.probe import check_probe, measure_again
 
 
@@ -66,22 +67,21 @@ def load(
 
     Raises:
         VerificationError: the stored probe is not reproduced.
-        InputError: damaged sidecar, or a base that is not the one it was made for.
+        InputError: damaged sidecar, a base that is not the one it was made for, or a value too large for `dtype`.
         AttnPruneError: the Hub cannot be reached.
     """
     folder = hub.locate(path, revision)
     if is_merged(folder):
         model, tokenizer = load_merged(folder, verify=verify)
-        model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
-        return LoadedModel(model.eval(), tokenizer)
+        return LoadedModel((cast(model, dtype) if dtype else model).to(device).eval(), tokenizer)
     sidecar = open_sidecar(folder)
     name, base_revision = (base, None) if base is not None else default_base(sidecar)
     loaded = load_base(name, revision=base_revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
     apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
     if verify and not allow_base_mismatch:
         verify_probe(loaded.model, sidecar.manifest)
-    model = loaded.model.to(device=device, dtype=dtype) if dtype else loaded.model.to(device)
-    return LoadedModel(model.eval(), loaded.tokenizer)
+    model = cast(loaded.model, dtype) if dtype else loaded.model
+    return LoadedModel(model.to(device).eval(), loaded.tokenizer)
 
 
 def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from attnprune.files import fsync, sha256_of, write_atomic
 from attnprune.sidecar import format, modeling_attnprune
 from attnprune.sidecar.folder import Sidecar, open_merged
 from attnprune.sidecar.identity import config_difference, config_values
+from attnprune.sidecar.precision import check_cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quiet import quiet
 
@@ -28,7 +30,7 @@ def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) of a merged folder: the stock class with our gates, in the dtype of the files.
 
     Raises:
-        InputError: damaged folder.
+        InputError: damaged folder, or weights that are not finite in the dtype that it names.
         VerificationError: the folder's own probe is not reproduced.
     """
     manifest = open_merged(path).manifest
@@ -49,7 +51,9 @@ def _read(path: Path) -> tuple[Any, Any]:
     config_class, model_class = modeling_attnprune.classes_for(family)
     with quiet():
         config = config_class.from_pretrained(path)
-        portable: Any = model_class.from_pretrained(path, config=config, dtype="auto", use_safetensors=True)
+        read = partial(model_class.from_pretrained, path, config=config, use_safetensors=True)
+        portable: Any = read(dtype="auto")
+        check_cast(portable, lambda: read(dtype=torch.float64))
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     state = portable.state_dict()
     biases = [state.pop(name) for name in list(state) if name.endswith(GATE_SUFFIX)]
@@ -74,10 +78,11 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
         The manifest written into config.json.
 
     Raises:
-        InputError: the folder exists and is not empty.
+        InputError: the folder exists and is not empty, or a weight is not finite.
         VerificationError: the written files do not reproduce the sidecar's probe.
     """
     check_target(folder)
+    check_cast(model, lambda: model)
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:

@@ -51,7 +51,9 @@ def measure_again(model: Any, probe: format.ProbeEntry) -> format.ProbeEntry:
 def _measure_row(model: Any, input_ids: list[int]) -> dict[str, Any]:
     ids = torch.tensor([input_ids])
     if max(input_ids) >= model.config.vocab_size:
-        raise InputError(f"probe: token id {max(input_ids)} is beyond the model's vocabulary of {model.config.vocab_size}")
+        raise InputError(
+            f"probe: token id {max(input_ids)} is beyond the model's vocabulary of {model.config.vocab_size}"
+        )
     report = measure(model, Blocks(ids, ids.clone(), "probe"))
     loss_tolerance, edge_share = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     return {

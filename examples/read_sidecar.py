@@ -57,7 +57,7 @@ def read(path):
     check({"gate:threshold", "weights:lora", "weights:delta"}.issuperset(manifest["requires"]), "an unknown feature")
     opened = {}
     for name, entry in manifest["files"].items():
-        check(re.fullmatch(r"(adapter/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", name), f"{name}: bad file name")
+        check(re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))+(?<!/)", name), f"{name}: bad file name")
         raw = (path / name).read_bytes()
         check((len(raw), hashlib.sha256(raw).hexdigest()) == (entry["size"], entry["sha256"]), f"{name}: is damaged")
         if name.endswith(".safetensors"):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attnprune.errors import InputError
 from attnprune.publish import card
 from attnprune.runs.folder import METRICS_FILE, RUN_FILE, load_run_file, without_local_paths
-from attnprune.sidecar import format, hub, remote
+from attnprune.sidecar import format, hub, remote, strangers
 from attnprune.sidecar.folder import Sidecar
 
 CARD = "README.md"
@@ -147,7 +147,10 @@ def make_plan(
         raise InputError(f"--create-pr: {repo} has no branch {branch!r}")
     kept = not own_card and CARD in present and foreign is None and not _is_generated(repo, listing)
     deletions = sorted(name for name in stale if name in present and name not in keep)
-    hub.check_strangers(repo, {*present, *contents} - set(deletions), merged=sidecar.manifest.merged is not None)
+    names = {*present, *contents} - set(deletions)
+    strangers.check_names(f"{repo}: ", names, merged=sidecar.manifest.merged is not None)
+    if sidecar.manifest.merged is not None:
+        strangers.check_weights_listed(f"{repo}: ", names, sidecar.manifest)
     return Plan(
         repo=repo,
         branch=branch,
@@ -195,7 +198,7 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
     for name in manifest.files:
         yield name, folder / name
     for name in optional:
-        if (folder / name).exists():
+        if (folder / name).exists() and name not in manifest.files:
             raw = format.read_regular(folder, name)  # no link out of the folder
             if name == "tokenizer_config.json":
                 raw = _without_local_paths(format.parse_json(raw, name, 64 << 20))
@@ -206,8 +209,7 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
 
 def _without_local_paths(values: dict[str, Any]) -> bytes:
     """transformers' JSON without the keys in which its older versions wrote where a file lay."""
-    places = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
-    kept = {key: value for key, value in values.items() if key not in places}
+    kept = {key: value for key, value in values.items() if key not in format.LOCAL_PATHS}
     return (json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

@@ -29,6 +29,7 @@ from attnprune.publish.plan import (
     state_of,
 )
 from attnprune.sidecar import format, remote
+from attnprune.sidecar.contents import check_files, check_weights
 from attnprune.sidecar.folder import Sidecar, has_release_code, is_merged, open_merged, read_manifest
 from attnprune.units import percent
 
@@ -69,8 +70,9 @@ def push(
     if not branch or re.fullmatch("[0-9a-f]{7,40}", branch):
         raise InputError(f"--revision: {branch!r} is not a branch")
     sidecar = _open(Path(folder))
-    for name in sidecar.manifest.files:
-        sidecar.read(name)
+    check_files(sidecar)
+    if sidecar.manifest.merged is not None:
+        check_weights(sidecar)
     with remote.explained(repo, branch):
         base = look_up_base(sidecar, base_model)
         listing, private_now = listing_of(repo, branch)
@@ -84,7 +86,7 @@ def push(
 
 
 def _open(folder: Path) -> Sidecar:
-    """Other files may lie in the folder (.env, training_args.bin): they are not sent, so they do not matter here."""
+    """Other files may lie beside a sidecar (.env, training_args.bin): they are not sent, so they do not matter here."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if is_merged(folder):

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnprune.errors import InputError
 from attnprune.files import fsync, sha256_of, write_atomic
-from attnprune.sidecar import format
+from attnprune.sidecar import format, strangers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +31,40 @@ class Sidecar:
 
     @cached_property
     def gates(self) -> dict[str, np.ndarray]:
-        """Tensors of gates.safetensors (see formats/attnprune-v1.md)."""
+        """Tensors of gates.safetensors (see formats/attnprune-v1.md).
+
+        Of a merged folder whose weights are here, the biases are those inside the weights.
+        """
         arrays = format.read_arrays(self.read(format.GATES_FILE), format.GATES_FILE)
         format.check_gates(arrays, self.manifest)
+        files = self.weight_files
+        if files and all((self.path / name).exists() for name in files):
+            format.check_gates_inside(
+                {name: format.map_regular(self.path, name) for name in files}, arrays, self.manifest
+            )
         return arrays
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold a merged folder's weights; a sidecar has none."""
+        if self.manifest.merged is None:
+            return []
+        return sorted({n for n in self.manifest.files if n.endswith(".safetensors")} - {format.GATES_FILE})
+
+    @cached_property
+    def mapped(self) -> dict[str, Any]:
+        """The weight files of a merged folder, mapped instead of read; sizes and hashes are checked, once.
+
+        Raises:
+            InputError: naming a file that is missing or damaged.
+        """
+        maps = {}
+        for name in self.weight_files:
+            entry = self.manifest.files[name]
+            maps[name] = format.map_regular(self.path, name, entry.size)
+            if hashlib.sha256(maps[name]).hexdigest() != entry.sha256:
+                raise InputError(f"{self.path / name}: is damaged (sha256 differs from the manifest)")
+        return maps
 
     @property
     def density(self) -> list[np.ndarray]:
@@ -115,7 +145,7 @@ def open_sidecar(path: str | Path) -> Sidecar:
         elif "config.json" in names:
             hint = "this is a model folder; load a merged one with attnprune.load"
         raise InputError(f"{path}: no {format.MANIFEST_FILE}", hint=hint)
-    check_strangers(folder)
+    strangers.check_names(f"{folder}/", strangers.names_in(folder), merged=False)
     return Sidecar(folder, read_manifest(folder))
 
 
@@ -153,13 +183,17 @@ def open_merged(folder: Path) -> Sidecar:
     """Open a merged folder: its manifest is the `attnprune` block of config.json.
 
     Raises:
-        InputError: no block, one that does not pass, or a root adapter, which transformers would load instead.
+        InputError: no block, one that does not pass, or files and keys that make a loader run or load something else.
     """
+    names = strangers.names_in(folder)
+    strangers.check_names(f"{folder}/", names, merged=True)
     name = f"{folder}/config.json"
-    if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder}: adapter_config.json at the root would hide the sparse model")
     values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), name)
-    return Sidecar(folder, format.parse_merged_config(values, name))
+    manifest = format.parse_merged_config(values, name)
+    strangers.check_configuration(name, values, manifest)
+    strangers.check_weights_listed(f"{folder}/", names, manifest)
+    strangers.check_other_json(folder, names)
+    return Sidecar(folder, manifest)
 
 
 def has_release_code(folder: Path) -> bool:
@@ -175,26 +209,6 @@ def open_artefact(path: str | Path) -> Sidecar:
         InputError: as `open_sidecar` and `open_merged`.
     """
     return open_merged(Path(path)) if is_merged(Path(path)) else open_sidecar(path)
-
-
-def check_strangers(folder: Path, allowed: str | None = None) -> None:
-    """Nothing that some loader would execute, or load in the sidecar's place, may lie beside it.
-
-    Raises:
-        InputError: pickle or code other than the file `allowed`, or an adapter_config.json at the root.
-    """
-    inner = folder / Path(format.ADAPTER_FILE).parent
-    try:
-        found = sorted(
-            [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())], key=lambda file: file.as_posix()
-        )
-    except OSError as error:
-        raise InputError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
-    for file in found:
-        if file.suffix.lower() in format.CODE_SUFFIXES and file.name != allowed:
-            raise InputError(f"{file}: pickle or code beside a sidecar is refused")
-    if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder}: adapter_config.json at the root would be loaded without the gates")
 
 
 def save_files(

@@ -7,14 +7,13 @@ is then read as strictly as any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from attnprune.errors import AttnPruneError, InputError
 from attnprune.files import write_atomic
 from attnprune.runs.folder import CHECKPOINTS, RUN_FILE
-from attnprune.sidecar import format
+from attnprune.sidecar import format, strangers
 from attnprune.sidecar.folder import is_merged, open_artefact
 from attnprune.sidecar.remote import (
     Listing,
@@ -28,8 +27,8 @@ from attnprune.sidecar.remote import (
 )
 
 _MANIFEST_FILES = {"sidecar": format.MANIFEST_FILE, "merged": "config.json"}
-_SMALL = 64 << 20  # bytes
-# A merged folder's root files besides those of its manifest: configuration and tokenizer, whatever their names.
+# A merged folder's root files besides those of its manifest: configuration and tokenizer, whatever their names. Any
+# other JSON is fetched as well, since it may name code.
 _TEXT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
 
 
@@ -152,9 +151,12 @@ def _fetched(listing: Listing, *, weights: bool) -> Path:
     kind = kind_of(listing.files)
     if kind is None:
         raise InputError(f"{listing.repo}: holds neither a sidecar nor a merged model of attnprune")
-    check_strangers(listing.repo, listing.files, merged=kind == "merged")
+    strangers.check_names(f"{listing.repo}: ", listing.files, merged=kind == "merged")
     folder = _download(listing, _MANIFEST_FILES[kind], format.MAX_JSON_BYTES).parent
-    listed = open_artefact(folder).manifest.files
+    manifest = open_artefact(folder).manifest
+    if manifest.merged is not None:
+        strangers.check_weights_listed(f"{listing.repo}: ", listing.files, manifest)
+    listed = manifest.files
     for name, entry in listed.items():
         found = listing.files.get(name)
         if found is None:
@@ -189,24 +191,25 @@ def _wanted(kind: str, present: dict[str, RemoteFile], listed: list[str], *, wei
     """What to fetch besides the manifest, small files first, so that a folder with its weights is whole."""
     if not weights:
         return [format.GATES_FILE, *([format.CODE_FILE] if kind == "merged" else [])]
-    extra = (
-        [RUN_FILE] if kind == "sidecar" else [n for n in present if "/" not in n and Path(n).suffix in _TEXT_SUFFIXES]
-    )
+    extra = [RUN_FILE] if kind == "sidecar" else [n for n in present if _is_text(n)]
     return [*(name for name in extra if name in present and name not in listed), *listed]
 
 
+def _is_text(name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix == ".json" or ("/" not in name and suffix in _TEXT_SUFFIXES)
+
+
 def _download(listing: Listing, name: str, limit: int | None = None) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
     file = listing.files.get(name)
     if file is None:
         raise InputError(f"{listing.repo}: {name} is missing")
     if limit is not None and file.size > limit:
         raise InputError(f"{listing.repo}: {name} is larger than {limit >> 20} MiB")
-    was_cached = isinstance(try_to_load_from_cache(listing.repo, name, revision=listing.sha), str)
     path = Path(retrying(hf_hub_download, listing.repo, name, revision=listing.sha, library_name="attnprune"))
-    small = file.size <= _SMALL  # cheap enough to notice a cache that was damaged later
-    if (small or not was_cached) and not file.holds(path):
+    if not file.holds(path):  # a cached file too: it may have been damaged later
         blob = path.resolve()
         path.unlink()  # or the cache would serve it for ever
         if blob.parent == path.parents[len(PurePosixPath(name).parts) + 1].resolve() / "blobs":
@@ -230,17 +233,3 @@ def _cached(repo: str, revision: str | None, *, weights: bool) -> Path:
     if missing:
         raise AttnPruneError(f"{repo}: offline, and {missing[0]} is not in the cache", hint="unset HF_HUB_OFFLINE")
     return folder
-
-
-def check_strangers(repo: str, names: Iterable[str], *, merged: bool) -> None:
-    """The rules of `sidecar.check_strangers` for the names in a repository, before anything is fetched or sent.
-
-    Raises:
-        InputError: pickle or code other than a merged model's own, or an adapter at the root.
-    """
-    for name in sorted(names):
-        ours = merged and name == format.CODE_FILE
-        if PurePosixPath(name).suffix.lower() in format.CODE_SUFFIXES and not ours:
-            raise InputError(f"{repo}: {name}: pickle or code beside a sparse model is refused")
-        if name == "adapter_config.json":
-            raise InputError(f"{repo}: adapter_config.json at the root would be loaded without the gates")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,34 +16,114 @@ import torch
 from transformers import AutoTokenizer
 
 from attnprune.attention.interface import attach
-from attnprune.errors import InputError
+from attnprune.errors import AttnPruneError, InputError, printable
 from attnprune.files import fsync, sha256_of, write_atomic
 from attnprune.sidecar import format, modeling_attnprune
+from attnprune.sidecar.contents import Headers, check_files, check_weights
 from attnprune.sidecar.folder import Sidecar, open_merged
-from attnprune.sidecar.identity import config_difference, config_values
 from attnprune.sidecar.precision import check_cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quiet import quiet
 
 GATE_SUFFIX = "attnprune_gate.bias"
+# Keys from which transformers makes one dictionary entry per label, however many they say there are.
+_LABELS = frozenset({"num_labels"})
 
 
 def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) of a merged folder: the stock class with our gates, in the dtype of the files.
 
     Raises:
-        InputError: damaged folder, or weights that are not finite in the dtype that it names.
+        InputError: damaged folder, a configuration of another model than the one whose weights are in it, or weights
+            that are not finite in the dtype that it names.
         VerificationError: the folder's own probe is not reproduced.
     """
-    manifest = open_merged(path).manifest
-    try:
+    sidecar = open_merged(path)
+    before = _stamps(sidecar)
+    check_files(sidecar)
+    headers = check_weights(sidecar)
+    with _explained(path):
+        _check_structure(sidecar, headers)
         model, tokenizer = _read(path)
-        _check_config(model, manifest)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot load this merged model: {str(error).splitlines()[0]}") from error
-    if verify:
-        check_probe(measure_again(model, manifest.probe), manifest.probe)
+        dtype = str(model.dtype).removeprefix("torch.")
+        if sidecar.manifest.merged is None or dtype != sidecar.manifest.merged.dtype:
+            raise InputError(f"{path}: loads in {dtype}, which is not the dtype that it was merged in")
+        probe = measure_again(model, sidecar.manifest.probe) if verify else None
+    if _stamps(sidecar) != before:
+        raise InputError(f"{path}: changed while reading")
+    if probe is not None:
+        check_probe(probe, sidecar.manifest.probe)
     return model, tokenizer
+
+
+def check_classes(sidecar: Sidecar) -> Any:
+    """config.json of a merged folder names the very classes of its family; returns its model class.
+
+    Raises:
+        InputError: an unknown family, or another one's classes.
+    """
+    values = format.parse_json(format.read_regular(sidecar.path, "config.json"), "config.json")
+    with _explained(sidecar.path):
+        config_class, model_class = modeling_attnprune.classes_for(sidecar.manifest.base.model_type)
+    if values["auto_map"] != _auto_map(config_class, model_class):
+        raise InputError(f"{sidecar.path}/config.json: auto_map is not that of {values['model_type']}")
+    return model_class
+
+
+def _check_structure(sidecar: Sidecar, headers: Headers) -> None:
+    """The model that config.json describes has the layers and heads of the manifest and the tensors of the files.
+
+    Nothing of its size is built: layers are counted first, and tensors have no memory on the meta device.
+    """
+    model_class, heads = check_classes(sidecar), sidecar.manifest.gate.heads
+    config_class = model_class.config_class
+    values = format.parse_json(format.read_regular(sidecar.path, "config.json"), "config.json")
+    for key in ("num_hidden_layers", config_class.attribute_map.get("num_hidden_layers")):
+        if values.get(key, len(heads)) != len(heads):
+            raise InputError(f"{sidecar.path}/config.json: {key} is not {len(heads)}, the manifest's number of layers")
+    if values.keys() & _LABELS:
+        raise InputError(f"{sidecar.path}/config.json: a language model has no {min(values.keys() & _LABELS)}")
+    with quiet(), torch.device("meta"):
+        config = config_class.from_dict(values)
+        if [config.num_attention_heads] * config.num_hidden_layers != heads:
+            raise InputError(f"{sidecar.path}/config.json: the layers and heads are not those of the manifest")
+        model = model_class(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in model.all_tied_weights_keys:  # stored once, under another name
+        wanted.pop(name, None)
+    wrong = sorted(wanted.keys() ^ headers.keys())
+    if wrong:
+        problem = "is missing" if wrong[0] in wanted else "is not one of the model that config.json describes"
+        raise InputError(f"{sidecar.path}: the tensor {wrong[0]} {problem}")
+    for name, shape in wanted.items():
+        if headers[name][1] != shape:
+            found = list(headers[name][1])
+            raise InputError(f"{sidecar.path}: {name} has shape {found}, config.json says {list(shape)}")
+
+
+def _stamps(sidecar: Sidecar) -> list[tuple[int, int, int]]:
+    """What changes with a file: transformers opens the files again after their hashes were checked."""
+    try:
+        stats = [(sidecar.path / name).stat() for name in ("config.json", *sidecar.manifest.files)]
+    except OSError as error:
+        raise InputError(f"{error.filename}: {(error.strerror or str(error)).lower()}") from None
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever a bad file makes transformers or tokenizers raise (they have no class of their own) becomes one line."""
+    try:
+        yield
+    except (AttnPruneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # A panic of Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise InputError(f"{path}: cannot load this merged model: {printable(reason, 200)}") from error
 
 
 def _read(path: Path) -> tuple[Any, Any]:
@@ -87,6 +169,7 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
     shutil.rmtree(staging, ignore_errors=True)
     try:
         _save(model, tokenizer, staging)
+        _without_hooks(staging)
         gates = sidecar.gates  # checked against the sidecar's manifest
         shutil.copyfile(sidecar.path / format.GATES_FILE, staging / format.GATES_FILE)
         shutil.copyfile(str(modeling_attnprune.__file__), staging / format.CODE_FILE)
@@ -95,7 +178,7 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
         probe = measure_again(written, sidecar.manifest.probe)
         if same_dtype:
             check_probe(probe, sidecar.manifest.probe)
-        manifest = _manifest(sidecar.manifest, probe, written, staging)
+        manifest = _manifest(sidecar.manifest, probe, written.dtype, staging)
         config = format.parse_json((staging / "config.json").read_bytes(), "config.json")
         config["attnprune"] = json.loads(manifest.to_json())
         write_atomic(staging / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -135,12 +218,27 @@ def _save(model: Any, tokenizer: Any, staging: Path) -> None:
         tokenizer.save_pretrained(staging)
     config_file = staging / "config.json"
     values = format.parse_json(config_file.read_bytes(), "config.json")
+    values["auto_map"] = _auto_map(config_class, model_class)
+    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _auto_map(config_class: Any, model_class: Any) -> dict[str, str]:
+    """`auto_map` of config.json: both classes are in the folder's own code."""
     code = format.CODE_FILE.removesuffix(".py")
-    values["auto_map"] = {
+    return {
         "AutoConfig": f"{code}.{config_class.__name__}",
         "AutoModelForCausalLM": f"{code}.{model_class.__name__}",
     }
-    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _without_hooks(staging: Path) -> None:
+    """What base and tokenizer bring along that would run other code, or say where a file lay, stays behind."""
+    for file in staging.glob("*config.json"):
+        values = format.parse_json(file.read_bytes(), file.name)
+        dropped = {*format.LOADER_HOOKS, *format.LOCAL_PATHS} - ({"auto_map"} if file.name == "config.json" else set())
+        if dropped.intersection(values):
+            kept = {key: value for key, value in values.items() if key not in dropped}
+            file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_gates(model: Any, gates: dict[str, np.ndarray]) -> None:
@@ -149,25 +247,21 @@ def _check_gates(model: Any, gates: dict[str, np.ndarray]) -> None:
         raise InputError(f"{format.GATES_FILE}: the gates differ from those of the model")
 
 
-def _check_config(model: Any, manifest: format.Manifest) -> None:
-    """Refuse a config.json that was changed after the folder was written; its weights have hashes, it has none."""
-    recorded = manifest.base.config
-    if recorded is not None and (difference := config_difference(recorded, model.config)):
-        raise InputError(f"config.json: {difference} as this model was written")
-
-
-def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, model: Any, folder: Path) -> format.Manifest:
-    names = [format.GATES_FILE, format.CODE_FILE, *(file.name for file in sorted(folder.glob("model*.safetensors*")))]
+def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, dtype: torch.dtype, folder: Path) -> format.Manifest:
+    present = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [path.as_posix() for path in present if all(map(format.NAME.fullmatch, path.parts))]
+    names.remove("config.json")  # the manifest lies in it, with the fingerprint of the rest
     files = {n: {"size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)} for n in names}
+    config = format.parse_json((folder / "config.json").read_bytes(), "config.json")
     values = sidecar.model_dump(exclude_none=True)
     values["merged"] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "config": format.config_fingerprint(config),
         "weights": values["weights"],
         "probe": values["probe"],
     }
     values["format_version"] = format.FORMAT_VERSION
     values["requires"] = ["gate:threshold", "merged:sizes"]
-    values["base"]["config"] = config_values(model.config)  # that of the base it was applied to
     values["weights"] = {"kind": "none", "tensors": 0}
     values["probe"] = probe.model_dump()
     values["files"] = files

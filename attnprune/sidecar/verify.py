@@ -8,7 +8,8 @@ from pathlib import Path
 
 from attnprune.errors import AttnPruneError, InputError
 from attnprune.sidecar import format
-from attnprune.sidecar.folder import Sidecar, check_strangers, has_release_code, is_merged, open_merged, open_sidecar
+from attnprune.sidecar.contents import check_files, check_weights
+from attnprune.sidecar.folder import Sidecar, has_release_code, is_merged, open_merged, open_sidecar
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,20 @@ def _merged_steps(path: Path) -> Steps:
 
     def schema() -> str:
         opened.append(open_merged(path))
-        check_strangers(path, allowed=format.CODE_FILE)
         return f"format {opened[0].manifest.format_version}, merged"
 
     def tensors() -> str:
         heads = opened[0].manifest.gate.heads
-        assert opened[0].gates
-        for name in opened[0].manifest.files:
-            if name.endswith(".safetensors") and name != format.GATES_FILE:
-                format.check_finite(opened[0].read(name), name)
-        return f"{sum(heads)} gates in {len(heads)} layers"
+        count = len(check_weights(opened[0]))
+        return f"{sum(heads)} gates in {len(heads)} layers, the same inside the weights; {count} tensors"
 
     def code() -> str:
         if not has_release_code(path):
             raise InputError(f"{path / format.CODE_FILE}: code differs from the release")
-        return f"{format.CODE_FILE} is that of this release"
+        from attnprune.sidecar.merged import check_classes
+
+        check_classes(opened[0])
+        return f"{format.CODE_FILE} is that of this release, and no file names other code"
 
     def probe() -> str:
         from attnprune.sidecar.merged import load_merged
@@ -109,8 +109,7 @@ def _merged_steps(path: Path) -> Steps:
 
 
 def _files(sidecar: Sidecar) -> str:
-    for name in sidecar.manifest.files:
-        sidecar.read(name)
+    check_files(sidecar)
     return f"{len(sidecar.manifest.files)} files, sizes and sha256"
 
 

@@ -5,9 +5,7 @@ The files of a merged folder are mapped, so that two whole models need not fit i
 
 from __future__ import annotations
 
-import hashlib
 import math
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from attnprune.errors import InputError
 from attnprune.sidecar import format
 from attnprune.sidecar.folder import Sidecar, is_merged
 
@@ -59,29 +56,12 @@ def stored_weights(sidecar: Sidecar) -> Weights:
 def _merged_weights(sidecar: Sidecar) -> Weights:
     whole: dict[str, Reader] = {}
     dtypes = set()
-    for file in sorted(sidecar.manifest.files):
-        if file.endswith(".safetensors") and file != format.GATES_FILE:
-            raw = _map(sidecar, file)
-            format.check_finite(raw, file)
-            whole |= _readers(raw, file)
-            entries = format.parse_safetensors(raw, file).items()
-            dtypes |= {DTYPES[stored] for name, (stored, *_) in entries if _GATE not in name}
+    for file, raw in sidecar.mapped.items():
+        format.check_finite(raw, file)
+        whole |= _readers(raw, file)
+        entries = format.parse_safetensors(raw, file).items()
+        dtypes |= {DTYPES[stored] for name, (stored, *_) in entries if _GATE not in name}
     return Weights(str(sidecar.path), " and ".join(sorted(dtypes)), complete=True, whole=whole)
-
-
-def _map(sidecar: Sidecar, name: str) -> Any:
-    """A listed file as bytes, its size and hash checked as `Sidecar.read` does, but mapped instead of read."""
-    path, entry = sidecar.path / name, sidecar.manifest.files[name]
-    if not path.is_file():  # opening a pipe would wait for its writer
-        raise InputError(f"{path}: is missing")
-    try:
-        with path.open("rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if len(raw) != entry.size or hashlib.sha256(raw).hexdigest() != entry.sha256:
-        raise InputError(f"{path}: is damaged (size or sha256 differs from the manifest)")
-    return raw
 
 
 def _updates(raw: bytes, scale: float) -> dict[str, Callable[[], Factors]]:
@@ -97,7 +77,7 @@ def _updates(raw: bytes, scale: float) -> dict[str, Callable[[], Factors]]:
     return {f"{target}.weight": partial(factors, target) for target in targets}
 
 
-def _readers(raw: bytes, file: str, dtype: str | None = None) -> dict[str, Reader]:
+def _readers(raw: Any, file: str, dtype: str | None = None) -> dict[str, Reader]:
     """A function per tensor of a checked safetensors file that decodes it, gates left out.
 
     Args:

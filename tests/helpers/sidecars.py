@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.measure import gate_statistics, measure
-from attnprune.sidecar import bases, format, loading
+from attnprune.sidecar import bases, format, loading, merged
 from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.training import export
-from tests.helpers.factory import byte_tokenizer
+from tests.helpers.factory import byte_tokenizer, save_tiny_llama
 
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
 
@@ -79,6 +81,31 @@ def _changes(model, kind, generator):
         "target_modules": targets, "fan_in_fan_out": conv, "bias": "none", "inference_mode": True,
     }  # fmt: skip
     return tensors, adapter, format.WeightsEntry(kind="lora", rank=4, alpha=8.0, tensors=len(tensors))
+
+
+def save_merged(folder: Path, kind: str = "lora") -> Path:
+    """A merged folder of a tiny llama, made from `folder`-base and `folder`-sidecar beside it."""
+    base = save_tiny_llama(folder.with_name(f"{folder.name}-base"))
+    sidecar = save_sidecar(folder.with_name(f"{folder.name}-sidecar"), base, kind)
+    model, tokenizer = loading.load(sidecar.path, str(base))
+    merged.write_merged(model, tokenizer, sidecar, folder, same_dtype=True)
+    return folder
+
+
+def reseal(folder: Path, change=lambda values: None) -> None:
+    """Bring sizes, hashes and fingerprint of a merged folder in line with its files, as whoever changed them would.
+
+    `change` is applied to config.json before.
+    """
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    change(values)
+    block = values["attnprune"]
+    for name in block["files"]:
+        raw = (folder / name).read_bytes()
+        block["files"][name] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    block["merged"]["config"] = format.config_fingerprint(values)
+    file.write_text(json.dumps(values))
 
 
 def save_tiny_gpt2(folder: Path) -> Path:

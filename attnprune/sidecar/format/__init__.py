@@ -4,7 +4,7 @@ The prose specification is formats/attnprune-v1.md. Other code reads everything 
 """
 
 from attnprune.sidecar.format.adapter import AdapterConfig, check_lora, parse_adapter_config
-from attnprune.sidecar.format.gate_arrays import check_gates
+from attnprune.sidecar.format.gate_arrays import check_gates, check_gates_inside
 from attnprune.sidecar.format.manifest import (
     BaseEntry,
     FileEntry,
@@ -16,6 +16,7 @@ from attnprune.sidecar.format.manifest import (
     ResultEntry,
     WeightsEntry,
     check_weights_entry,
+    config_fingerprint,
     parse_manifest,
     parse_merged_config,
 )
@@ -30,6 +31,9 @@ from attnprune.sidecar.format.names import (
     FORMAT,
     FORMAT_VERSION,
     GATES_FILE,
+    INDEX_FILE,
+    LOADER_HOOKS,
+    LOCAL_PATHS,
     MANIFEST_FILE,
     MAX_FILES,
     MAX_GATE,
@@ -38,8 +42,11 @@ from attnprune.sidecar.format.names import (
     MAX_JSON_BYTES,
     MAX_RANK,
     MAX_TENSORS,
+    MERGED_KEY,
+    NAME,
+    WEIGHTS_FILE,
 )
-from attnprune.sidecar.format.reading import parse_json, read_regular
+from attnprune.sidecar.format.reading import map_regular, parse_json, read_regular
 from attnprune.sidecar.format.tensors import check_finite, parse_safetensors, read_arrays
 
 __all__ = [
@@ -53,6 +60,9 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "GATES_FILE",
+    "INDEX_FILE",
+    "LOADER_HOOKS",
+    "LOCAL_PATHS",
     "MANIFEST_FILE",
     "MAX_FILES",
     "MAX_GATE",
@@ -61,6 +71,9 @@ __all__ = [
     "MAX_JSON_BYTES",
     "MAX_RANK",
     "MAX_TENSORS",
+    "MERGED_KEY",
+    "NAME",
+    "WEIGHTS_FILE",
     "AdapterConfig",
     "BaseEntry",
     "FileEntry",
@@ -73,8 +86,11 @@ __all__ = [
     "WeightsEntry",
     "check_finite",
     "check_gates",
+    "check_gates_inside",
     "check_lora",
     "check_weights_entry",
+    "config_fingerprint",
+    "map_regular",
     "parse_adapter_config",
     "parse_json",
     "parse_manifest",

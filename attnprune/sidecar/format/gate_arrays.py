@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from attnprune.errors import InputError
 from attnprune.sidecar.format.manifest import Manifest
 from attnprune.sidecar.format.names import GATES_FILE, MAX_GATE
+from attnprune.sidecar.format.tensors import parse_safetensors
+
+_GATE = "attnprune_gate"
+_BIAS = re.compile(rf"[A-Za-z_.]+\.([0-9]+)\.[a-z_]+\.{_GATE}\.bias")
 
 
 def check_gates(arrays: dict[str, np.ndarray], manifest: Manifest) -> None:
@@ -60,3 +68,27 @@ def _check_statistics(layer: str, arrays: dict[str, np.ndarray], edges: np.ndarr
     pairs = (high - low) * (2 * length - low - high + 1) / 2
     if (profile @ pairs / pairs.sum() > density * (1 + 1e-4) + 1e-9).any():
         raise InputError(f"{GATES_FILE}: bad statistics: {layer}stats.open_by_offset exceeds the density")
+
+
+def check_gates_inside(weights: Mapping[str, Any], arrays: dict[str, np.ndarray], manifest: Manifest) -> None:
+    """The gates inside a merged model's weights ({file: its bytes}) are those of gates.safetensors, bit for bit.
+
+    Raises:
+        InputError: naming the tensor, or the layer that has none.
+    """
+    layers: dict[int, str] = {}
+    for file, raw in weights.items():
+        for tensor, (dtype, shape, begin, end) in parse_safetensors(raw, file).items():
+            if _GATE not in tensor:
+                continue
+            match = _BIAS.fullmatch(tensor)
+            layer = int(match[1]) if match is not None else -1
+            if not 0 <= layer < len(manifest.gate.heads) or layer in layers:
+                raise InputError(f"{file}: {tensor} is not the gate of a layer, or the second one of its layer")
+            layers[layer] = tensor
+            stored = arrays[f"layers.{layer}.gate.bias"]
+            if dtype != "F32" or shape != stored.shape or raw[begin:end] != stored.tobytes():
+                raise InputError(f"{file}: {tensor} differs from {GATES_FILE}")
+    missing = set(range(len(manifest.gate.heads))) - set(layers)
+    if missing:
+        raise InputError(f"the weights do not hold this model's gates: layer {min(missing)} has none")

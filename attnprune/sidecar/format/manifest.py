@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import PurePosixPath
@@ -13,12 +14,17 @@ from attnprune.errors import InputError
 from attnprune.sidecar.format.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    CODE_FILE,
     DELTA_FILE,
     FEATURES,
     FORMAT,
+    GATES_FILE,
+    INDEX_FILE,
     MANIFEST_FILE,
     MAX_FILES,
+    MERGED_KEY,
     NAME,
+    WEIGHTS_FILE,
 )
 from attnprune.sidecar.format.reading import parse_json
 
@@ -124,9 +130,13 @@ class ProbeEntry(ProbeRow):
 
 
 class MergedEntry(_Entry):
-    """What a merged folder was made from: the dtype of its weights, the sidecar's own weights entry and probe."""
+    """What a merged folder was made from: the dtype of its weights, the sidecar's own weights entry and probe.
+
+    `config` is `config_fingerprint` of config.json; folders of older releases have none.
+    """
 
     dtype: str
+    config: Sha256 | None = None
     weights: WeightsEntry
     probe: ProbeEntry
 
@@ -190,11 +200,28 @@ def parse_merged_config(values: Any, name: str = "config.json") -> Manifest:
     """The manifest in the parsed config.json of a merged model.
 
     Raises:
-        InputError: no `attnprune` block, or one that does not pass.
+        InputError: no `attnprune` block, one that does not pass or is not of a merged model, or other values beside it
+            than the ones it was written with.
     """
-    if not isinstance(values, dict) or "attnprune" not in values:
+    if not isinstance(values, dict) or MERGED_KEY not in values:
         raise InputError(f"{name}: no attnprune block")
-    return parse_manifest(json.dumps(values["attnprune"]).encode(), f"{name}: attnprune")
+    manifest = parse_manifest(json.dumps(values[MERGED_KEY]).encode(), f"{name}: attnprune")
+    if manifest.merged is None or manifest.weights.kind != "none":
+        raise InputError(f"{name}: attnprune: not the manifest of a merged model")
+    check_weights_entry(manifest)
+    needed = {GATES_FILE, CODE_FILE} | ({INDEX_FILE} if INDEX_FILE in manifest.files else {WEIGHTS_FILE})
+    missing = sorted(needed - set(manifest.files))
+    if missing:
+        raise InputError(f"{name}: attnprune: files: {missing[0]} is not listed")
+    if manifest.merged.config not in (None, config_fingerprint(values)):
+        raise InputError(f"{name}: is damaged (its values are not those that it was written with)")
+    return manifest
+
+
+def config_fingerprint(values: dict[str, Any]) -> str:
+    """sha256 of a merged model's config.json without its `attnprune` block, as compact JSON with sorted keys."""
+    rest = {key: value for key, value in values.items() if key != MERGED_KEY}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_weights_entry(manifest: Manifest) -> None:

@@ -15,6 +15,9 @@ DELTA_FILE = "delta.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 CODE_FILE = "modeling_attnprune.py"  # of a merged folder
+WEIGHTS_FILE = "model.safetensors"  # of a merged folder; several files have an index instead
+INDEX_FILE = "model.safetensors.index.json"
+MERGED_KEY = "attnprune"  # of the manifest in a merged folder's config.json
 
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20
@@ -28,4 +31,11 @@ MAX_FILES = 1024
 ATTENTION_MODULES = frozenset({"self_attn", "attn", "attention"})
 # Files that some loader would execute; none belongs beside a sidecar.
 CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib"})
+# Keys of transformers' JSON files that make it run code, or load weights other than those of the folder.
+LOADER_HOOKS = frozenset(
+    {"auto_map", "custom_generate", "custom_pipelines", "experts_implementation", "quantization_config",
+     "transformers_weights"}
+)  # fmt: skip
+# Keys in which transformers' older versions wrote where a file lay.
+LOCAL_PATHS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,6 +65,31 @@ def read_regular(folder: Path, name: str, limit: int | None = None, size: int | 
         InputError: missing, not a regular file, unreadable, too large, of another size, or changed while reading.
     """
     path = folder / name
+    with _opened(folder, name, limit, size) as file:
+        info = os.fstat(file.fileno())
+        raw = file.read(info.st_size + 1)
+        after = os.fstat(file.fileno())
+        if len(raw) != info.st_size or (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
+            raise InputError(f"{path}: changed while reading")
+        return raw
+
+
+def map_regular(folder: Path, name: str, size: int | None = None) -> mmap.mmap:
+    """As `read_regular`, but the file is mapped instead of read, so that it need not fit in memory.
+
+    Raises:
+        InputError: as `read_regular`, or an empty file.
+    """
+    with _opened(folder, name, None, size) as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise InputError(f"{folder / name}: is empty") from None
+
+
+@contextmanager
+def _opened(folder: Path, name: str, limit: int | None, size: int | None) -> Iterator[BinaryIO]:
+    path = folder / name
     try:
         real = path.resolve(strict=True)
         # Hub caches keep snapshots as links into blobs/, so a link may leave the folder but not the cache root.
@@ -78,11 +106,7 @@ def read_regular(folder: Path, name: str, limit: int | None = None, size: int | 
                 raise InputError(f"{path}: larger than {limit >> 20} MiB")
             if size is not None and info.st_size != size:
                 raise InputError(f"{path}: is damaged (size differs from the manifest)")
-            raw = file.read(info.st_size + 1)
-            after = os.fstat(file.fileno())
-            if len(raw) != info.st_size or (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
-                raise InputError(f"{path}: changed while reading")
-            return raw
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: is missing") from None
     except IsADirectoryError:

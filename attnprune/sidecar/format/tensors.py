@@ -12,10 +12,14 @@ from attnprune.sidecar.format.reading import parse_json
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+_PIECE = 16 << 20  # bytes that are looked at together, so that no copy of a whole tensor is made
 
 
-def parse_safetensors(raw: bytes, name: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def parse_safetensors(raw: Any, name: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """Check a safetensors file's header under our own limits; return {tensor: (dtype, shape, start, end)}.
+
+    Args:
+        raw: the file, as bytes or mapped.
 
     Raises:
         InputError: truncated, oversized or malformed header, or offsets that do not tile the data exactly.
@@ -79,18 +83,21 @@ def read_arrays(raw: bytes, name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def check_finite(raw: bytes, name: str) -> None:
-    """Refuse NaN and infinity in the floating-point tensors of a checked safetensors file, without torch.
+def check_finite(raw: Any, name: str) -> None:
+    """Refuse NaN and infinity in the floating-point tensors of a safetensors file (bytes or a map), without torch.
 
     Raises:
         InputError: naming the tensor.
     """
     for tensor, (dtype, _, begin, end) in parse_safetensors(raw, name).items():
-        if dtype == "BF16":  # the upper half of a float32: infinity and NaN have all exponent bits set
-            bad = (np.frombuffer(raw, "<u2", (end - begin) // 2, begin) & 0x7F80) == 0x7F80
-        elif dtype.startswith("F"):
-            bad = ~np.isfinite(np.frombuffer(raw, _NUMPY[dtype], (end - begin) // WIDTHS[dtype], begin))
-        else:
+        if not dtype.startswith(("F", "BF")):
             raise InputError(f"{name}: {tensor}: dtype {dtype} is not allowed here")
-        if bad.any():
-            raise InputError(f"{name}: non-finite value in {tensor}")
+        for start in range(begin, end, _PIECE):
+            if not _is_finite(raw, dtype, start, min(_PIECE, end - start)):
+                raise InputError(f"{name}: non-finite value in {tensor}")
+
+
+def _is_finite(raw: Any, dtype: str, start: int, size: int) -> bool:
+    if dtype == "BF16":  # the upper half of a float32: infinity and NaN have all exponent bits set
+        return bool(((np.frombuffer(raw, "<u2", size // 2, start) & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(np.frombuffer(raw, _NUMPY[dtype], size // WIDTHS[dtype], start)).all())

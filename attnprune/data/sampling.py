@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from attnprune.data.blocks import Blocks
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
+from attnprune.files import write_atomic
 
 _SAMPLING_BYTES = 4 << 30
 
@@ -41,9 +42,7 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
             file.unlink()  # cut short: write it again
     ids = sample(model, tokenizer, -(-tokens // seq_len), seq_len, seed)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".tmp-{os.getpid()}")
-    save_file({"input_ids": ids}, temporary)
-    temporary.replace(file)
+    write_atomic(file, save({"input_ids": ids}))
     return Blocks(ids, ids.clone(), "self")
 
 

@@ -237,7 +237,10 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def publish(staging: Path, folder: Path, manifest: format.Manifest) -> Sidecar:
-    """Move the staged files into `folder` and write the manifest last: it is what makes the folder a sidecar."""
+    """Move the staged files into `folder` and write the manifest last: it is what makes the folder a sidecar.
+
+    `staging` belongs to the caller alone; it is used up.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     os.umask(umask := os.umask(0))
     for name in manifest.files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from attnprune.errors import AttnPruneError
-from attnprune.files import write_atomic
+from attnprune.files import append_line, reopen_lines
 from attnprune.training import checkpoints
 from attnprune.training.constraint import Multiplier
 
@@ -97,12 +96,13 @@ class MetricsFile(TrainerCallback):
         self.file = file
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            write_atomic(self.file, "".join(f"{line}\n" for line in kept))
+        if state.is_world_process_zero:
+            reopen_lines(self.file, _has_step, keep=lambda line: line["step"] <= state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and ("multiplier" in logs or "eval_density" in logs):
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_line(self.file, {"step": state.global_step, **logs})
+
+
+def _has_step(line: Any) -> bool:
+    return isinstance(line, dict) and type(line.get("step")) is int

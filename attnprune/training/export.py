@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +22,6 @@ from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.training.trainer import constraint_of, trainable_state
 
-STAGING = ".staging-"
-
 
 def export(
     model: Any,
@@ -32,15 +29,18 @@ def export(
     base_entry: dict[str, Any],
     config: RunConfig,
     held_out: Blocks,
+    staging: Path,
     folder: Path,
 ) -> Sidecar:
-    """Put a trained model's state onto a fresh base exactly as `load` will, measure that, publish it in `folder`."""
+    """Put a trained model's state onto a fresh base exactly as `load` will, measure that, publish it in `folder`.
+
+    `staging` is an empty folder of the same file system.
+    """
     biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(model)]
     weights, adapter_config, entry = changed_weights(model, config)
     sparse = copy.deepcopy(fresh.model)
     loading.install(sparse, biases, weights, entry)
     statistics = gate_statistics(sparse, held_out)
-    staging = folder / f"{STAGING}{os.getpid()}"
     save_files(staging, gate_arrays(biases, statistics), weights, adapter_config)
     report = measure(sparse, held_out, reference=bases.dense(fresh.model), control=True)
     probe = probe_rows(held_out.input_ids, bases.context_length(sparse))

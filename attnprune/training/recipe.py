@@ -21,7 +21,7 @@ from attnprune.attention.interface import attach
 from attnprune.data.blocks import Blocks
 from attnprune.data.texts import load_blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
-from attnprune.files import locked, write_atomic
+from attnprune.files import locked, temporary_folder, write_atomic
 from attnprune.measure import Reference
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
@@ -32,7 +32,7 @@ from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
 from attnprune.training.calibration import bias_for_mass
 from attnprune.training.callbacks import MetricsFile, StopOnSignal
-from attnprune.training.export import STAGING, export
+from attnprune.training.export import export
 from attnprune.training.plan import Plan, make_plan
 from attnprune.training.resolve import load_base, load_dtype, resolve
 from attnprune.training.scope import make_trainable
@@ -126,7 +126,8 @@ def _run(
         )
         trainer.load_best()
         trainer.model.cpu()  # makes room on a GPU
-        sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, folder)
+        with temporary_folder(folder / CHECKPOINTS) as staging:
+            sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, staging, folder)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return sidecar
     except AttnPruneError as error:
@@ -175,8 +176,6 @@ def _start(
         (folder / CHECKPOINTS).mkdir()
         write_atomic(facts_file, json.dumps(facts, sort_keys=True))
         return None
-    for stale in folder.glob(f"{STAGING}*"):
-        shutil.rmtree(stale)
     stored = format.parse_json(facts_file.read_bytes(), str(facts_file)) if facts_file.exists() else facts
     for name, value in facts.items():
         if name == "base_config" and name not in stored:

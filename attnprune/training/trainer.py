@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from attnprune.attention.gates import mix_seed
 from attnprune.attention.interface import Gate, gates_of
@@ -21,8 +21,8 @@ from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measu
 from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import DualState, FiniteGradients, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian
+from attnprune.training.restoring import BEST_FILE, MODEL_FILE, StrictResume, check_contents, reading
 
-BEST_FILE = "best.safetensors"
 DENSITY_WAY = 0.2  # share of the steps in which the density limit falls to its target
 DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
 
@@ -32,7 +32,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
-class SparsifyTrainer(Trainer):
+class SparsifyTrainer(StrictResume):
     """Minimises edges under the loss constraint (or the loss under a density constraint).
 
     Args:
@@ -226,14 +226,21 @@ class SparsifyTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.model), folder / "model.safetensors")
+        save_file(trainable_state(self.model), folder / MODEL_FILE)
         if self.best_state:
             save_file(self.best_state, folder / BEST_FILE)
 
     def restore_best(self, checkpoint: Path) -> None:
-        """Read the best state back from a checkpoint (before `train(resume_from_checkpoint=...)`)."""
+        """Check a checkpoint and read its best state (before `train(resume_from_checkpoint=...)`).
+
+        Raises:
+            InputError: it is not one of this run.
+        """
+        trains = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        check_contents(checkpoint, trains, {DualState.__name__})
         if (checkpoint / BEST_FILE).exists():
-            self.best_state = load_file(checkpoint / BEST_FILE)
+            with reading(checkpoint):
+                self.best_state = load_file(checkpoint / BEST_FILE)
 
     def load_best(self) -> None:
         """Put the best state into the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, read_resumed
 from attnprune.training import checkpoints, recipe, trainer
+from tests.helpers.factory import refused
 from tests.helpers.recipes import _SignalAt, artefact, run_config
 
 FORK = multiprocessing.get_context("fork")  # children start with torch imported, and can be killed
@@ -98,6 +101,19 @@ def test_resume_after_kill_at_every_file_write_gives_the_same_result(inputs, tmp
         shutil.rmtree(out)
 
 
+@pytest.fixture(scope="module")
+def interrupted(inputs, tmp_path_factory):
+    """A run that was stopped after step 6; continue a copy that `moved` makes."""
+    run = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(run_config(inputs, run), callbacks=[_SignalAt(5, signal.SIGTERM)])
+    return run
+
+
+def moved(run: Path, to: Path) -> Path:
+    return shutil.copytree(run, to)
+
+
 def test_resume_with_only_damaged_checkpoints_is_refused(inputs, tmp_path):
     config = run_config(inputs, tmp_path / "run")
     with pytest.raises(InterruptedRunError):
@@ -121,6 +137,102 @@ def test_signal_saves_and_resume_is_exact(inputs, tmp_path, uninterrupted, numbe
     assert artefact(tmp_path / "run") == artefact(uninterrupted.path)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 6, "loss"', b"\0" * 700, b'{"step"' + b"\0" * 700 + b"\n"])
+def test_a_torn_tail_of_the_metrics_is_dropped_and_resume_is_exact(interrupted, tmp_path, uninterrupted, tail):
+    run = moved(interrupted, tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(before + tail)
+    recipe.sparsify(read_resumed(run, {}), resume=True)
+    assert artefact(run) == artefact(uninterrupted.path)
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 12
+
+
+def test_a_damaged_line_inside_the_metrics_is_refused_by_its_number(interrupted, tmp_path):
+    run = moved(interrupted, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([lines[0], b"{\n", *lines[1:]]))
+    refused(lambda: recipe.sparsify(read_resumed(run, {}), resume=True), "metrics.jsonl: line 2 is damaged")
+
+
+class _Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def _pickled(file: Path) -> None:
+    file.write_bytes(pickle.dumps(_Evil()))
+
+
+def _zipped(file: Path) -> None:
+    torch.save(_Evil(), file)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _other(file: Path) -> None:
+    torch.save({"param_groups": [], "state": {}}, file)
+
+
+def _gone(file: Path) -> None:
+    file.unlink()
+
+
+def _text(**change):
+    def apply(file: Path) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    return apply
+
+
+def _one_tensor_less(file: Path) -> None:
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+
+
+PARTS = [
+    *((name, damage) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+      for damage in (_pickled, _zipped, _cut, _empty, _gone)),
+    ("optimizer.pt", _other), ("rng_state.pth", _other),
+    *((name, damage) for name in ("model.safetensors", "best.safetensors") for damage in (_pickled, _one_tensor_less)),
+    ("model.safetensors", _gone), ("trainer_state.json", _gone), ("trainer_state.json", _empty),
+    *(("trainer_state.json", _text(**change)) for change in (
+        {"global_step": 2}, {"global_step": "6"}, {"log_history": 1}, {"nothing": 1}, {"stateful_callbacks": {}},
+        {"stateful_callbacks": {"DualState": {"args": {"nothing": 1}}}}, {"stateful_callbacks": None})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_checkpoint_that_was_changed_and_sealed_again_is_one_line(interrupted, tmp_path, monkeypatch, name, damage):
+    run = moved(interrupted, tmp_path / "run")
+    checkpoint = run / CHECKPOINTS / "checkpoint-6"
+    damage(checkpoint / name)
+    checkpoints.seal(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    error = refused(lambda: recipe.sparsify(read_resumed(run, {}), resume=True), str(checkpoint), "cannot be continued")
+    assert "older one" in str(error.hint)
+    assert not (tmp_path / "unpickled").exists()
+    assert (checkpoint / checkpoints.SEAL).exists()
+
+
+def test_a_folder_of_the_user_in_a_run_is_left_alone(interrupted, tmp_path):
+    run = moved(interrupted, tmp_path / "run")
+    (run / ".staging-mine").mkdir()
+    (run / ".staging-mine" / "thesis.txt").write_text("mine")
+    recipe.sparsify(read_resumed(run, {}), resume=True)
+    assert (run / ".staging-mine" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".staging-mine", "attnprune.json", "delta.safetensors", "gates.safetensors", "metrics.jsonl", "run.toml"
+    ]  # fmt: skip
 
 
 def test_resume_with_other_settings_or_data_is_refused(inputs, tmp_path):

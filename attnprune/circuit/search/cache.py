@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from attnprune.errors import InputError
+from attnprune.files import append_line, reopen_lines, write_atomic
 
 _NUMBERS, _TENSORS = "evaluations.jsonl", "scores"
 
@@ -39,26 +40,14 @@ class Cache:
         self._tensors: dict[str, dict[str, Tensor]] = {}
         if folder is not None:
             (folder / _TENSORS).mkdir(parents=True, exist_ok=True)
-            self._read(folder / _NUMBERS)
-
-    def _read(self, file: Path) -> None:
-        *lines, rest = (file.read_text(encoding="utf-8") if file.exists() else "").split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                key, values = json.loads(line)
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{file}: line {number} is damaged", hint="start again in another folder") from error
-            self._numbers[key] = values
-        if rest:  # a kill cut it short
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self._numbers = dict(reopen_lines(folder / _NUMBERS, _is_entry))
 
     def numbers(self, key: str, compute: Callable[[], Any]) -> Any:
         """A JSON value (floats keep every bit)."""
         if key not in self._numbers:
             self._numbers[key] = compute()
             if self._folder is not None:
-                with (self._folder / _NUMBERS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, self._numbers[key]]) + "\n")
+                append_line(self._folder / _NUMBERS, [key, self._numbers[key]])
         return self._numbers[key]
 
     def tensors(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -66,16 +55,25 @@ class Cache:
         if key in self._tensors:
             return self._tensors[key]
         file = None if self._folder is None else self._folder / _TENSORS / f"{_slug(key)}.safetensors"
-        if file is not None and file.exists():
-            found = load_file(file)
-        else:
+        found = None if file is None else _stored(file)
+        if found is None:
             found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
             if file is not None:
-                temporary = file.with_suffix(".tmp")
-                save_file(found, temporary)
-                temporary.replace(file)
+                write_atomic(file, save(found))
         self._tensors[key] = found
         return found
+
+
+def _is_entry(line: Any) -> bool:
+    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
+
+
+def _stored(file: Path) -> dict[str, Tensor] | None:
+    """The tensors in a file, None where it is missing or was cut short: they are computed again."""
+    try:
+        return load(file.read_bytes()) if file.exists() else None
+    except SafetensorError:
+        return None
 
 
 def check_same(cache: Cache, key: str, values: Tensor) -> None:

@@ -113,6 +113,27 @@ def test_cache_survives_a_cut_line_and_refuses_a_damaged_one(tmp_path):
             Cache(tmp_path)
 
 
+@pytest.mark.parametrize("tail", [b"\0" * 600, b'["c"' + b"\0" * 600 + b"\n", b'["c", [0', b'{"c": 1}\n', b'["c"]\n'])
+def test_cache_drops_what_a_power_loss_leaves(tmp_path, tail):
+    Cache(tmp_path).numbers("a", lambda: [0.1])
+    file = tmp_path / "evaluations.jsonl"
+    file.write_bytes(file.read_bytes() + tail)
+    again = Cache(tmp_path)
+    assert again.numbers("c", lambda: [0.3]) == [0.3]
+    assert Cache(tmp_path).numbers("a", lambda: [9.9]) == [0.1]
+    assert Cache(tmp_path).numbers("c", lambda: [9.9]) == [0.3]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 200, b"\x10\0\0\0\0\0\0\0{}"])
+def test_tensors_that_a_power_loss_cut_short_are_computed_again(tmp_path, damage):
+    Cache(tmp_path).tensors("scores a", lambda: {"x": torch.ones(3)})
+    (file,) = (tmp_path / "scores").iterdir()
+    file.write_bytes(damage)
+    assert Cache(tmp_path).tensors("scores a", lambda: {"x": torch.zeros(3)})["x"].tolist() == [0, 0, 0]
+    assert Cache(tmp_path).tensors("scores a", lambda: {"x": torch.ones(3)})["x"].tolist() == [0, 0, 0]
+    assert list((tmp_path / "scores").iterdir()) == [file]
+
+
 class ConstantSplit:
     """A split on which every circuit has one faithfulness."""
 

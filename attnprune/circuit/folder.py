@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from attnprune.circuit.result import SCHEMA, CircuitResult
 from attnprune.errors import InputError
+from attnprune.files import check_writable, unusable
 from attnprune.sidecar import format
 
 SETTINGS_FILE = "settings.json"
@@ -37,16 +38,21 @@ def is_begun(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something, before torch is loaded.
+    """Refuse a folder that holds something or cannot be written, before torch is loaded.
 
     Raises:
-        InputError: it is a file, or not empty.
+        InputError
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is not a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        resume = f"attnprune circuit --resume {shlex.quote(str(folder))}, or another --out"
-        raise InputError(f"{folder}: is not empty", hint=resume if is_begun(folder) else "another --out")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            resume = f"attnprune circuit --resume {shlex.quote(str(folder))}, or another --out"
+            raise InputError(f"{folder}: is not empty", hint=resume if is_begun(folder) else "another --out")
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise unusable(folder, error) from None
+    check_writable(parent)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     file = folder / CACHE_FOLDER / SETTINGS_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise InputError(f"{folder}: holds no search to continue", hint="start one with --out") from None
     wanted = {
         "model": str, "task": str, "against": (str, type(None)), "base": (str, type(None)), "target": float,
@@ -83,7 +89,7 @@ def read_record(folder: Path) -> CircuitResult:
             raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
         file = next((folder / name for name in (RECORD_FILE, COMPRESSED_FILE) if (folder / name).is_file()), None)
     except OSError as error:  # a folder that may not be searched, a name that is too long
-        raise InputError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
+        raise unusable(folder, error) from None
     if file is None:
         raise InputError(f"{folder}: holds no {RECORD_FILE} and no {COMPRESSED_FILE}")
     raw = _read(file)
@@ -92,8 +98,8 @@ def read_record(folder: Path) -> CircuitResult:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise InputError(f"{file}: not a record of {SCHEMA}: {reason}") from None
+        why = f"{where}: {first['msg']}" if where else first["msg"]
+        raise InputError(f"{file}: not a record of {SCHEMA}: {why}") from None
     if not result.models:
         raise InputError(f"{file}: not a record of {SCHEMA}: no models")
     return result

@@ -22,6 +22,7 @@ from attnprune.cli import push as push_command
 from attnprune.cli import sparsify as sparsify_command
 from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
+from attnprune.cli.signals import EndedBySignal, ending_on_signals
 from attnprune.errors import AttnPruneError
 
 app = typer.Typer(
@@ -66,8 +67,9 @@ def run() -> int:
     """Run the command line; return the exit code."""
     _quiet_libraries()
     try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
+        with ending_on_signals():
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
         if code == 130:  # Typer caught Ctrl-C itself
             raise KeyboardInterrupt
     except AttnPruneError as error:
@@ -77,6 +79,8 @@ def run() -> int:
         return 141
     except (KeyboardInterrupt, typer.Abort) as error:
         return _fail(error, "interrupted", None, 130)
+    except EndedBySignal as error:
+        return _fail(error, "interrupted", None, 128 + error.number)
     except MemoryError as error:
         return _fail(error, "out of memory", "use a smaller --batch-size or --micro-batch-size", 1)
     except Exception as error:
@@ -85,6 +89,8 @@ def run() -> int:
             return _fail(error, f"usage: {explain() or 'no command given'}", "attnprune --help", 2)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # any look at a path raises it
             return _fail(error, f"file name too long: {error.filename}", None, 2)
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that is not ours, ...
+            return _fail(error, f"{error.filename or 'cannot write'}: {error.strerror.lower()}", None, 1)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(error, "out of GPU memory", "use a smaller --batch-size or --micro-batch-size", 1)
         return _fail(error, f"internal error: {type(error).__name__}: {error}", "ATTNPRUNE_DEBUG=1 shows where", 1)

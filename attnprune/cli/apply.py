@@ -33,10 +33,13 @@ def apply(
     if len(paths) > 2:
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
     base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
+    from attnprune.files import check_new_folder
     from attnprune.sidecar import format
     from attnprune.sidecar.folder import has_release_code, open_artefact
     from attnprune.sidecar.hub import locate, shown
 
+    if merge is not None:
+        check_new_folder(merge)  # before anything is fetched or anything heavy imported
     folder = locate(path, revision)
     sidecar = open_artefact(folder)
     if sidecar.manifest.merged is not None:
@@ -44,8 +47,6 @@ def apply(
             raise InputError(f"{path}: is merged already")
         if not has_release_code(folder):
             raise InputError(f"{folder / format.CODE_FILE}: code differs from the release")
-    if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
-        raise InputError(f"{merge}: exists and is not empty")  # before anything heavy is imported
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
     from attnprune.sidecar import bases, loading

@@ -146,10 +146,14 @@ def generate(
 
 def _check_out(file: Path | None) -> None:
     """Refuse a target that cannot be written before minutes are spent."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        from attnprune.errors import InputError
+    if file is None:
+        return
+    from attnprune.errors import InputError
+    from attnprune.files import check_writable
 
-        raise InputError(f"--out {file}: {'is a folder' if file.is_dir() else 'no such folder'}")
+    if file.exists() and not file.is_file():  # a device too, which a rename would replace
+        raise InputError(f"--out {file}: {'is a folder' if file.is_dir() else 'is not a file'}")
+    check_writable(file.parent)
 
 
 def _finish(rows: list[Row], left_out: list[str], device: Any, seed: int, file: Path | None) -> None:

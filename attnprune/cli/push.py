@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +27,8 @@ def push(
     ] = None,
     base: Base = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Delete the files of another model that the repository holds.")
+        bool,
+        typer.Option("--replace", help="Replace another run that the repository holds; delete another model."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
@@ -36,6 +36,7 @@ def push(
 ) -> None:
     """Push a sidecar (or its merged form) to the Hub: a plan first, then the listed files only, then a check."""
     out.configure(json=as_json, quiet=quiet)
+    from attnprune.files import temporary_folder
     from attnprune.publish import push
     from attnprune.report.push import push_data, push_table
 
@@ -48,8 +49,8 @@ def push(
         out.show(push_table(plan))
         return not dry_run
 
-    with tempfile.TemporaryDirectory(prefix="attnprune-") as scratch:
-        source = _merge(folder, Path(scratch) / "merged", base, base_model, repo) if merged else folder
+    with temporary_folder() as scratch:
+        source = _merge(folder, scratch / "merged", base, base_model, repo) if merged else folder
         done = push.push(
             source, repo, base_model=base_model, private=private, create_pr=create_pr, branch=revision, replace=replace,
             on_plan=show,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnprune.errors import InputError
+from attnprune.files import check_writable, unusable
 from attnprune.runs.config import RunConfig, build_config, merge, read_toml
 
 RUN_FILE = "run.toml"
@@ -45,18 +46,22 @@ def check_output(folder: Path) -> None:
     Raises:
         InputError
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, not a folder")
-    if (folder / CHECKPOINTS).is_dir() and not (folder / MANIFEST_FILE).exists():
-        raise InputError(
-            f"{folder}: holds an unfinished run",
-            hint=f"continue it with: attnprune sparsify --resume {folder}, or choose another --out",
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: exists and is not empty", hint="choose another folder with --out")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file, not a folder")
+        if (folder / CHECKPOINTS).is_dir() and not (folder / MANIFEST_FILE).exists():
+            raise InputError(
+                f"{folder}: holds an unfinished run",
+                hint=f"continue it with: attnprune sparsify --resume {folder}, or choose another --out",
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: exists and is not empty", hint="choose another folder with --out")
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise unusable(folder, error) from None
+    if not parent.is_dir():
         raise InputError(f"{folder}: not writable")
+    check_writable(parent)
 
 
 def load_run_file(file: Path) -> RunConfig:

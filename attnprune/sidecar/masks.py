@@ -5,7 +5,6 @@ The prose specification is the section "Explicit masks" of formats/attnprune-v1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from attnprune.errors import AttnPruneError, InputError
-from attnprune.files import write_atomic
+from attnprune.files import check_writable, reason, unusable, write_atomic
 from attnprune.sidecar import format
 
 FORMAT = "attnprune-mask"
@@ -48,17 +47,14 @@ def check_target(path: Path) -> None:
     Raises:
         InputError: the file exists, or its folder does not or is not writable.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
     try:
         path.lstat()
         raise InputError(f"{path}: exists, and is not overwritten")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a name that is too long, a folder that may not be searched
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path.parent}: not writable")
+        raise unusable(path, error) from None
+    check_writable(path.parent)
 
 
 def save(path: str | Path, packed: np.ndarray, input_ids: Sequence[int]) -> None:
@@ -84,7 +80,7 @@ def save(path: str | Path, packed: np.ndarray, input_ids: Sequence[int]) -> None
         write_atomic(path, raw)
     except OSError as error:
         kind = InputError if isinstance(error, PermissionError) else AttnPruneError
-        raise kind(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise kind(f"{path}: {reason(error)}") from None
 
 
 def read(path: str | Path) -> Mask:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from attnprune.attention.interface import attach
 from attnprune.errors import AttnPruneError, InputError, printable
-from attnprune.files import fsync, sha256_of, write_atomic
+from attnprune.files import check_new_folder, fsync, reason, settle, sha256_of, temporary_folder, write_atomic
 from attnprune.sidecar import format, modeling_attnprune
 from attnprune.sidecar.contents import Headers, check_files, check_weights
 from attnprune.sidecar.folder import Sidecar, open_merged
@@ -160,44 +160,42 @@ def write_merged(model: Any, tokenizer: Any, sidecar: Sidecar, folder: Path, *, 
         The manifest written into config.json.
 
     Raises:
-        InputError: the folder exists and is not empty, or a weight is not finite.
+        InputError: the folder exists and is not empty, or is another place that cannot be written; a weight that is not
+            finite.
+        AttnPruneError: no space, or another fault while writing.
         VerificationError: the written files do not reproduce the sidecar's probe.
     """
-    check_target(folder)
+    check_new_folder(folder)
     check_cast(model, lambda: model)
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        _save(model, tokenizer, staging)
-        _without_hooks(staging)
-        gates = sidecar.gates  # checked against the sidecar's manifest
-        shutil.copyfile(sidecar.path / format.GATES_FILE, staging / format.GATES_FILE)
-        shutil.copyfile(str(modeling_attnprune.__file__), staging / format.CODE_FILE)
-        written, _ = _read(staging)
-        _check_gates(written, gates)
-        probe = measure_again(written, sidecar.manifest.probe)
-        if same_dtype:
-            check_probe(probe, sidecar.manifest.probe)
-        manifest = _manifest(sidecar.manifest, probe, written.dtype, staging)
-        config = format.parse_json((staging / "config.json").read_bytes(), "config.json")
-        config["attnprune"] = json.loads(manifest.to_json())
-        write_atomic(staging / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        os.umask(umask := os.umask(0))
-        for file in staging.iterdir():
-            os.chmod(file, 0o666 & ~umask)  # safetensors writes files that only their owner can read
-            fsync(file)
-        if folder.exists():
-            folder.rmdir()
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with temporary_folder(folder.parent) as staging:
+            manifest = _write(model, tokenizer, sidecar, staging, same_dtype=same_dtype)
+            settle(staging)
+            staging.rename(folder)  # over an empty folder, but over nothing else
+            fsync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise AttnPruneError(f"{folder}: cannot write: {why}") from error
     return manifest
 
 
-def check_target(folder: Path) -> None:
-    """Refuse to write over anything but an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty")
+def _write(model: Any, tokenizer: Any, sidecar: Sidecar, staging: Path, *, same_dtype: bool) -> format.Manifest:
+    """`write_merged` into a folder that has no name yet."""
+    _save(model, tokenizer, staging)
+    _without_hooks(staging)
+    gates = sidecar.gates  # checked against the sidecar's manifest
+    shutil.copyfile(sidecar.path / format.GATES_FILE, staging / format.GATES_FILE)
+    shutil.copyfile(str(modeling_attnprune.__file__), staging / format.CODE_FILE)
+    written, _ = _read(staging)
+    _check_gates(written, gates)
+    probe = measure_again(written, sidecar.manifest.probe)
+    if same_dtype:
+        check_probe(probe, sidecar.manifest.probe)
+    manifest = _manifest(sidecar.manifest, probe, written.dtype, staging)
+    config = format.parse_json((staging / "config.json").read_bytes(), "config.json")
+    config["attnprune"] = json.loads(manifest.to_json())
+    write_atomic(staging / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return manifest
 
 
 def _save(model: Any, tokenizer: Any, staging: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from attnprune.circuit.analysis import analyse
 from attnprune.circuit.compare import eap_ig_data, result_of, task_facts
-from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE
+from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE, check_folder
 from attnprune.circuit.model.adapters import graph_of
 from attnprune.circuit.result import CircuitResult
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import QUICK, Settings, Watch
 from attnprune.circuit.tasks import load_task, task_names
 from attnprune.errors import InputError
-from attnprune.files import write_atomic
+from attnprune.files import locked, write_atomic
 from attnprune.sidecar import bases, loading
 from attnprune.sidecar.hub import sparse_folder
 
@@ -34,9 +34,20 @@ def run(
         watching: entered while the search runs; what it gives is told how far the search is.
 
     Raises:
-        InputError: no such task, models that cannot be compared, or other prompts than the search was begun with.
+        InputError: another search in this folder, no such task, models that cannot be compared, or other prompts than
+            the search was begun with.
         AttnPruneError: a model cannot do the task, or cannot be searched.
     """
+    with locked(folder):
+        if is_new:
+            check_folder(folder)  # again: another search may have begun and ended meanwhile
+        return _run(folder, settings, device, is_new=is_new, watching=watching)
+
+
+def _run(
+    folder: Path, settings: dict[str, Any], device: str, *, is_new: bool, watching: AbstractContextManager[Watch]
+) -> CircuitResult:
+    """`run` with the folder held."""
     started = time.monotonic()
     if not settings["task"].endswith((".csv", ".jsonl")) and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))

@@ -12,6 +12,7 @@ import typer
 
 from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import out
+from attnprune.cli.signals import EndedBySignal
 from attnprune.errors import ConstraintNotMetError, InputError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -105,9 +106,10 @@ def circuit(
         check_folder(folder)
     try:
         _run(folder, settings, device, is_new=resume is None)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, EndedBySignal) as error:
+        number = error.number if isinstance(error, EndedBySignal) else signal.SIGINT
         hint = f"continue with: attnprune circuit --resume {shlex.quote(str(folder))}"
-        raise InterruptedRunError("interrupted", signal.SIGINT, hint if is_begun(folder) else None) from error
+        raise InterruptedRunError("interrupted", number, hint if is_begun(folder) else None) from error
 
 
 def _refuse(context: typer.Context, reason: str, besides: tuple[str, ...]) -> None:

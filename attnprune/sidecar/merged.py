@@ -259,7 +259,7 @@ def _manifest(sidecar: format.Manifest, probe: format.ProbeEntry, dtype: torch.d
         "probe": values["probe"],
     }
     values["format_version"] = format.FORMAT_VERSION
-    values["requires"] = ["gate:threshold", "merged:sizes"]
+    values["requires"] = ["gate:threshold", format.SIZES_HIDDEN]
     values["weights"] = {"kind": "none", "tensors": 0}
     values["probe"] = probe.model_dump()
     values["files"] = files

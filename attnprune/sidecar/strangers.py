@@ -90,11 +90,16 @@ def check_configuration(name: str, values: Mapping[str, Any], manifest: format.M
         file, _, cls = found[key].partition(".") if isinstance(found[key], str) else ("", "", "")
         if file != stem or pattern.fullmatch(cls) is None:
             raise InputError(f"{name}: auto_map: {key} is not in {format.CODE_FILE}")
-    wanted = {
+    wanted: dict[str, Any] = {
         "model_type": f"attnprune_{manifest.base.model_type}",
         "attn_implementation": "attnprune_portable",
         "vocab_size": 0,
     }
+    if format.SIZES_HIDDEN in manifest.requires:
+        width = next(
+            (key for key in ("hidden_size", "n_embd") if f"attnprune_{key}" in values), "attnprune_hidden_size"
+        )
+        wanted[width] = 2 * manifest.gate.heads[0]
     for key, value in wanted.items():
         if values.get(key) != value or isinstance(values[key], bool):
             raise InputError(f"{name}: {key} is not {value!r}, so other classes might load it without its gates")

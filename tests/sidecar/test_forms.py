@@ -5,6 +5,7 @@ by the portable class. The same inputs give the same numbers or the same refusal
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -332,3 +333,19 @@ def test_gates_are_not_attached_to_a_model_on_the_disk(forms, tmp_path):
         forms.folder / "llama-base", device_map=places, offload_folder=str(tmp_path)
     )
     refused(lambda: attach(model), "offloaded")
+
+
+def test_a_merged_folder_of_format_1_0_still_loads(forms, tmp_path):
+    """It hid the size of the vocabulary alone, and had neither a configuration on record nor a hash of its own."""
+    for family in BASES:
+        model = forms(family)["sidecar"]
+        folder = shutil.copytree(forms.folder / family, tmp_path / family)
+        values = json.loads((folder / "config.json").read_text())
+        width = "n_embd" if family == "gpt2" else "hidden_size"
+        values[width] = values.pop(f"attnprune_{width}")
+        block = values["attnprune"]
+        block |= {"format_version": "1.0", "requires": ["gate:threshold"]}
+        del block["merged"]["config"], block["base"]["config"]
+        (folder / "config.json").write_text(json.dumps(values))
+        for old in (loading.load(folder).model, AutoModelForCausalLM.from_pretrained(folder)):
+            assert torch.equal(outcome(old, {}).logits, outcome(model, {}).logits)

@@ -44,6 +44,7 @@ from attnprune.sidecar.format.names import (
     MAX_TENSORS,
     MERGED_KEY,
     NAME,
+    SIZES_HIDDEN,
     WEIGHTS_FILE,
 )
 from attnprune.sidecar.format.reading import map_regular, parse_json, read_regular
@@ -73,6 +74,7 @@ __all__ = [
     "MAX_TENSORS",
     "MERGED_KEY",
     "NAME",
+    "SIZES_HIDDEN",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "BaseEntry",

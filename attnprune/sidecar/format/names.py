@@ -8,7 +8,8 @@ from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
 
 FORMAT = "attnprune"
 FORMAT_VERSION = "1.1"
-FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"})
+SIZES_HIDDEN = "merged:sizes"
+FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", SIZES_HIDDEN})
 
 GATES_FILE = "gates.safetensors"
 DELTA_FILE = "delta.safetensors"

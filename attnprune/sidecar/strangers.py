@@ -96,9 +96,7 @@ def check_configuration(name: str, values: Mapping[str, Any], manifest: format.M
         "vocab_size": 0,
     }
     if format.SIZES_HIDDEN in manifest.requires:
-        width = next(
-            (key for key in ("hidden_size", "n_embd") if f"attnprune_{key}" in values), "attnprune_hidden_size"
-        )
+        width = "n_embd" if "attnprune_n_embd" in values else "hidden_size"
         wanted[width] = 2 * manifest.gate.heads[0]
     for key, value in wanted.items():
         if values.get(key) != value or isinstance(values[key], bool):

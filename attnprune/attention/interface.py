@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk
 from attnprune.attention.dispatch import gated_attention
+from attnprune.attention.dropout import restore, switch_off
 from attnprune.attention.gates import mix_seed
 from attnprune.attention.reference import gated_attention_reference
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
@@ -177,7 +178,7 @@ def attnprune_attention(
         if kwargs.get(refused) is not None:
             raise UnsupportedModelError(f"attnprune attention does not support {refused!r} (paged or biased attention)")
     if dropout:
-        raise UnsupportedModelError("attnprune attention has no dropout: set the model's attention dropout to 0")
+        raise UnsupportedModelError("attnprune attention has no dropout: it was set after the gates were attached")
     gate = getattr(module, GATE_ATTRIBUTE, None)
     if gate is None:
         gate = _discovery_gate(module, query)
@@ -290,6 +291,8 @@ def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
 def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
     """Put a `Gate` on every attention layer of `model` and route its attention through attnprune.
 
+    Gated attention has no dropout: the model's own attention dropout is set to 0, with a warning, until `detach`.
+
     Args:
         model: a causal LM of a supported family; changed in place.
         bias: initial gate bias for all heads, or a tensor [layers, heads].
@@ -331,6 +334,7 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
         model.register_forward_hook(_after_forward, always_call=True),
     )
     model.__dict__["_attnprune"] = (previous, handles)
+    model.__dict__["_attnprune_dropout"] = switch_off(model.config, [module for module, _ in found])
     return gates_of(model)
 
 
@@ -370,7 +374,7 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: remove gates and guards and restore the previous attention implementation.
+    """Undo `attach`: remove gates and guards, restore the previous attention implementation and attention dropout.
 
     `model` may be a wrapper of the attached model (PEFT). One without gates is left alone.
 
@@ -383,6 +387,7 @@ def detach(model: nn.Module) -> None:
             raise UnsupportedModelError("these gates were attached to a larger model", hint="call detach on that one")
         return
     previous, handles = attached.__dict__.pop("_attnprune")
+    restore(attached.__dict__.pop("_attnprune_dropout"))
     for handle in handles:
         handle.remove()
     for part in _savable(attached):

@@ -156,10 +156,10 @@ def test_deepcopy(attached, tokens, after):
     assert not torch.equal(logits_of(model, ids), expected)
 
 
-def test_dropout_is_refused(tiny_llama, tokens):
-    model = tiny_llama(attention_dropout=0.1)
-    attach(model)
+def test_dropout_that_is_set_after_attaching_is_refused(attached, tokens):
+    model, _ = attached()
     ids = tokens(1, 6)
+    model.model.layers[1].self_attn.attention_dropout = 0.1
     logits_of(model, ids)
     model.train()
     with pytest.raises(UnsupportedModelError, match="dropout"):

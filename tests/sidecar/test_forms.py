@@ -349,3 +349,13 @@ def test_a_merged_folder_of_format_1_0_still_loads(forms, tmp_path):
         (folder / "config.json").write_text(json.dumps(values))
         for old in (loading.load(folder).model, AutoModelForCausalLM.from_pretrained(folder)):
             assert torch.equal(outcome(old, {}).logits, outcome(model, {}).logits)
+
+
+def test_attention_dropout_is_left_out_by_the_portable_class_too(forms):
+    """With a warning, and without a change of what the model computes in training."""
+    forms("gpt2")
+    model = AutoModelForCausalLM.from_pretrained(forms.folder / "gpt2", attn_pdrop=0.1)
+    rest = outcome(model, {}).logits
+    with pytest.warns(UserWarning, match="attention dropout is left out"):
+        trained = outcome(model.train(), {}).logits
+    assert torch.equal(trained, rest)

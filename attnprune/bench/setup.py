@@ -84,7 +84,7 @@ def captured_cases(
     longest, context = max(lengths), context_length(model)
     if context is not None and longest > context:
         raise InputError(f"--seq-len: {longest} is more than the model's context of {context}")
-    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids.to(device)
+    ids = pack(documents(str(data), tokenizer=tokenizer), tokenizer, longest, longest, data.name).input_ids.to(device)
     made: Cases = []
     for length in lengths:
         title = f"{Path(source).name} layer {layer} T{length} {str(dtype)[6:]}"

@@ -38,7 +38,8 @@ def run(
         AttnPruneError: a model cannot do the task, or cannot be searched.
     """
     started = time.monotonic()
-    if not settings["task"].endswith((".csv", ".jsonl")) and settings["task"] not in task_names():  # before any weights
+    from_file = settings["task"].lower().endswith((".csv", ".jsonl"))
+    if not from_file and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
     model, tokenizer = _load(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}

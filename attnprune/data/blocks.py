@@ -89,14 +89,12 @@ def split(blocks: Blocks, eval_tokens: int, seed: int) -> tuple[Blocks, Blocks]:
     return blocks.take(order[held_out:].sort().values), blocks.take(order[:held_out].sort().values)
 
 
-def mix(parts: list[Blocks], max_tokens: int) -> Blocks:
-    """All parts together, each in proportion to its size: beyond `max_tokens` every part gives the same share."""
+def mix(parts: list[Blocks]) -> Blocks:
+    """All blocks of all parts."""
     if len(parts) == 1:
         return parts[0]
-    total = sum(part.input_ids.numel() for part in parts)
-    kept = [part.take(torch.arange(max(1, len(part) * min(max_tokens, total) // total))) for part in parts]
-    sources = tuple(replace(s, tokens=part.input_ids.numel()) for part in kept for s in part.sources)
-    ids, labels = (torch.cat([getattr(part, key) for part in kept]) for key in ("input_ids", "labels"))
+    ids, labels = (torch.cat([getattr(part, key) for part in parts]) for key in ("input_ids", "labels"))
+    sources = tuple(source for part in parts for source in part.sources)
     return Blocks(ids, labels, " + ".join(part.name for part in parts), sources)
 
 

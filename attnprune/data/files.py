@@ -21,7 +21,8 @@ MESSAGES = "messages"
 DEFAULT_FIELD = "text"
 COMPRESSIONS = (".gz", ".xz", ".zst")
 
-_MAX_LINE_BYTES = 64 << 20  # also of blank lines in a row, and of one row of a parquet file
+_MAX_LINE_BYTES = 64 << 20
+_MAX_BLANK_LINES = 1_000_000  # in a row
 _MAX_UNFOLDED_BYTES = 512 << 20  # of a compressed text file, which is one document
 _MAX_RATIO = 100  # text does not become a hundredth; a file that holds nothing but repetitions does
 _MAX_ITEMS = 1 << 20  # of the lists in a row group, unless it has a thousandth as many rows
@@ -86,23 +87,26 @@ def _opened(path: Path, compression: str) -> BinaryIO:
 
 
 def _text(path: Path, compression: str, _: str) -> Iterator[Row]:
-    raw = bytearray()
+    raw, end = bytearray(), -1
     with _opened(path, compression) as stream:
-        while piece := stream.read(1 << 20):
+        while end < 0 and (piece := stream.read(1 << 20)):
             raw += piece
+            end = raw.find(0, len(raw) - len(piece))
             if compression and len(raw) > _MAX_UNFOLDED_BYTES:
                 raise InputError(
                     f"{path}: more than {_MAX_UNFOLDED_BYTES >> 20} MiB of text inside",
                     hint="unpack it, or give .jsonl, which is read line by line",
                 )
-            if b"\0" in piece:
-                raise InputError(f"{path}: line {raw.count(bytes([10]), 0, raw.index(0)) + 1}: binary data (NUL byte)")
+    text = raw if end < 0 else raw[:end]
     try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")
+        text = text.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: line {line}: not UTF-8 text") from None
-    yield Row(str(path), None, text.replace("\r\n", "\n").replace("\r", "\n"))
+    if end >= 0:
+        raise InputError(f"{path}: line {text.count(chr(10)) + 1}: binary data (NUL byte)")
+    if raw:
+        yield Row(str(path), None, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _jsonl(path: Path, compression: str, field: str) -> Iterator[Row]:
@@ -110,14 +114,14 @@ def _jsonl(path: Path, compression: str, field: str) -> Iterator[Row]:
         number = blank = 0
         while line := stream.readline(_MAX_LINE_BYTES + 1):
             number += 1
-            place = f"{path}: line {number}"
             line = line.removeprefix(codecs.BOM_UTF8)
-            blank = 0 if line.strip() else blank + len(line)
-            if max(len(line), blank) > _MAX_LINE_BYTES:
-                what = "blank lines only, for more" if blank else "longer"
-                raise InputError(f"{place}: {what} than {_MAX_LINE_BYTES >> 20} MiB")
-            if blank or not line:
+            blank = blank + 1 if not line.strip() else 0
+            if len(line) > _MAX_LINE_BYTES or blank > _MAX_BLANK_LINES:
+                what = f"{blank:,} blank lines" if blank > 1 else f"longer than {_MAX_LINE_BYTES >> 20} MiB"
+                raise InputError(f"{path}: line {number}: {what}")
+            if blank:
                 continue
+            place = f"{path}: line {number}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ import torch
 
 from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source, mix, pack, split
 from attnprune.data.sampling import cache_folder, self_written
-from attnprune.data.sources import check_distinct, documents, is_local, source_name
+from attnprune.data.sources import check_distinct, documents, is_local, local_files, source_name
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO
@@ -34,16 +34,31 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
     limit = text.train_tokens + text.eval_tokens
     needed = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
     share = -(-needed // len(text.sources))
-    parts = []
+    parts: dict[str, Blocks] = {}
     for source in text.sources:
         if source == "self":
             blocks = self_written(model, tokenizer, text.seq_len, share, train.seed, cache_folder(), model_key)
-            parts.append(replace(blocks, sources=(Source("self", blocks.input_ids.numel()),)))
+            parts[source] = replace(blocks, sources=(Source("self", blocks.input_ids.numel()),))
         else:
-            parts.append(
-                read_blocks(source, text.text_field, tokenizer, text.seq_len, limit if is_local(source) else share)
-            )
-    return split(mix(parts, limit), text.eval_tokens, train.seed)
+            tokens = limit if is_local(source) else share
+            parts[source] = read_blocks(source, text.text_field, tokenizer, text.seq_len, tokens)
+    return split(mix(list(_cut(parts, limit).values())), text.eval_tokens, train.seed)
+
+
+def _cut(parts: dict[str, Blocks], limit: int) -> dict[str, Blocks]:
+    """The parts, those of local files cut in proportion to their bytes where together they are beyond the limit."""
+    sizes = {source: sum(file.stat().st_size for file in local_files(source)) for source in parts if is_local(source)}
+    tokens = {source: blocks.input_ids.numel() for source, blocks in parts.items()}
+    room = limit - sum(count for source, count in tokens.items() if source not in sizes)
+    if len(parts) == 1 or sum(tokens[source] for source in sizes) <= room:
+        return parts
+    cut = dict(parts)
+    for source, size in sizes.items():
+        rows = max(1, room * size // sum(sizes.values()) // parts[source].seq_len)
+        kept = parts[source].take(torch.arange(min(rows, len(parts[source]))))
+        [counted] = kept.sources
+        cut[source] = replace(kept, sources=(replace(counted, tokens=kept.input_ids.numel()),))
+    return cut
 
 
 def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_tokens: int) -> Blocks:

@@ -224,29 +224,14 @@ def test_a_conversation_is_neither_closed_nor_opened_twice(adds_bos):
 # Mixing
 
 
-def numbers(rows, name, first=0):
-    ids = torch.arange(first, first + rows * 4).reshape(rows, 4)
-    return Blocks(ids, ids.clone(), name, (Source(name, rows * 4, empty_rows=first),))
-
-
-def test_parts_are_mixed_whole_where_there_is_room():
-    mixed = mix([numbers(6, "a"), numbers(2, "b", 100)], 1000)
-    assert (mixed.name, len(mixed)) == ("a + b", 8)
-    assert mixed.input_ids[:, 0].tolist() == [0, 4, 8, 12, 16, 20, 100, 104]
-    assert mixed.sources == (Source("a", 24), Source("b", 8, empty_rows=100))
-    assert torch.equal(mixed.labels, mixed.input_ids)
-
-
-def test_parts_give_the_same_share_where_there_is_not():
-    mixed = mix([numbers(60, "a"), numbers(20, "b", 1000)], 160)
-    assert [source.tokens for source in mixed.sources] == [120, 40]
-    assert sum(mixed.input_ids[:, 0] >= 1000) == 10
-    assert mix([numbers(600, "a"), numbers(1, "b")], 100).sources[1].tokens == 4  # never nothing
-
-
-def test_one_part_stays_what_it_is():
-    part = numbers(60, "a")
-    assert mix([part], 8) is part
+def test_a_mixture_has_all_blocks_of_its_parts():
+    ids = torch.arange(32).reshape(8, 4)
+    parts = [Blocks(ids[:6], -ids[:6], "a", (Source("a", 24),)), Blocks(ids[6:], -ids[6:], "b", (Source("b", 8, 3),))]
+    mixed = mix(parts)
+    assert (mixed.name, mixed.sources) == ("a + b", (Source("a", 24), Source("b", 8, empty_rows=3)))
+    assert torch.equal(mixed.input_ids, ids)
+    assert torch.equal(mixed.labels, -ids)
+    assert mix(parts[:1]) is parts[0]
 
 
 # Blocks and split

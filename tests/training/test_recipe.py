@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import sys
 import tomllib
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 import attnprune
+from attnprune.cli.app import run
 from attnprune.data.sampling import sample
 from attnprune.errors import InputError
 from attnprune.files import locked
@@ -147,6 +149,20 @@ def test_a_run_on_two_texts_records_both_and_is_measured_again(inputs, tmp_path)
     assert stored["data"]["source"] == [str(inputs[1]), str(other)]
     [report] = evaluate_model(str(sidecar.path), sidecar, [], base=str(inputs[0]))
     assert (report.loss, report.data) == (result.loss, result.data)
+
+
+def test_data_can_be_given_several_times(inputs, tmp_path, capsys, monkeypatch):
+    """On the command line; `--data A --data B` once kept only B."""
+    for name in ("a.txt", "b.TXT"):
+        (tmp_path / name).write_text(f"a line of {name}\n" * 100)
+    command = ["sparsify", str(inputs[0]), "--out", str(tmp_path / "run"), "--steps", "2", "--scope", "gates"]
+    command += ["--data", str(tmp_path / "a.txt"), "--data", str(tmp_path / "b.TXT"), "--seq-len", "16"]
+    monkeypatch.setattr(sys, "argv", ["attnprune", *command, "--device", "cpu", "--dry-run", "--json"])
+    assert run() == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["data"]["source"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.TXT")]
+    assert [source["name"] for source in plan["sources"]] == ["a.txt", "b.TXT"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_folder_in_use_is_refused(inputs, tmp_path):

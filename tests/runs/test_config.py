@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig, build_config, merge, read_toml
-from attnprune.runs.folder import output_folder, without_local_paths
 
 FIELDS = [
     (section, name, field)
@@ -112,41 +111,6 @@ def test_two_configurations_share_nothing():
     first.model.name = "other"
     assert second == RunConfig()
     assert RunConfig().train.steps != 5
-
-
-# One source or several
-
-
-def test_a_run_of_one_source_is_written_as_releases_read_it():
-    for source in ("a.txt", ["a.txt"]):
-        config = build_config({"data": {"source": source}})
-        assert tomllib.loads(config.to_toml())["data"]["source"] == "a.txt"
-        assert config.data.sources == ["a.txt"]
-
-
-def test_several_sources_survive_toml():
-    config = build_config({"data": {"source": ["a.txt", "org/set:sub"]}})
-    assert round_trip(config) == config
-    assert config.data.sources == ["a.txt", "org/set:sub"]
-    assert config.data.described == "a.txt + org/set:sub"
-
-
-@pytest.mark.parametrize("value", [[], [1], None, {"a": 1}, ["a", None], [["a"]], 3])
-def test_sources_that_are_no_names_are_refused(value):
-    assert refused({"data": {"source": value}}).startswith("data.source: a name or a list of names is needed")
-
-
-def test_what_others_see_of_several_sources(tmp_path):
-    (tmp_path / "a.txt").touch()
-    named = [str(tmp_path / "a.txt"), str(tmp_path / "*.jsonl"), "org/set"]
-    seen = without_local_paths(build_config({"data": {"source": named}}))
-    assert round_trip(seen).data.source == ["a.txt", "*.jsonl", "org/set"]
-    assert without_local_paths(build_config({"data": {"source": named[:1]}})).data.source == "a.txt"
-
-
-def test_the_default_folder_of_a_gguf_file():
-    for name in ("x/M.gguf", "x/M.GGUF"):
-        assert str(output_folder(build_config({"model": {"name": name}}))) == "M-attnprune"
 
 
 # Ranges

@@ -85,7 +85,7 @@ def captured_cases(
     longest, context = max(lengths), context_length(model)
     if context is not None and longest > context:
         raise InputError(f"--seq-len: {longest} is more than the model's context of {context}")
-    ids = pack(documents(str(data)), tokenizer, longest, longest, data.name).input_ids
+    ids = pack(documents(str(data), tokenizer=tokenizer), tokenizer, longest, longest, data.name).input_ids
     check_tokens(ids, tokenizer, model.config.vocab_size, data.name)
     ids = ids.to(device)
     made: Cases = []

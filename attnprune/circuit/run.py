@@ -49,7 +49,8 @@ def _run(
 ) -> CircuitResult:
     """`run` with the folder held."""
     started = time.monotonic()
-    if not settings["task"].endswith((".csv", ".jsonl")) and settings["task"] not in task_names():  # before any weights
+    from_file = settings["task"].lower().endswith((".csv", ".jsonl"))
+    if not from_file and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
     model, tokenizer = _load(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}

@@ -22,7 +22,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens per text.", min=2)] = 16_384,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass; 0: by length.", min=0)] = 0,
     text_field: Annotated[
-        str, typer.Option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
+        str, typer.Option("--text-field", help="Column of text or chat messages; without a column text, messages.")
     ] = "text",
     revision: Revision = None,
     base: Base = None,

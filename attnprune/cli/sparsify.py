@@ -21,7 +21,12 @@ def sparsify(
         str | None, typer.Argument(help="Hub id, folder, .gguf file, or 'demo'.", show_default=False)
     ] = None,
     data: Annotated[
-        str | None, _option("--data", help="Hub data set [:config[:split]], .txt, .jsonl, .parquet, or 'self'.")
+        list[str] | None,
+        _option(
+            "--data",
+            help="Hub data set [:config[:split]], file, folder or pattern of .txt, .jsonl or .parquet (also .gz, .xz, "
+            ".zst), or 'self'. Repeatable: several are mixed in proportion to their sizes.",
+        ),
     ] = None,
     output: Annotated[str | None, _option("--out", "-o", help="Output folder. Default: ./MODEL-attnprune.")] = None,
     scope: Annotated[
@@ -35,7 +40,7 @@ def sparsify(
     ] = None,
     eval_tokens: Annotated[int | None, _option("--eval-tokens", help="Held-out tokens.")] = None,
     text_field: Annotated[
-        str | None, _option("--text-field", help="Text column of .jsonl, .parquet and Hub data.")
+        str | None, _option("--text-field", help="Column of text or chat messages. Default: text, else messages.")
     ] = None,
     constraint: Annotated[str | None, _option("--constraint", help="kl, loss, or density.")] = None,
     tolerance: Annotated[float | None, _option("--tolerance", help="Nats per token above the base (kl, loss).")] = None,
@@ -73,7 +78,7 @@ def sparsify(
         constraint = "density"
     flags = {
         "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
-        "data": {"source": data, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
+        "data": {"source": data or None, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
         "gate": {"estimator": estimator, "temperature": temperature},
         "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},
         "train": {

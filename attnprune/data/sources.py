@@ -1,131 +1,163 @@
-"""Where text comes from: a Hub data set (streamed), a local .txt, .jsonl or .parquet file."""
+"""Where text comes from: a Hub data set, a file, a folder or a pattern of files. One rule for rows without text."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.data import files, hub
+from attnprune.data.chat import Conversation, render
+from attnprune.errors import InputError
 
-_MAX_LINE_BYTES = 64 << 20
+_READABLE = "a .txt, .md, .jsonl or .parquet file (also with .gz, .xz or .zst)"
+_MAX_EMPTY_ROWS = 1_000_000  # in a row; a few bytes can hold billions
+
+
+@dataclass
+class Documents:
+    """The texts of a source, read anew by every iteration.
+
+    Rows that are null or blank are skipped. A list of messages becomes text by the tokenizer's chat template.
+
+    Attributes:
+        empty: rows skipped by the latest iteration so far.
+        conversations: rows that the chat template made text of.
+    """
+
+    source: str
+    field: str = files.DEFAULT_FIELD
+    tokenizer: Any = None
+    empty: int = 0
+    conversations: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.empty = self.conversations = in_a_row = 0
+        found, column = False, None
+        for row in _rows(self.source, self.field):
+            column = row.column
+            text = self._text(row)
+            if text.strip():
+                found, in_a_row = True, 0
+                self.conversations += isinstance(text, Conversation)
+                yield text
+                continue
+            self.empty += 1
+            in_a_row += 1
+            if in_a_row > _MAX_EMPTY_ROWS:
+                raise InputError(f"{row.place}: {_MAX_EMPTY_ROWS:,} rows without text, one after the other")
+        if not found and not self.empty:
+            raise InputError(f"{self.source}: {'the file' if Path(self.source).suffix else 'it'} is empty")
+        if not found:
+            where = "only blank lines" if column is None else f"no text in field {column!r} ({self.empty:,} rows)"
+            raise InputError(f"{self.source}: {where}", hint=None if column is None else "use --text-field")
+
+    def _text(self, row: files.Row) -> str:
+        if row.value is None:
+            return ""
+        text = row.value
+        try:
+            if not isinstance(text, str):
+                text = render(text, self.tokenizer)
+        except InputError as error:
+            raise InputError(f"{row.place}: field {row.column!r}: {error.message}", hint=error.hint) from None
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{row.place}: a lone surrogate is not text")
+        return text
+
+
+def documents(source: str, text_field: str = files.DEFAULT_FIELD, tokenizer: Any = None) -> Documents:
+    """The documents of a source: local files, or else a Hub data set `name[:config[:split]]`.
+
+    A folder gives all files in it that can be read, a pattern (`shards/*.jsonl.gz`) all that match, by name. Without a
+    column 'text', one of 'messages' is read. Only `tokenizer` can make text of messages.
+
+    Raises:
+        InputError: a file is missing, empty, binary, not of a known kind, or has no such field; no text at all.
+        AttnPruneError: the Hub data set cannot be reached.
+    """
+    if not is_local(source) and (source.startswith((".", "/", "~")) or files.readable(Path(source))):
+        raise InputError(f"{source}: no such file")
+    return Documents(source, text_field, tokenizer)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a file, a folder or a pattern; otherwise it is a Hub data set or one of our own names."""
+    return _exists(source) or _is_pattern(source)
 
 
 def source_name(source: str) -> str:
-    """How results name a source: a Hub data set by its id, a local file without its folder."""
-    return Path(source).name if Path(source).exists() else source
+    """How results name a source: a Hub data set by its id, local files without their folder."""
+    return Path(source).name if is_local(source) else source
 
 
-def documents(source: str, text_field: str = "text") -> Iterable[str]:
-    """The documents of a source: a local file by its suffix, otherwise a Hub data set `name[:config[:split]]`.
+def absolute(source: str) -> str:
+    """A local source so that it means the same from any folder; another one as it is."""
+    if not is_local(source):
+        return source
+    return str(Path(source).resolve()) if _exists(source) else os.path.abspath(source)
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a local source, by name.
 
     Raises:
-        InputError: the file is missing, empty, binary, or has no such field.
-        AttnPruneError: the Hub data set cannot be reached.
+        InputError: none that can be read, or a file of another kind that was named.
     """
     path = Path(source)
-    readers = {".txt": _read_txt, ".md": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix)
-    if reader is None and (_exists(path) or source.startswith((".", "/", "~"))):
-        raise InputError(f"{source}: not a .txt, .jsonl or .parquet file")
-    if reader is None:
-        return _read_hub(source, text_field)
-    if not _exists(path):
+    if _exists(source) and path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if _counts(file.relative_to(path)) and file.is_file())
+        found = [file for file in inside if files.readable(file)]
+        if not found:
+            raise InputError(f"{source}: no file to read in this folder", hint=_READABLE)
+        return found
+    found = [path] if _exists(source) else [Path(name) for name in sorted(glob.glob(source, recursive=True))]
+    found = [file for file in found if not file.is_dir()]
+    if not found:
         raise InputError(f"{source}: no such file")
-    return _read_file(path, reader, text_field)
+    for file in found:
+        if not files.readable(file):
+            raise InputError(f"{file}: not {_READABLE}")
+    return found
 
 
-def _exists(path: Path) -> bool:
+def check_distinct(sources: list[str]) -> None:
+    """Refuse text that is named twice: its copies would be trained on and held out.
+
+    Raises:
+        InputError: naming it.
+    """
+    seen: set[str] = set()
+    for source in sources:
+        for name in [str(file.resolve()) for file in local_files(source)] if is_local(source) else [source]:
+            if name in seen:
+                raise InputError(f"{name}: named twice by --data", hint="held-out text must not be trained on as well")
+            seen.add(name)
+
+
+def _rows(source: str, field: str) -> Iterator[files.Row]:
+    if not is_local(source):
+        return hub.rows(source, field)
+    return (row for file in local_files(source) for row in files.rows(file, field))
+
+
+def _counts(inside: Path) -> bool:
+    """Whether a file in a folder is data: not a hidden one, and not the folder's description."""
+    return not any(part.startswith(".") for part in inside.parts) and inside.name.lower() != "readme.md"
+
+
+def _exists(source: str) -> bool:
     try:
-        return path.exists()
+        return Path(source).exists()
     except (OSError, ValueError):  # no permission, name too long, a NUL in the name
         return False
 
 
-def _read_file(path: Path, reader: Callable[[Path, str], Iterable[str]], field: str) -> Iterator[str]:
-    """The reader's documents, with every way a file can fail as one line."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: not a file")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty")
-        yield from reader(path, field)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or str(error).splitlines()[0]}") from None
-
-
-def _read_txt(path: Path, _: str) -> list[str]:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line}: not UTF-8 text") from None
-    if "\0" in text:
-        raise InputError(f"{path}: line {text.count(chr(10), 0, text.index(chr(0))) + 1}: binary data (NUL byte)")
-    if not text.strip():
-        raise InputError(f"{path}: only blank lines")
-    return [text]
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    found = False
-    with path.open("rb") as lines:
-        number = 0
-        while line := lines.readline(_MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > _MAX_LINE_BYTES:
-                raise InputError(f"{path}: line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise InputError(f"{path}: line {number}: not valid JSON") from None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise InputError(f"{path}: line {number}: no text field {field!r}", hint="use --text-field")
-            if not row[field].isascii() and any("\ud800" <= c <= "\udfff" for c in row[field]):
-                raise InputError(f"{path}: line {number}: a lone surrogate is not text")
-            found = found or bool(row[field].strip())
-            yield row[field]
-    if not found:
-        raise InputError(f"{path}: no text in field {field!r}")
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            raise InputError(f"{path}: no column {field!r}", hint="use --text-field")
-        for batch in file.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if text is not None and not isinstance(text, str):
-                    raise InputError(f"{path}: column {field!r} is not text")
-                yield text or ""
-    except (pyarrow.ArrowException, OSError, ValueError):
-        raise InputError(f"{path}: not a parquet file, or a damaged one") from None
-
-
-def _read_hub(source: str, field: str) -> Iterator[str]:
-    import datasets
-
-    name, _, rest = source.partition(":")
-    subset, _, part = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(name, subset or None, split=part or "train", streaming=True)
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise InputError(
-                    f"{source}: no text field {field!r}", hint=f"fields: {', '.join(row)}; use --text-field"
-                )
-            yield row[field]
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises a dozen unrelated types when the Hub is out of reach
-        raise AttnPruneError(
-            f"{source}: cannot read this data set from the Hub: {type(error).__name__}",
-            hint="give a local file with --data FILE.txt, or --data self to train on the model's own text",
-        ) from error
+def _is_pattern(source: str) -> bool:
+    """`*` and `?` are in no Hub name; `[` is in a slice of a split, so there must be such files."""
+    if not glob.has_magic(source):
+        return False
+    return "*" in source or "?" in source or bool(glob.glob(source, recursive=True))

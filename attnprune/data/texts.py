@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from attnprune.data.blocks import IGNORED_LABEL, Blocks, pack, split
+from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source, mix, pack, split
 from attnprune.data.sampling import cache_folder, self_written
-from attnprune.data.sources import documents, source_name
+from attnprune.data.sources import check_distinct, documents, is_local, local_files, source_name
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
@@ -18,7 +19,7 @@ DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 
 
 def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple[Blocks, Blocks]:
-    """(train, held-out) blocks of a resolved run.
+    """(train, held-out) blocks of a resolved run; those of several sources are mixed in proportion to their sizes.
 
     `model` is the base, dense; `model_key`, its content fingerprint, matters only for the source 'self'.
 
@@ -26,24 +27,51 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
         InputError: no such text, too little of it, or a token that the model does not have.
     """
     text, train = config.data, config.train
-    if (text.source == "task") != (config.model.name == DEMO):
+    if ("task" in text.sources) != (config.model.name == DEMO) or ("task" in text.sources and len(text.sources) > 1):
         raise InputError(
-            f"{text.source}: the bundled model reads its own task and nothing else", hint="leave out --data"
+            f"{text.described}: the bundled model reads its own task and nothing else", hint="leave out --data"
         )
-    if text.source == "task":
+    if text.sources == ["task"]:
         return addition_task(tokenizer)
-    if text.source == "self":
-        wanted = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
-        blocks = self_written(model, tokenizer, text.seq_len, wanted, train.seed, cache_folder(), model_key)
-    else:
-        # A local file is read whole, so that blocks come from all of it; a stream only as far as the run needs.
-        streamed = source_name(text.source) == text.source
-        wanted = train.steps * train.batch_size * text.seq_len if streamed else text.train_tokens
-        limit = min(text.train_tokens, wanted) + text.eval_tokens
-        texts = documents(text.source, text.text_field)
-        blocks = pack(texts, tokenizer, text.seq_len, limit, source_name(text.source))
+    check_distinct(text.sources)
+    # Local files are read whole, so that blocks come from all of them; what has no end only as far as the run needs.
+    limit = text.train_tokens + text.eval_tokens
+    needed = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
+    share = -(-needed // len(text.sources))
+    parts: dict[str, Blocks] = {}
+    for source in text.sources:
+        if source == "self":
+            blocks = self_written(model, tokenizer, text.seq_len, share, train.seed, cache_folder(), model_key)
+            parts[source] = replace(blocks, sources=(Source("self", blocks.input_ids.numel()),))
+        else:
+            tokens = limit if is_local(source) else share
+            parts[source] = read_blocks(source, text.text_field, tokenizer, text.seq_len, tokens)
+    blocks = mix(list(_cut(parts, limit).values()))
     check_tokens(blocks.input_ids, tokenizer, model.config.vocab_size, blocks.name)
     return split(blocks, text.eval_tokens, train.seed)
+
+
+def _cut(parts: dict[str, Blocks], limit: int) -> dict[str, Blocks]:
+    """The parts, those of local files cut in proportion to their bytes where together they are beyond the limit."""
+    sizes = {source: sum(file.stat().st_size for file in local_files(source)) for source in parts if is_local(source)}
+    tokens = {source: blocks.input_ids.numel() for source, blocks in parts.items()}
+    room = limit - sum(count for source, count in tokens.items() if source not in sizes)
+    if len(parts) == 1 or sum(tokens[source] for source in sizes) <= room:
+        return parts
+    cut = dict(parts)
+    for source, size in sizes.items():
+        rows = max(1, room * size // sum(sizes.values()) // parts[source].seq_len)
+        kept = parts[source].take(torch.arange(min(rows, len(parts[source]))))
+        [counted] = kept.sources
+        cut[source] = replace(kept, sources=(replace(counted, tokens=kept.input_ids.numel()),))
+    return cut
+
+
+def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_tokens: int) -> Blocks:
+    """Blocks of the text that one source holds, at most `max_tokens`."""
+    texts = documents(source, text_field, tokenizer)
+    blocks = pack(texts, tokenizer, seq_len, max_tokens, source_name(source))
+    return replace(blocks, sources=(Source(blocks.name, blocks.input_ids.numel(), texts.empty, texts.conversations),))
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

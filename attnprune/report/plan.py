@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from attnprune.report.tables import facts_table
 from attnprune.training.constraint import constraint_text
-from attnprune.units import duration, size
+from attnprune.units import duration, percent, size
 
 if TYPE_CHECKING:
     from attnprune.training.plan import Plan
@@ -25,6 +26,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "eval_tokens": plan.eval_tokens,
         "seconds_per_1000_steps": plan.seconds_per_1000_steps,
         "memory_bytes": plan.memory_bytes,
+        "passes": plan.passes,
+        "sources": [asdict(source) for source in plan.sources],
         "notes": plan.notes,
     }
 
@@ -33,14 +36,15 @@ def plan_table(plan: Plan) -> Table:
     """What the run is about to do."""
     config = plan.config
     total = plan.seconds_per_1000_steps * config.train.steps / 1000
-    passes = plan.tokens_per_step * config.train.steps / plan.train_tokens
     rows = [
         ("model", f"{config.model.name}, {size(plan.total, '')} parameters, on {config.model.device}"),
         ("trains", f"{config.train.scope}: {size(plan.trainable, '')} parameters"),
         (
             "data",
-            f"{config.data.source}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out, {passes:.3g} passes",
+            f"{config.data.described}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out, "
+            f"{plan.passes:.3g} passes",
         ),
+        *_shares(plan),
         ("step", f"{plan.tokens_per_step:,} tokens, {config.data.seq_len} per block, {config.train.precision}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
         ("memory", f"about {size(plan.memory_bytes)}"),
@@ -51,6 +55,13 @@ def plan_table(plan: Plan) -> Table:
         ("output", config.output.folder),
     ]
     return facts_table("Plan", rows + [("note", note) for note in plan.notes])
+
+
+def _shares(plan: Plan) -> list[tuple[str, str]]:
+    """A row for each of several sources."""
+    total = sum(source.tokens for source in plan.sources)
+    shares = [("", f"{s.name}: {s.tokens:,} tokens, {percent(s.tokens / total)}") for s in plan.sources]
+    return shares if len(shares) > 1 else []
 
 
 def _limit(config: Any) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attnprune.errors import InputError
 
@@ -42,8 +42,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which text, and how it is cut into blocks."""
 
-    source: str = Field(
-        default="auto", description="Hub data set [:config[:split]], .txt/.jsonl/.parquet, 'self', 'task' or auto"
+    source: str | list[str] = Field(
+        default="auto",
+        description="Hub data set [:config[:split]], file, folder or pattern, 'self', 'task', auto; or a list to mix",
     )
     text_field: str = Field(default="text", description="column of .jsonl, .parquet and Hub data sets")
     seq_len: Annotated[int, Field(ge=0)] = Field(
@@ -51,6 +52,24 @@ class DataConfig(Section):
     )
     train_tokens: Count = Field(default=50_000_000, description="upper limit of training tokens that are read")
     eval_tokens: Count = Field(default=16_384, description="held-out tokens of the evaluation split")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_name_stays_a_string(cls, value: Any) -> Any:
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"a name or a list of names is needed (got {value!r})")
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def sources(self) -> list[str]:
+        """All sources, also where there is one."""
+        return self.source if isinstance(self.source, list) else [self.source]
+
+    @property
+    def described(self) -> str:
+        """All sources in one line."""
+        return " + ".join(self.sources)
 
 
 class GateConfig(Section):

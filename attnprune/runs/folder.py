@@ -37,7 +37,7 @@ def output_folder(config: RunConfig) -> Path:
     if config.output.folder:
         return Path(os.path.normpath(config.output.folder))
     name = Path(config.model.name)
-    return Path(f"{name.stem if name.suffix == '.gguf' else name.name}-attnprune")
+    return Path(f"{name.stem if name.suffix.lower() == '.gguf' else name.name}-attnprune")
 
 
 def check_output(folder: Path) -> None:
@@ -79,12 +79,13 @@ def without_local_paths(config: RunConfig) -> RunConfig:
     def last(name: str) -> str:
         return os.path.basename(os.path.normpath(name)) if os.path.exists(name) or os.path.isabs(name) else name
 
+    sources = [last(source) for source in config.data.sources]
     return config.model_copy(
         update={
             "model": config.model.model_copy(
                 update={"name": last(config.model.name), "init": config.model.init and last(config.model.init)}
             ),
-            "data": config.data.model_copy(update={"source": last(config.data.source)}),
+            "data": config.data.model_copy(update={"source": sources if len(sources) > 1 else sources[0]}),
             "output": config.output.model_copy(update={"folder": ""}),
         }
     )

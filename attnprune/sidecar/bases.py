@@ -110,7 +110,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     path = Path(name)
     if name == DEMO:
         return "bundled", str(demo_folder()), {}
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"{name}: no such file")
         return "gguf", str(path.parent), {"gguf_file": path.name}

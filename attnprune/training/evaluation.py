@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from attnprune.data.blocks import Blocks, pack
+from attnprune.data.blocks import Blocks
 from attnprune.data.sampling import cache_folder, self_written
-from attnprune.data.sources import documents, source_name
-from attnprune.data.texts import addition_task, load_blocks
+from attnprune.data.texts import addition_task, load_blocks, read_blocks
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.measure import Report, measure
@@ -68,7 +67,7 @@ def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, t
     if source == "task":
         blocks = addition_task(base.tokenizer)[1]
     else:
-        blocks = pack(documents(source, text_field), base.tokenizer, seq_len, tokens, source_name(source))
+        blocks = read_blocks(source, text_field, base.tokenizer, seq_len, tokens)
     check_tokens(blocks.input_ids, base.tokenizer, base.model.config.vocab_size, blocks.name)
     return blocks
 
@@ -82,5 +81,5 @@ def held_out_split(sidecar: Sidecar, base: bases.BaseModel) -> Blocks:
     config = load_run_file(sidecar.path / RUN_FILE)
     _, held_out = load_blocks(config, base.model, base.tokenizer, model_key(sidecar.manifest.base.model_dump()))
     if held_out.fingerprint != sidecar.manifest.result.data_sha256:
-        raise InputError(f"{config.data.source}: not the text this sidecar was measured on", hint="give --data FILE")
+        raise InputError(f"{config.data.described}: not the text this sidecar was measured on", hint="give --data FILE")
     return held_out

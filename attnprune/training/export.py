@@ -53,7 +53,7 @@ def export(
         "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
         "weights": entry.model_dump(exclude_none=True),
         "files": file_entries(staging),
-        "result": result_entry(report, config, held_out.fingerprint),
+        "result": result_entry(report, config, held_out),
         "probe": measure_probe(sparse, *probe).model_dump(),
     }
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
@@ -119,15 +119,17 @@ def changed_weights(
     return state, None, format.WeightsEntry(kind="delta", tensors=len(state))
 
 
-def result_entry(report: Report, config: RunConfig, data_sha256: str) -> dict[str, Any]:
+def result_entry(report: Report, config: RunConfig, held_out: Blocks) -> dict[str, Any]:
     """The manifest's `result` of a measured artefact."""
     constraint = constraint_of(config)
     assert report.kl is not None
     assert report.density is not None
     value = constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
     left_out = ("heads", "agreement")
+    sources = [{"data": source.name, "tokens": source.tokens} for source in held_out.sources]
     return {key: v for key, v in asdict(report).items() if key not in left_out} | {
-        "data_sha256": data_sha256,
+        "data_sha256": held_out.fingerprint,
+        **({"sources": sources} if len(sources) > 1 else {}),
         "steps": config.train.steps,
         "seed": config.train.seed,
         "constraint": constraint.kind,

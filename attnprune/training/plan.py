@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from attnprune.attention.interface import gates_of
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import Blocks, Source
 from attnprune.measure import Reference, token_losses
 from attnprune.runs.config import RunConfig
 from attnprune.training.trainer import compares_with_base
+
+MAX_PASSES = 20  # over the training text, without a warning
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Plan:
         tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
         seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, times 1000.
         memory_bytes: peak memory of that pass plus optimiser state.
-        notes: choices made for the user, one line each.
+        sources: what each source of text gave, before some was held out.
+        notes: choices made for the user and warnings, one line each.
     """
 
     config: RunConfig
@@ -38,7 +41,13 @@ class Plan:
     eval_tokens: int
     seconds_per_1000_steps: float
     memory_bytes: int
+    sources: tuple[Source, ...]
     notes: list[str]
+
+    @property
+    def passes(self) -> float:
+        """How often the run reads its training text."""
+        return self.tokens_per_step * self.config.train.steps / self.train_tokens
 
 
 def make_plan(
@@ -68,7 +77,7 @@ def make_plan(
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Plan(
+    plan = Plan(
         config=config,
         trainable=trainable,
         total=sum(p.numel() for p in model.parameters()),
@@ -77,5 +86,23 @@ def make_plan(
         eval_tokens=held_out.input_ids.numel(),
         seconds_per_1000_steps=1000 * seconds * math.ceil(settings.batch_size / micro),
         memory_bytes=peak + 8 * trainable,
-        notes=notes,
+        sources=train.sources,
+        notes=notes + _text_notes(train.sources),
     )
+    if plan.passes > MAX_PASSES and plan.sources:
+        plan.notes.append(
+            f"warning: {plan.passes:.0f} passes over the text; beyond {MAX_PASSES} a model learns it by heart: "
+            "give more text (--data, several times if need be) or fewer --steps"
+        )
+    return plan
+
+
+def _text_notes(sources: tuple[Source, ...]) -> list[str]:
+    """What was done to the rows of each source."""
+    skipped = [f"{s.name}: {s.empty_rows:,} empty rows skipped" for s in sources if s.empty_rows]
+    chats = [
+        f"{s.name}: {s.conversations:,} conversations, as the model's chat template writes them"
+        for s in sources
+        if s.conversations
+    ]
+    return [f"data: {note}" for note in skipped + chats]

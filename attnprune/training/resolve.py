@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from attnprune.data.sources import absolute
 from attnprune.data.texts import DEFAULT_HUB_DATASET
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
@@ -26,12 +27,13 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
         raise InputError("several processes: training runs on one process", hint="leave out torchrun")
     if train.precision == "auto":
         train.precision = "bf16" if model.device == "cuda" else "fp32"
-    if text.source == "auto":
-        text.source = DEFAULT_HUB_DATASET
-        notes.append(f"data: {text.source}, because general web text is closest to what open models were trained on")
+    if "auto" in text.sources:
+        text.source = [DEFAULT_HUB_DATASET if source == "auto" else source for source in text.sources]
+        notes.append(f"data: {DEFAULT_HUB_DATASET}, because general web text is closest to what models were trained on")
     config.output.folder = str(output_folder(config))
     # run.toml must mean the same from any folder
-    for section, key, ours in ((model, "name", DEMO), (model, "init", None), (text, "source", "task")):
+    text.source = [absolute(source) for source in text.sources]
+    for section, key, ours in ((model, "name", DEMO), (model, "init", None)):
         if getattr(section, key) not in (ours, None) and Path(getattr(section, key)).exists():
             setattr(section, key, str(Path(getattr(section, key)).resolve()))
     if base is None:

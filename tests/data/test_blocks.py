@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from attnprune.data import blocks
-from attnprune.data.blocks import IGNORED_LABEL, Blocks, _pieces, pack, split
+from attnprune.data import tokens
+from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source, mix, pack, split
+from attnprune.data.chat import Conversation
 from tests.helpers.factory import refused
 from tests.helpers.texts import BOS, EOS, byte_tokenizer, prose
 
@@ -80,37 +82,113 @@ def test_no_more_than_max_tokens_and_no_endless_reading(max_tokens, rows):
     assert taken["documents"] <= max_tokens // 11 + 2
 
 
-def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(monkeypatch):
-    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 100)
-    tokenizer, seen = byte_tokenizer(), Counter()
-
-    def counting(texts, **options):
-        seen["characters"] += len("".join(texts))
-        return tokenizer(texts, **options)
-
-    for attribute in ("bos_token_id", "eos_token_id"):
-        setattr(counting, attribute, getattr(tokenizer, attribute))
-    assert len(pack([prose(20_000)], counting, 10, 500, "name")) == 50
-    assert seen["characters"] < 2000
+# Long documents
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "ab\n" * 100, "y" * 500, "\n" * 300, prose(5000), "ä日" * 99 + "\n" + "z" * 64]
-)
-def test_pieces_join_to_the_document(monkeypatch, text):
-    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 64)
-    pieces, last = zip(*_pieces(text), strict=True)
-    assert "".join(pieces) == text
-    assert all(len(piece) <= 64 for piece in pieces)
-    assert last == (*[False] * (len(pieces) - 1), True)
+class Counting:
+    """A tokenizer that counts the characters it is given; `fast` as its own, or one that knows no places of tokens."""
+
+    def __init__(self, tokenizer, fast):
+        self.tokenizer, self.is_fast, self.characters = tokenizer, fast, 0
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def __call__(self, texts, **options):
+        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
+        return self.tokenizer(texts, **options)
 
 
-def test_blocks_do_not_depend_on_how_many_pieces_are_tokenized_at_once(monkeypatch):
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(tokens, "WINDOW", 512)
+    monkeypatch.setattr(tokens, "_OVERLAP", 128)
+
+
+def whole(document, tokenizer):
+    return [token for piece in tokens.whole_document(document, tokenizer, "name") for token in piece]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_long_document_is_not_tokenized_far_beyond_max_tokens(small_windows, fast):
+    tokenizer = Counting(byte_tokenizer(), fast)
+    assert len(pack([prose(200_000)], tokenizer, 10, 500, "name")) == 50
+    assert tokenizer.characters < 20_000
+
+
+PIECES = {
+    "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "bytes with a space in front": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "words, the first with a space": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "words, all with a space": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "no words": None,
+}
+TEXTS = {
+    "prose": prose(6000, seed=1),
+    "lines of Windows": prose(3000, seed=2).replace("\n", "\r\n"),
+    "one letter": "a" * 3001,
+    "a run between words": prose(900) + "a" * 1501 + " " + prose(900),
+    "runs of spaces and line ends": prose(700) + " " * 1203 + prose(700) + "\n" * 1403 + prose(300),
+    "rules": ("=" * 397 + "\n") * 9,
+    "no words": "".join(random.Random(3).choices("abcde", k=3000)),
+    "other scripts": "".join(random.Random(4).choices("äöü日本語、。🙂👩‍👩‍👧 é e\u0301 \n\t.,", k=3000)),
+    "special tokens": "".join(random.Random(5).choices(["</s>", "</ s>", " a", "b "], k=1500)),
+}
+
+
+@pytest.fixture(scope="module", params=PIECES)
+def any_tokenizer(request):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if PIECES[request.param] is not None:
+        tokenizer.pre_tokenizer = PIECES[request.param]
+    else:  # as in Llama 2: the whole text is one word
+        space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(space)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=["<unk>", "</s>"],
+    )
+    runs = ["a" * 40, " " * 60, "\n" * 30, "=" * 50]
+    tokenizer.train_from_iterator([prose(20_000), *runs * 3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_long_document_has_the_tokens_of_one_call(small_windows, any_tokenizer, text):
+    for document in (TEXTS[text], TEXTS[text][3:]):
+        expected = any_tokenizer(document, add_special_tokens=False)["input_ids"]
+        assert whole(document, any_tokenizer) == expected
+        assert pack([document], any_tokenizer, 1, 10**9, "name").input_ids.flatten().tolist()[:-1] == expected
+
+
+@pytest.mark.parametrize("name", ["bytes with a space in front", "words, all with a space"])
+def test_no_space_is_put_into_a_document_of_real_length(name):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = PIECES[name]
+    trainer = trainers.WordLevelTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False)
+    text = prose(300_000, seed=6)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert whole(text, tokenizer) == tokenizer(text)["input_ids"]
+
+
+def test_a_tokenizer_that_knows_no_places_gives_the_tokens_of_one_call(monkeypatch):
+    monkeypatch.setattr(tokens, "WINDOW", 2000)
+    monkeypatch.setattr(tokens, "_OVERLAP", 200)
+    text, tokenizer = prose(10_000), trained_tokenizer()
+    assert whole(text, Counting(tokenizer, False)) == tokenizer(text)["input_ids"]
+
+
+def test_characters_without_end_are_refused(small_windows, monkeypatch):
+    monkeypatch.setattr(tokens, "_MAX_WINDOW", 4000)
+    refused(lambda: pack(["a" * 20_000], byte_tokenizer(), 8, 10**6, "name"), "name: ", "without the end of a word")
+
+
+def test_blocks_do_not_depend_on_how_many_windows_are_tokenized_at_once(small_windows, monkeypatch):
     tokenizer = trained_tokenizer()
-    monkeypatch.setattr(blocks, "_PIECE_CHARACTERS", 64)
-    texts = [prose(700, seed) for seed in range(9)] + ["", "x"]
+    texts = [prose(5000, seed) for seed in range(3)] + ["", "x", prose(100)]
     together = pack(texts, tokenizer, 16, 10**6, "name")
-    monkeypatch.setattr(blocks, "_PIECES_AT_ONCE", 1)
+    monkeypatch.setattr(tokens, "_WINDOWS_AT_ONCE", 1)
     assert pack(texts, tokenizer, 16, 10**6, "name").fingerprint == together.fingerprint
 
 
@@ -128,16 +206,32 @@ def trained_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
-def test_a_long_document_gives_almost_the_tokens_of_one_call():
-    tokenizer, text = trained_tokenizer(), prose(200_000, seed=1)
-    whole = tokenizer(text)["input_ids"]
-    pieces = [piece for piece, _ in _pieces(text)]
-    assert len(pieces) > 2  # 64 Ki characters each
-    in_pieces = pack([text], tokenizer, 1, 10**9, "name").input_ids.flatten().tolist()
-    assert tokenizer.decode(in_pieces[:-1]) == text
-    assert abs(len(in_pieces) - 1 - len(whole)) <= 2 * len(pieces)
-    first = int(0.99 * len(tokenizer(pieces[0])["input_ids"]))
-    assert in_pieces[:first] == whole[:first]
+# Conversations end as their template ends them
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_conversation_is_neither_closed_nor_opened_twice(adds_bos):
+    tokenizer = byte_tokenizer(adds_bos)
+    chat = Conversation("<s>abc<s>")
+    blocks = pack([chat, Conversation("def"), "gh"], tokenizer, 5, 100, "name")
+    stream = [BOS, *ids_of("abc"), BOS, *ids_of("def"), *ids_of("gh"), EOS]
+    if adds_bos:
+        assert blocks.input_ids.tolist() == [stream[:5], [BOS, *stream[5:9]]]
+    else:
+        assert blocks.input_ids.flatten().tolist() == stream[:10]
+
+
+# Mixing
+
+
+def test_a_mixture_has_all_blocks_of_its_parts():
+    ids = torch.arange(32).reshape(8, 4)
+    parts = [Blocks(ids[:6], -ids[:6], "a", (Source("a", 24),)), Blocks(ids[6:], -ids[6:], "b", (Source("b", 8, 3),))]
+    mixed = mix(parts)
+    assert (mixed.name, mixed.sources) == ("a + b", (Source("a", 24), Source("b", 8, empty_rows=3)))
+    assert torch.equal(mixed.input_ids, ids)
+    assert torch.equal(mixed.labels, -ids)
+    assert mix(parts[:1]) is parts[0]
 
 
 # Blocks and split

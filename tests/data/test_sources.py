@@ -1,9 +1,9 @@
-"""Reading text: files of every kind, Hub data sets, and every bad input as one line."""
+"""Reading text: files of every kind, folders, patterns, and one rule for rows without text."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import gzip
+import itertools
 
 import pyarrow
 import pyarrow.parquet
@@ -12,14 +12,8 @@ import pytest
 from attnprune.data import sources
 from attnprune.data.blocks import pack
 from attnprune.data.sources import documents
-from attnprune.errors import AttnPruneError, InputError
 from tests.helpers.factory import refused
-from tests.helpers.texts import byte_tokenizer
-
-
-def read(path, *field):
-    return list(documents(str(path), *field))
-
+from tests.helpers.texts import COMPRESS, EOS, byte_tokenizer, read
 
 # Reading files that are fine
 
@@ -28,13 +22,13 @@ def read(path, *field):
 def test_a_text_file_is_one_document(tmp_path, suffix):
     file = tmp_path / f"a{suffix}"
     file.write_bytes("Grüße\n\n日本\r\n".encode())
-    assert read(file) == ["Grüße\n\n日本\r\n"]
+    assert read(file) == ["Grüße\n\n日本\n"]
 
 
 def test_jsonl_gives_one_document_a_line_and_skips_blank_lines(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes('{"text": "ä\\n", "n": 1}\r\n\n   \n{"text": ""}\n{"text": "last line without newline"}'.encode())
-    assert read(file) == ["ä\n", "", "last line without newline"]
+    assert read(file) == ["ä\n", "last line without newline"]
 
 
 def test_jsonl_of_another_field(tmp_path):
@@ -47,7 +41,7 @@ def test_parquet_gives_one_document_a_row(tmp_path):
     file = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["ä", "", "b"], "other": [1, 2, 3]})
     pyarrow.parquet.write_table(table, file)
-    assert read(file) == ["ä", "", "b"]
+    assert read(file) == ["ä", "b"]
 
 
 @pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
@@ -57,227 +51,135 @@ def test_parquet_of_other_string_types_and_field_names(tmp_path, kind):
     assert read(file, "body") == ["x", "y"]
 
 
-# Reading files that are not
+# One rule for rows without text
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.parquet", "missing/a.txt"])
-def test_a_missing_file_is_refused(tmp_path, name):
-    refused(lambda: read(tmp_path / name), "no such file")
+def test_rows_that_are_null_or_blank_are_skipped_and_counted(source_of):
+    texts = documents(source_of([None, "a", "", None, " \n\t", "b", None]))
+    assert list(texts) == ["a", "b"]
+    assert texts.empty == 5
+    assert list(texts) == ["a", "b"]  # counted anew
+    assert texts.empty == 5
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.parquet"])
-def test_an_empty_file_is_refused(tmp_path, name):
-    (tmp_path / name).touch()
-    refused(lambda: read(tmp_path / name), "empty")
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_folder_is_refused(tmp_path, name):
-    (tmp_path / name).mkdir()
-    refused(lambda: read(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.txt.gz", "a", "a.TXT", "folder"])
-def test_an_existing_file_with_another_suffix_is_refused(tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    if name != "folder":
-        (tmp_path / name).write_text("text")
-    refused(lambda: read(tmp_path / name), "not a .txt, .jsonl or .parquet file")
-
-
-@pytest.mark.parametrize("source", ["./nothing", "/nothing/here", "~/nothing", "../nothing"])
-def test_a_path_is_never_taken_for_a_hub_data_set(source):
-    refused(lambda: list(documents(source)))
-
-
-@pytest.mark.parametrize("source", ["x" * 300, "x" * 300 + ".txt", "./" + "x" * 300])
-def test_a_name_too_long_for_the_file_system_is_no_crash(source):
-    with pytest.raises(AttnPruneError):
-        list(documents(source))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param(b"   \n\t\n\n", "only blank lines", id="blank"),
-        pytest.param(b"one\ntwo\nthr\0ee\n", "line 3: binary data", id="nul"),
-        pytest.param(b"\0" * 1000, "line 1: binary data", id="nul-first"),
-        pytest.param(b"one\ntwo\xff\n", "line 2: not UTF-8", id="latin-1"),
-        pytest.param("text\n".encode("utf-16"), "line 1: not UTF-8", id="utf-16"),
-        pytest.param("日本".encode()[:-1], "line 1: not UTF-8", id="cut-character"),
-        pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "line 1: not UTF-8", id="png"),
-    ],
-)
-def test_bad_text_is_refused_with_its_line(tmp_path, content, message):
-    file = tmp_path / "a.txt"
-    file.write_bytes(content)
-    refused(lambda: read(file), message)
-
-
-GOOD_LINE = b'{"text": "fine"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param(GOOD_LINE + b"\n" + b'{"text": \n', "line 3: not valid JSON", id="truncated"),
-        pytest.param(GOOD_LINE + b"plain text\n", "line 2: not valid JSON", id="not-json"),
-        pytest.param(GOOD_LINE * 2 + b'{"text": "\xff"}\n', "line 3: not valid JSON", id="invalid-utf8"),
-        pytest.param(GOOD_LINE + b"\0\0\0\0\n", "line 2: not valid JSON", id="nul"),
-        pytest.param(GOOD_LINE + b"[" * 100_000 + b"\n", "line 2: not valid JSON", id="deep"),
-        pytest.param(b'{"a": ' + b"9" * 5000 + b"}\n", "line 1: not valid JSON", id="long-number"),
-        pytest.param('{"text": "x"}\n'.encode("utf-16"), "line 1", id="utf-16"),
-        pytest.param(GOOD_LINE + b'{"body": "x"}\n', "line 2: no text field 'text'", id="no-field"),
-        pytest.param(b'{"text": 5}\n', "line 1: no text field", id="number"),
-        pytest.param(b'{"text": null}\n', "line 1: no text field", id="null"),
-        pytest.param(b'{"text": ["x"]}\n', "line 1: no text field", id="list-field"),
-        pytest.param(b'["text"]\n', "line 1: no text field", id="list"),
-        pytest.param(b'"text"\n', "line 1: no text field", id="string"),
-        pytest.param(b'{"text": " \\n"}\n{"text": ""}\n', "no text in field", id="only-blank"),
-        pytest.param(b"\n  \n", "no text in field", id="blank-lines"),
-    ],
-)
-def test_bad_jsonl_is_refused_with_its_line(tmp_path, content, message):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(content)
-    refused(lambda: read(file), message)
-
-
-def test_a_70_megabyte_line_is_refused(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(GOOD_LINE)
-    with file.open("r+b") as out:
-        out.truncate(70 << 20)  # sparse: the rest is one line of NULs
-    refused(lambda: read(file), "line 2: longer than 64 MiB")
-
-
-def test_a_line_up_to_the_limit_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_LINE_BYTES", 100)
-    file = tmp_path / "a.jsonl"
-    line = json.dumps({"text": "x" * 87}) + "\n"
-    file.write_text(line)
-    assert len(line) == 100
-    assert read(file) == ["x" * 87]
-    file.write_text(json.dumps({"text": "x" * 88}) + "\n")
-    refused(lambda: read(file), "line 1: longer than")
-
-
-def test_a_lone_surrogate_is_refused_or_replaced_but_never_a_crash(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "\\ud800 and some more text"}\n')
-    with contextlib.suppress(InputError):
-        assert len(pack(documents(str(file)), byte_tokenizer(), 4, 100, "a"))
-
-
-def parquet_bytes():
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["hello world"] * 3}), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def overwritten(start, stop, value=0xFF):
-    raw = bytearray(parquet_bytes())
-    raw[start:stop] = bytes([value]) * len(raw[start:stop])
-    return bytes(raw)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(b"hello", id="text"),
-        pytest.param(b"x" * 5000, id="no-magic"),
-        pytest.param(parquet_bytes()[: len(parquet_bytes()) // 2], id="truncated"),
-        pytest.param(b"PAR1" + bytes(8) + b"PAR1", id="empty-footer"),
-        pytest.param(overwritten(-30, -8), id="damaged-footer"),
-        pytest.param(overwritten(4, 60), id="damaged-page"),
-    ],
-)
-def test_a_damaged_parquet_file_is_refused(tmp_path, content):
-    file = tmp_path / "a.parquet"
-    file.write_bytes(content)
-    refused(lambda: read(file), str(file))
-
-
-def test_parquet_without_the_column_is_refused(tmp_path):
-    file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), file)
-    error = refused(lambda: read(file), "no column 'text'")
+@pytest.mark.parametrize("rows", [[None] * 3, ["", " ", "\n"], [None, ""]])
+def test_rows_without_any_text_are_refused(source_of, rows):
+    error = refused(lambda: list(documents(source_of(rows))), f"no text in field 'text' ({len(rows)} rows)")
     assert "--text-field" in error.hint
 
 
-@pytest.mark.parametrize("column", [[1, 2], [["x"]], [{"a": "x"}], [b"bytes"]], ids=["int", "list", "struct", "bytes"])
-def test_a_parquet_column_that_is_not_text_is_refused(tmp_path, column):
-    file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
-    refused(lambda: read(file), "not text")
+def test_endless_rows_without_text_are_refused(source_of, monkeypatch):
+    monkeypatch.setattr(sources, "_MAX_EMPTY_ROWS", 20)
+    rows = ["x"] + [None] * 20 + ["y"] + [""] * 21 + ["z"]
+    source = source_of(rows)
+    assert list(itertools.islice(documents(source), 2)) == ["x", "y"]
+    refused(lambda: list(documents(source)), "20 rows without text")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "closed/a.txt"])
-def test_a_file_without_permission_is_refused(as_nobody, name):
-    folder, switch = as_nobody
-    (folder / "closed").mkdir()
-    (folder / name).write_text("text")
-    (folder / name).chmod(0)
-    (folder / "closed").chmod(0)
-    switch()
-    refused(lambda: read(folder / name), str(folder / name))
+def test_no_token_is_made_of_a_row_without_text(source_of):
+    blocks = pack(documents(source_of([None, "ab", None, None, "cd", ""])), byte_tokenizer(), 2, 100, "name")
+    assert blocks.input_ids.flatten().tolist().count(EOS) == 2
 
 
-# Hub data sets
+# Text as editors and systems write it
 
 
-def test_a_hub_data_set_out_of_reach_fails_with_a_way_out():
-    with pytest.raises(AttnPruneError) as caught:
-        list(documents("no-such-organisation/no-such-set"))
-    assert caught.value.exit_code == 1
-    assert not isinstance(caught.value, InputError)
-    assert caught.value.message.startswith("no-such-organisation/no-such-set: cannot read")
-    assert len(caught.value.message.splitlines()) == 1
-    assert "--data" in caught.value.hint
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_text(tmp_path):
+    for number, content in enumerate(
+        [b"a\nb\n\nc", b"\xef\xbb\xbfa\r\nb\r\n\r\nc", b"a\rb\r\n\nc", b"\xef\xbb\xbfa\nb\n\nc"]
+    ):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes(content)
+        assert read(file) == ["a\nb\n\nc"]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no\nroute"), FileNotFoundError("x"), ValueError("bad"), OSError()])
-@pytest.mark.parametrize("rows_before", [0, 2])
-def test_any_hub_failure_is_one_error(monkeypatch, error, rows_before):
-    def load_dataset(*args, **kwargs):
-        if not rows_before:
-            raise error
-        return stream()
+def test_a_byte_order_mark_in_front_of_jsonl(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n\xef\xbb\xbf\r\n{"text": "y\\r\\n"}\r\n')
+    assert read(file) == ["x", "y\r\n"]  # what a row says is its own
 
-    def stream():
-        yield from [{"text": "x"}] * rows_before
-        raise error
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(AttnPruneError) as caught:
-        list(documents("some/set"))
-    assert caught.value.exit_code == 1
-    assert len(caught.value.message.splitlines()) == 1
+@pytest.mark.parametrize("suffix", [".TXT", ".Md", ".JSONL", ".Parquet", ".TXT.GZ", ".JsonL.Xz", ".jsonl.ZST"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, suffix):
+    plain = tmp_path / "plain"
+    if suffix == ".Parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["hello"]}), plain)
+    else:
+        plain.write_text('{"text": "hello"}' if "json" in suffix.lower() else "hello")
+    file = tmp_path / f"A{suffix}"
+    file.write_bytes(COMPRESS.get(suffix.lower()[-4:].lstrip("lt"), bytes)(plain.read_bytes()))
+    assert read(file) == ["hello"]
+
+
+# Folders and patterns
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Four files that can be read, and others."""
+    folder = tmp_path / "shards"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    (folder / "b.jsonl").write_text('{"text": "b1"}\n{"text": null}\n{"text": "b2"}\n')
+    (folder / "a.TXT").write_text("a")
+    (folder / "deep" / "c.md.gz").write_bytes(gzip.compress(b"c"))
+    (folder / "empty.txt").write_text(" \n")
+    for name in ("README.md", "d.json", ".hidden.txt", ".cache/e.txt"):
+        (folder / name).write_text("no")
+    return folder
+
+
+def test_a_folder_gives_all_its_files_by_name(shards):
+    texts = documents(str(shards))
+    assert list(texts) == ["a", "b1", "b2", "c"]
+    assert texts.empty == 2
+    assert read(f"{shards}/") == ["a", "b1", "b2", "c"]
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
+    ("pattern", "expected"),
     [
-        ("some/set", ("some/set", None, "train")),
-        ("some/set:sub", ("some/set", "sub", "train")),
-        ("some/set:sub:validation", ("some/set", "sub", "validation")),
-        ("some/set::test", ("some/set", None, "test")),
+        ("*.jsonl", ["b1", "b2"]),
+        ("[ab].*", ["a", "b1", "b2"]),
+        ("?.TXT", ["a"]),
+        ("**/*.md.gz", ["c"]),
+        ("deep/*", ["c"]),
     ],
 )
-def test_a_hub_source_names_set_configuration_and_split(monkeypatch, source, expected):
-    seen = []
-
-    def load_dataset(name, subset, *, split, streaming):
-        seen.append((name, subset, split))
-        assert streaming
-        return iter([{"text": "x"}, {"text": "y"}])
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert list(documents(source)) == ["x", "y"]
-    assert seen == [expected]
+def test_a_pattern_gives_the_files_that_match(shards, pattern, expected):
+    assert read(shards / pattern) == expected
 
 
-def test_a_hub_data_set_without_the_field_is_refused_with_its_fields(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: iter([{"body": "x", "id": 1}]))
-    error = refused(lambda: list(documents("some/set")), "no text field 'text'")
-    assert "body, id" in error.hint
+def test_a_pattern_of_nothing_or_of_other_files_is_refused(shards):
+    refused(lambda: read(shards / "*.parquet"), "*.parquet: no such file")
+    refused(lambda: read(shards / "x[12].txt"), "no such file")
+    refused(lambda: read(shards / "d.*"), "d.json: not a .txt")
+    (shards / "none").mkdir()
+    refused(lambda: read(shards / "none"), "none: no file to read in this folder")
+
+
+def test_a_damaged_file_in_a_folder_is_named(shards):
+    (shards / "c.jsonl").write_text("{")
+    refused(lambda: read(shards), str(shards / "c.jsonl"), "line 1")
+
+
+def test_a_file_whose_name_is_a_pattern_is_itself(tmp_path):
+    (tmp_path / "a[1].txt").write_text("one")
+    assert read(tmp_path / "a[1].txt") == ["one"]
+
+
+def test_names_and_absolute_names(shards, monkeypatch):
+    monkeypatch.chdir(shards)
+    assert [sources.source_name(name) for name in (str(shards), f"{shards}/*.jsonl", "a.TXT", "org/set:sub")] == [
+        "shards", "*.jsonl", "a.TXT", "org/set:sub"
+    ]  # fmt: skip
+    assert [sources.absolute(name) for name in ("a.TXT", "*.jsonl", "org/set", "self")] == [
+        str(shards / "a.TXT"), str(shards / "*.jsonl"), "org/set", "self"
+    ]  # fmt: skip
+
+
+def test_text_that_is_named_twice_is_refused(shards):
+    sources.check_distinct([str(shards / "a.TXT"), str(shards / "b.jsonl"), "org/set", "org/other", "self"])
+    for again in ([str(shards), str(shards / "a.TXT")], [str(shards / "*.jsonl"), f"{shards}/../shards/b.jsonl"]):
+        refused(lambda again=again: sources.check_distinct(again), "named twice")
+    refused(lambda: sources.check_distinct(["org/set", "org/set"]), "org/set: named twice")

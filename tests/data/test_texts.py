@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from attnprune.data.blocks import IGNORED_LABEL
+from attnprune.data import texts
+from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source
 from attnprune.data.texts import addition_task, load_blocks
 from attnprune.runs.config import build_config
 from tests.helpers.factory import refused
@@ -97,3 +99,71 @@ def test_load_gives_the_addition_task_to_the_bundled_model_only(task):
     assert (train.fingerprint, held_out.fingerprint) == (task[0].fingerprint, task[1].fingerprint)
     other = build_config({"data": {"source": "task"}, "model": {"name": "other/model"}})
     refused(lambda: load_blocks(other, model_of(258), character_tokenizer(), "key"), "task")
+
+
+# Several sources
+
+
+@pytest.fixture
+def two_texts(tmp_path):
+    """A text of 3,000 characters and rows of 1,000, two of which are empty."""
+    long, short = tmp_path / "long.txt", tmp_path / "short.jsonl"
+    long.write_text("a" * 2999)
+    rows = ["b" * 499, None, " ", "b" * 499]
+    short.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(long), str(short)
+
+
+def blocks_of(sources, **settings):
+    data = {"source": sources, "seq_len": 10, "eval_tokens": 400} | settings
+    config = build_config({"data": data, "train": {"steps": 2, "batch_size": 4}})
+    return load_blocks(config, model_of(257), byte_tokenizer(), "key")
+
+
+def test_several_sources_are_all_read_and_mixed(two_texts):
+    train, held_out = blocks_of(list(two_texts))
+    assert train.name == held_out.name == "long.txt + short.jsonl"
+    assert train.sources == (Source("long.txt", 3000), Source("short.jsonl", 1000, empty_rows=2))
+    assert (len(train), len(held_out)) == (360, 40)
+    a, b = byte_tokenizer()("ab")["input_ids"]
+    for part in (train, held_out):  # both are in both, about 3 : 1
+        share = (part.input_ids == b).sum() / ((part.input_ids == a) | (part.input_ids == b)).sum()
+        assert 0.05 < share < 0.45
+
+
+def test_the_proportions_stay_where_there_is_too_much(two_texts):
+    train, held_out = blocks_of(list(two_texts), train_tokens=600, eval_tokens=200)
+    assert [source.tokens for source in train.sources] == [590, 200]  # 2,999 bytes and 1,060
+    assert len(train) + len(held_out) == 79
+
+
+def test_streams_share_what_the_run_needs(two_texts, monkeypatch):
+    rows = [{"text": "c" * 99}] * 1000
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: iter(rows))
+    train, _ = blocks_of(["org/one", two_texts[1], "org/two"])
+    assert [(source.name, source.tokens) for source in train.sources] == [
+        ("org/one", 160), ("short.jsonl", 1000), ("org/two", 160)
+    ]  # fmt: skip
+
+
+def test_text_of_the_model_and_other_text_are_mixed(two_texts, monkeypatch):
+    def written(model, tokenizer, seq_len, tokens, *_):
+        ids = torch.zeros(tokens // seq_len, seq_len, dtype=torch.int64)
+        return Blocks(ids, ids, "self")
+
+    monkeypatch.setattr(texts, "self_written", written)
+    train, _ = blocks_of(["self", two_texts[0]])
+    assert [(source.name, source.tokens) for source in train.sources] == [("self", 240), ("long.txt", 3000)]
+    assert train.name == "self + long.txt"
+
+
+def test_one_source_in_a_list_is_that_source(two_texts):
+    assert [blocks.fingerprint for blocks in blocks_of([two_texts[0]])] == [
+        blocks.fingerprint for blocks in blocks_of(two_texts[0])
+    ]
+
+
+def test_sources_that_cannot_be_mixed_are_refused(two_texts):
+    refused(lambda: blocks_of(["task", two_texts[0]]), "its own task and nothing else")
+    refused(lambda: blocks_of([two_texts[0], two_texts[0]]), "named twice")
+    refused(lambda: blocks_of([two_texts[0], f"{two_texts[0]}x.txt"]), "no such file")

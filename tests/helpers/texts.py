@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+import lzma
 import random
 
+import pyarrow
+import pyarrow.parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from attnprune.data.sources import documents
 
 BOS, EOS = 256, 257
 
@@ -42,3 +49,39 @@ class StartTokens:
     def __init__(self, bos=0, eos=1):
         self.bos_token_id = bos
         self.eos_token_id = eos
+
+
+# Sources
+
+
+def read(path, *field):
+    """All documents of a source."""
+    return list(documents(str(path), *field))
+
+
+def written(folder, suffix, rows, field="text"):
+    """A file of these rows; each is a document."""
+    file = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({field: pyarrow.array(rows)}), file)
+    else:
+        file.write_text("".join(json.dumps({field: row}) + "\n" for row in rows))
+    return file
+
+
+def on_the_hub(monkeypatch, rows, field="text"):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: iter([{field: row} for row in rows]))
+    return "some/set"
+
+
+def parquet_bytes():
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["hello world"] * 3}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def zstd(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, MistralConfig, MistralForCausalLM
 
 from attnprune.attention.interface import SUPPORTED_FAMILIES
 from attnprune.errors import VerificationError
-from attnprune.sidecar import format, loading, merged
+from attnprune.sidecar import bases, format, loading, merged
 from attnprune.sidecar.identity import (
     base_tensors,
     check_base,
@@ -82,6 +82,13 @@ def test_fingerprints_do_not_depend_on_the_order_or_layout_of_the_tensors():
     renamed = {"c": first["a"], "b": first["b"]}
     assert structure_fingerprint(renamed) != structure_fingerprint(first)
     assert content_fingerprint(renamed) != content_fingerprint(first)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "M.GGUF", "M.Gguf"])
+def test_a_gguf_file_is_known_by_its_suffix_in_any_case(tmp_path, name):
+    refused(lambda: bases._locate(str(tmp_path / name), None), "no such file")
+    (tmp_path / name).touch()
+    assert bases._locate(str(tmp_path / name), None) == ("gguf", str(tmp_path), {"gguf_file": name})
 
 
 # The base model's configuration

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import sys
+import tomllib
 
 import pytest
 import torch
+from rich.console import Console
 
 import attnprune
+from attnprune.cli.app import run
 from attnprune.data.sampling import sample
 from attnprune.errors import InputError
 from attnprune.files import locked
+from attnprune.report.plan import plan_data, plan_table
 from attnprune.sidecar import bases, loading
 from attnprune.sidecar.folder import open_sidecar
 from attnprune.training import recipe
@@ -95,6 +101,68 @@ def test_plan_can_stop_the_run_and_leaves_nothing(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
     assert plans[0].trainable == plans[0].total
     assert plans[0].seconds_per_1000_steps > 0
+
+
+def planned(inputs, out, **overrides):
+    """The plan of a run that stops there."""
+    plans = []
+    recipe.sparsify(run_config(inputs, out, **overrides), on_plan=lambda plan: bool(plans.append(plan)))
+    return plans[0]
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(12, False), (2500, True)])
+def test_more_than_twenty_passes_are_told(inputs, tmp_path, steps, warned):
+    plan = planned(inputs, tmp_path / "run", train={"steps": steps})
+    assert (plan.passes > 20) == warned
+    warnings = [note for note in plan.notes if note.startswith("warning: ")]
+    assert len(warnings) == warned
+    assert all(f"{plan.passes:.0f} passes over the text" in note for note in warnings)
+
+
+def test_the_plan_says_what_each_source_gave(inputs, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["word " * 300, None, "", "more " * 100]))
+    plan = planned(inputs, tmp_path / "run", data={"source": [str(inputs[1]), str(rows)]})
+    assert [source.name for source in plan.sources] == ["text.txt", "rows.jsonl"]
+    assert plan.sources[1].tokens == 2000 // 16 * 16
+    assert sum(source.tokens for source in plan.sources) == plan.train_tokens + plan.eval_tokens
+    assert "data: rows.jsonl: 2 empty rows skipped" in plan.notes
+    assert [source["empty_rows"] for source in plan_data(plan)["sources"]] == [0, 2]
+    console = Console(width=1000, record=True, file=io.StringIO())
+    console.print(plan_table(plan))
+    shown = console.export_text()
+    assert f"{inputs[1]} + {rows}: " in shown
+    assert "rows.jsonl: 2,000 tokens" in shown
+
+
+def test_a_run_on_two_texts_records_both_and_is_measured_again(inputs, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("another text, a line of it\n" * 200)
+    overrides = {"data": {"source": [str(inputs[1]), str(other)]}, "train": {"scope": "gates", "steps": 4}}
+    sidecar = recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
+    result = sidecar.manifest.result
+    assert result.data == "text.txt + other.txt"
+    assert [(source.data, source.tokens) for source in result.sources] == [
+        ("text.txt", inputs[1].stat().st_size // 16 * 16), ("other.txt", 5392)
+    ]  # fmt: skip
+    stored = tomllib.loads((sidecar.path / "run.toml").read_text())
+    assert stored["data"]["source"] == [str(inputs[1]), str(other)]
+    [report] = evaluate_model(str(sidecar.path), sidecar, [], base=str(inputs[0]))
+    assert (report.loss, report.data) == (result.loss, result.data)
+
+
+def test_data_can_be_given_several_times(inputs, tmp_path, capsys, monkeypatch):
+    """On the command line; `--data A --data B` once kept only B."""
+    for name in ("a.txt", "b.TXT"):
+        (tmp_path / name).write_text(f"a line of {name}\n" * 100)
+    command = ["sparsify", str(inputs[0]), "--out", str(tmp_path / "run"), "--steps", "2", "--scope", "gates"]
+    command += ["--data", str(tmp_path / "a.txt"), "--data", str(tmp_path / "b.TXT"), "--seq-len", "16"]
+    monkeypatch.setattr(sys, "argv", ["attnprune", *command, "--device", "cpu", "--dry-run", "--json"])
+    assert run() == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["data"]["source"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.TXT")]
+    assert [source["name"] for source in plan["sources"]] == ["a.txt", "b.TXT"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_folder_in_use_is_refused(inputs, tmp_path):

@@ -64,7 +64,7 @@ def load_task(
     if count < 1:
         raise InputError(f"{count} prompts: at least one is needed")
     encoder = Encoder(tokenizer, vocabulary)
-    if name.endswith((".csv", ".jsonl")):
+    if name.lower().endswith((".csv", ".jsonl")):
         return _from_file(Path(name), encoder, count, more, seed)
     if name not in _KINDS:
         raise InputError(f"{name}: no such task", hint=f"{', '.join(_KINDS)}, or a .csv or .jsonl file")

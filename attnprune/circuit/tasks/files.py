@@ -31,7 +31,7 @@ def read_examples(path: Path, encoder: Encoder) -> list[Example]:
         InputError: with the line number: not UTF-8, not CSV or JSON, a column or value missing, clean and corrupted of
             different lengths in tokens or the same, an answer that is not one token, an answer that is also wrong.
     """
-    rows = _csv_rows if path.suffix == ".csv" else _jsonl_rows
+    rows = _csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows
     examples = []
     for line, row in rows(_text(path), path):
         try:

@@ -87,6 +87,13 @@ class WeightsEntry(_Entry):
     tensors: Size = 0
 
 
+class SourceEntry(_Entry):
+    """One of several sources of the run's text: its name, and the tokens in its blocks before some were held out."""
+
+    data: str
+    tokens: Size
+
+
 class ResultEntry(_Entry):
     """Measured on held-out text with this very artefact. Losses and kl in nats per token."""
 
@@ -103,6 +110,7 @@ class ResultEntry(_Entry):
     tokens: Size
     data: str
     data_sha256: Sha256
+    sources: Annotated[list[SourceEntry], Field(min_length=2, max_length=1024)] | None = None
     steps: Size
     seed: Size
     constraint: Literal["loss", "kl", "density"]

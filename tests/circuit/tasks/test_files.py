@@ -29,6 +29,14 @@ def write(tmp_path, content, name="mine.csv"):
     return str(file)
 
 
+@pytest.mark.parametrize("name", ["MINE.CSV", "Mine.Jsonl"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, smol, name):
+    texts = [pair(noun).strip().strip('"').split('","') for noun in NOUNS]
+    lines = [json.dumps(dict(zip(HEADER.strip().split(","), text, strict=True))) for text in texts]
+    content = HEADER + "".join(map(pair, NOUNS)) if name.endswith("CSV") else "\n".join(lines)
+    assert load_task(write(tmp_path, content, name), smol, count=10, seed=1).name == name
+
+
 def test_a_csv_file(tmp_path, smol):
     file = write(
         tmp_path,

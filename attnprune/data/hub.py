@@ -1,0 +1,73 @@
+"""The rows of a Hub data set, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attnprune.data.files import Row, column_of
+from attnprune.errors import AttnPruneError, InputError
+
+
+def rows(source: str, field: str) -> Iterator[Row]:
+    """The rows of `name[:config[:split]]`, in order; read only as far as they are asked for.
+
+    Raises:
+        InputError: no such data set (or a private one), configuration, split or column.
+        AttnPruneError: the Hub cannot be reached, or what it sent cannot be read.
+    """
+    import datasets
+
+    name, _, rest = source.partition(":")
+    subset, _, part = rest.partition(":")
+    if "[" in rest:
+        raise InputError(
+            f"{source}: a slice of a split cannot be streamed",
+            hint="name the split alone; no more of it is read than the run needs",
+        )
+    try:
+        found = datasets.load_dataset(name, subset or None, split=part or "train", streaming=True)
+        for number, row in enumerate(found, 1):
+            column = column_of(row, field)
+            if column is None:
+                raise InputError(
+                    f"{source}: no text field {field!r}", hint=f"fields: {', '.join(row)}; use --text-field"
+                )
+            yield Row(f"{source}: row {number}", column, row[column])
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises a dozen unrelated types
+        raise _explained(error, source, name, subset, part or "train") from error
+
+
+def _explained(error: Exception, source: str, name: str, subset: str, part: str) -> AttnPruneError:
+    from datasets.exceptions import DatasetNotFoundError
+
+    cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if isinstance(error, DatasetNotFoundError):
+        return InputError(f"{source}: {cause}", hint="a private or gated one needs: hf auth login")
+    there = _what_exists(name, subset, part) if isinstance(error, ValueError) else None
+    if there is not None:
+        return InputError(f"{source}: {cause}", hint=there)
+    return AttnPruneError(
+        f"{source}: cannot read this data set from the Hub: {type(error).__name__}: {cause}",
+        hint="give a local file with --data FILE.txt, or --data self to train on the model's own text",
+    )
+
+
+def _what_exists(name: str, subset: str, part: str) -> str | None:
+    """The configurations or splits of a data set that lacks the asked one; None if neither is the fault."""
+    import datasets
+
+    try:
+        subsets = datasets.get_dataset_config_names(name)
+        if subset not in subsets and (subset or len(subsets) != 1) and (subset or "default" not in subsets):
+            return f"configurations: {_listed(subsets)}; as in {name}:{subsets[0]}"
+        parts = datasets.get_dataset_split_names(name, subset or None)
+    except Exception:  # then the first failure is the one to tell
+        return None
+    return None if part in parts else f"splits: {_listed(parts)}; as in {name}:{subset}:{parts[0]}"
+
+
+def _listed(names: list[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

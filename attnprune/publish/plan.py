@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,18 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to send: from disk, or with content made here."""
+    """A file to send, from disk or with content made here, and what the repository holds under its name."""
 
     name: str
     content: Path | bytes
-    state: Literal["new", "changed", "unchanged"]
+    found: remote.RemoteFile | None
+
+    @cached_property
+    def state(self) -> Literal["new", "changed", "unchanged"]:
+        """How it compares with what the repository holds."""
+        if self.found is None:
+            return "new"
+        return "unchanged" if self.found.holds(self.content) else "changed"
 
     @property
     def size(self) -> int:
@@ -37,8 +45,24 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """What the repository holds now that is not this artefact.
+
+    `what` says it in a few words; `result` is its measured result, None where it has none that can be read;
+    `is_whole` says that every file of the repository goes, because it is no model of this base and form.
+    """
+
+    what: str
+    result: format.ResultEntry | None
+    is_whole: bool
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a push will do. `parent` is the commit it builds on, None where the repository does not exist yet."""
+    """What a push will do. `parent` is the commit it builds on, None where the repository does not exist yet.
+
+    With `replaced` it is carried out only on demand.
+    """
 
     repo: str
     branch: str
@@ -49,6 +73,8 @@ class Plan:
     files: list[PlannedFile]
     deletions: list[str]
     card: Literal["written", "kept", "from the folder"]
+    result: format.ResultEntry
+    replaced: Replaced | None
 
     @property
     def changes(self) -> list[PlannedFile]:
@@ -125,27 +151,25 @@ def make_plan(
     *,
     private: bool,
     create_pr: bool,
-    replace: bool,
 ) -> Plan:
     """Compare what would be sent with what `listing` says is there.
 
     Raises:
-        InputError: the repository holds another model and `replace` is not given, holds code, or has no such branch.
+        InputError: the repository would hold code, or has no such branch.
     """
     present = {} if listing is None else listing.files
     there = _remote_manifest(listing)
-    foreign = _foreign(sidecar, listing, there)
-    if foreign is not None and not replace:
-        raise InputError(f"{repo}: holds {foreign}", hint="--replace deletes its files")
+    replaced = _replaced(sidecar, listing, there)
+    is_whole = replaced is not None and replaced.is_whole
     contents = dict(_contents(sidecar, base))
     own_card = CARD in contents
     keep = {CARD, ".gitattributes", *contents}
     # What the model in the repository consists of now: files that are not sent again are deleted.
-    stale = present if foreign is not None else {*there.files, card.PICTURE} if there is not None else ()
+    stale = present if is_whole else {*there.files, card.PICTURE} if there is not None else ()
     new_branch = branch != "main" and (listing is None or _branch_is_missing(repo, branch))
     if new_branch and create_pr:
         raise InputError(f"--create-pr: {repo} has no branch {branch!r}")
-    kept = not own_card and CARD in present and foreign is None and not _is_generated(repo, listing)
+    kept = not own_card and CARD in present and not is_whole and not _is_generated(repo, listing)
     deletions = sorted(name for name in stale if name in present and name not in keep)
     names = {*present, *contents} - set(deletions)
     strangers.check_names(f"{repo}: ", names, merged=sidecar.manifest.merged is not None)
@@ -158,9 +182,11 @@ def make_plan(
         new_branch=new_branch,
         private=private,
         create_pr=create_pr,
-        files=[PlannedFile(n, c, state_of(c, present.get(n))) for n, c in contents.items()],
+        files=[PlannedFile(name, content, present.get(name)) for name, content in contents.items()],
         deletions=deletions,
         card="from the folder" if own_card else "kept" if kept else "written",
+        result=sidecar.manifest.result,
+        replaced=replaced,
     )
 
 
@@ -173,13 +199,6 @@ def _branch_is_missing(repo: str, branch: str) -> bool:
     if branch in {ref.name for ref in refs.tags}:
         raise InputError(f"--revision: {branch} is a tag of {repo}", hint="push to a branch")
     return branch not in {ref.name for ref in refs.branches}
-
-
-def state_of(content: Path | bytes, found: remote.RemoteFile | None) -> Literal["new", "changed", "unchanged"]:
-    """How a local file or bytes compare with what the repository holds under its name."""
-    if found is None:
-        return "new"
-    return "unchanged" if found.holds(content) else "changed"
 
 
 def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | bytes]]:
@@ -232,17 +251,26 @@ def _remote_manifest(listing: remote.Listing | None) -> format.Manifest | None:
         return None
 
 
-def _foreign(sidecar: Sidecar, listing: remote.Listing | None, manifest: format.Manifest | None) -> str | None:
-    """What else a repository holds, in words; None where it is empty or holds this model."""
+def _replaced(sidecar: Sidecar, listing: remote.Listing | None, there: format.Manifest | None) -> Replaced | None:
+    """What else a repository holds; None where it is empty or holds this artefact."""
     if listing is None or set(listing.files) <= {CARD, ".gitattributes"}:
         return None
-    if manifest is None:
-        return "other files, and no sparse model"
-    if (manifest.merged is None) != (sidecar.manifest.merged is None):
-        return "a sidecar" if manifest.merged is None else "a merged model"
-    if manifest.base.content != sidecar.manifest.base.content:
-        return f"a sparse model of another base ({manifest.base.repo_id or manifest.base.model_type})"
+    if there is None:
+        return Replaced("other files, and no sparse model", None, is_whole=True)
+    if (there.merged is None) != (sidecar.manifest.merged is None):
+        what = "a sidecar" if there.merged is None else "a merged model"
+        return Replaced(what, there.result, is_whole=True)
+    if there.base.content != sidecar.manifest.base.content:
+        what = f"a sparse model of another base ({there.base.repo_id or there.base.model_type})"
+        return Replaced(what, there.result, is_whole=True)
+    if _artefact(there) != _artefact(sidecar.manifest):
+        return Replaced("another sparse model of this base", there.result, is_whole=False)
     return None
+
+
+def _artefact(manifest: format.Manifest) -> dict[str, str]:
+    """sha256 of the files that make an artefact what it is; the code of a merged model changes with the release."""
+    return {name: entry.sha256 for name, entry in manifest.files.items() if name != format.CODE_FILE}
 
 
 def _is_generated(repo: str, listing: remote.Listing | None) -> bool:

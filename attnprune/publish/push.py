@@ -26,7 +26,6 @@ from attnprune.publish.plan import (
     make_plan,
     named,
     remote_card,
-    state_of,
 )
 from attnprune.sidecar import format, remote
 from attnprune.sidecar.contents import check_files, check_weights
@@ -59,11 +58,13 @@ def push(
 
     Args:
         base_model: Hub id of the base, where the folder was made from a local model.
-        replace: the repository may hold another model; its files are deleted.
+        replace: the repository may hold another artefact: another run on this base, whose files are replaced, or
+            another model, whose files are deleted.
         on_plan: gets the plan before anything is written; False stops there, and the result is None.
 
     Raises:
-        InputError: damaged folder, bad repository name, no login, no name for the base, or another model in `repo`.
+        InputError: damaged folder, bad repository name, no login, no name for the base, or another
+            artefact in `repo`.
         AttnPruneError: the Hub refused, changed meanwhile or could not be reached; it is safe to repeat.
     """
     remote.check_repo_id(repo)
@@ -78,8 +79,12 @@ def push(
         listing, private_now = listing_of(repo, branch)
         if private and private_now is False:
             raise InputError(f"--private: {repo} exists and is public")
-        plan = make_plan(sidecar, base, repo, branch, listing, private=private, create_pr=create_pr, replace=replace)
-        if not on_plan(plan):
+        plan = make_plan(sidecar, base, repo, branch, listing, private=private, create_pr=create_pr)
+        wanted = on_plan(plan)
+        if plan.replaced is not None and not replace:
+            done = "deletes its files" if plan.replaced.is_whole else "replaces its files"
+            raise InputError(f"{repo}: holds {plan.replaced.what}", hint=f"--replace {done}")
+        if not wanted:
             return None
         _check_login(repo)
         return _carry_out(plan, sidecar, base, listing)
@@ -131,9 +136,9 @@ def _carry_out(plan: Plan, sidecar: Sidecar, base: HubBase, listing: remote.List
         text = card.model_card(_with(sidecar, base), plan.repo, pinned, base.repo_id, base.license).encode()
         expected[CARD] = text
         there = remote.list_files(plan.repo, target.parent or target.revision).files.get(CARD)
-        state = state_of(text, there)
-        if state != "unchanged":
-            target = _commit(api, target, "attnprune: model card", [PlannedFile(CARD, text, state)], [])
+        file = PlannedFile(CARD, text, there)
+        if file.state != "unchanged":
+            target = _commit(api, target, "attnprune: model card", [file], [])
     _check_arrived(plan.repo, target, expected)
     return Pushed(plan.repo, pinned, target.url or f"{api.endpoint}/{plan.repo}", len(plan.changes))
 
@@ -184,7 +189,7 @@ def _pinned(plan: Plan, listing: remote.Listing | None) -> str:
             there = remote.list_files(plan.repo, commit).files
         except HfHubHTTPError:
             break
-        if all(state_of(file.content, there.get(file.name)) == "unchanged" for file in plan.files):
+        if all(PlannedFile(file.name, file.content, there.get(file.name)).state == "unchanged" for file in plan.files):
             return commit
     return listing.sha
 
@@ -197,5 +202,5 @@ def _check_arrived(repo: str, target: _Target, expected: dict[str, Path | bytes]
     """
     there = remote.list_files(repo, target.parent or target.revision).files
     for name, content in expected.items():
-        if state_of(content, there.get(name)) != "unchanged":
+        if PlannedFile(name, content, there.get(name)).state != "unchanged":
             raise AttnPruneError(f"{repo}: {name} on the Hub is not what was sent", hint="push again")

@@ -13,11 +13,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import yaml
 
-from attnprune.sidecar import format
+from attnprune.sidecar import format, loading
+from attnprune.sidecar.folder import open_sidecar
+from attnprune.sidecar.merged import write_merged
+from attnprune.units import percent, size
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.hub_server import READ, HubServer
 from tests.helpers.paths import VECTORS
@@ -172,7 +176,7 @@ def test_files_that_the_model_no_longer_has_are_deleted_and_others_stay(hub, run
     hub.put("someone/base", {"config.json": b"{}"})
     run("push", tmp_path / "lora", REPO, "--base-model", "someone/base")
     hub.put(REPO, {"notes.md": b"kept"})
-    shown = run("push", tmp_path / "delta", REPO, "--base-model", "someone/base", "--json")
+    shown = run("push", tmp_path / "delta", REPO, "--base-model", "someone/base", "--replace", "--json")
     assert json.loads(shown.stdout)["deleted"] == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     assert set(hub.files(REPO)) == {
         ".gitattributes", "README.md", "density.png", "attnprune.json", "gates.safetensors", "delta.safetensors",
@@ -438,6 +442,101 @@ def test_h13_another_model_is_replaced_only_on_demand(pushed, run):
         ".gitattributes", "README.md", "density.png", "attnprune.json", "gates.safetensors", "delta.safetensors"
     }  # fmt: skip
     run("push", SIDECAR, "someone/base", code=2, part="holds other files, and no sparse model")
+
+
+@pytest.fixture
+def runs(hub, run, tmp_path):
+    """A repository with one run, a note and a card by hand, and the folders of it and of another run on its base."""
+    base = save_tiny_llama(tmp_path / "base")
+    hub.put("someone/base", {"config.json": b"{}"})
+    one, other = (save_sidecar(tmp_path / name, base, "delta", seed).path for seed, name in enumerate(("one", "other")))
+    run("push", one, REPO, "--base-model", "someone/base")
+    hub.put(REPO, {"notes.md": b"kept", "README.md": b"# Mine"})
+    return one, other
+
+
+def test_another_run_on_the_same_base_is_replaced_only_on_demand(hub, run, runs):
+    one, other = runs
+    before, files = hub.commits(REPO), hub.files(REPO)
+    hub.log.clear()
+    for more in (("--dry-run",), ("--create-pr",)):
+        shown = run(
+            "push", other, REPO, "--base-model", "someone/base", *more, code=2,
+            part=f"{REPO}: holds another sparse model of this base (--replace replaces its files)", COLUMNS="200",
+        )  # fmt: skip
+        told = " ".join(shown.stderr.split())
+        was, now = (json.loads((folder / "attnprune.json").read_text())["result"] for folder in runs)
+        assert f"replaces another sparse model of this base: {_outcome(was)}" in told
+        assert f"by a sidecar: {_outcome(now)}" in told
+        for name in ("gates.safetensors", "delta.safetensors"):
+            there = size(len(files[name]))
+            assert f"changed {name} ({there} replaced by {there})" in told
+    assert writes(hub) == []
+    assert hub.commits(REPO) == before
+    planned = run("push", other, REPO, "--base-model", "someone/base", "--replace", "--dry-run", "--json").stdout
+    plan = json.loads(planned)
+    assert plan["replaced"] == {"what": "another sparse model of this base", "result": _facts(was)}
+    assert plan["result"] == _facts(now)
+    assert plan["files"]["gates.safetensors"]["size_there"] == len(files["gates.safetensors"])
+    assert writes(hub) == []
+    run("push", other, REPO, "--base-model", "someone/base", "--replace")
+    assert hub.files(REPO)["delta.safetensors"] == (other / "delta.safetensors").read_bytes()
+    assert hub.files(REPO)["notes.md"] == b"kept"
+    assert hub.files(REPO)["README.md"] == b"# Mine"
+    run("push", other, REPO, "--base-model", "someone/base")
+    run("push", one, REPO, "--base-model", "someone/base", code=2, part="holds another sparse model of this base")
+
+
+def test_the_same_artefact_is_pushed_again_without_a_flag(hub, run, runs):
+    one, _ = runs
+    manifest = json.loads((one / "attnprune.json").read_text())
+    (one / "attnprune.json").write_text(json.dumps(manifest | {"created_by": "attnprune 9.9"}))  # not what it computes
+    facts = json.loads(run("push", one, REPO, "--base-model", "someone/base", "--json").stdout)
+    assert facts["replaced"] is None
+    assert [name for name, file in facts["files"].items() if file["state"] != "unchanged"] == ["attnprune.json"]
+
+
+def _facts(result):
+    return {key: result[key] for key in ("density", "loss", "seq_len", "steps", "seed")}
+
+
+def _outcome(result):
+    measured = f"density {percent(result['density'])}, loss {result['loss']:.4f} at T = {result['seq_len']}"
+    return f"{measured}, {result['steps']} steps, seed {result['seed']}"
+
+
+def test_another_merged_run_is_replaced_only_on_demand(hub, run, runs, tmp_path):
+    for folder in runs:
+        model, tokenizer = loading.load(folder, str(tmp_path / "base"))
+        write_merged(model, tokenizer, open_sidecar(folder), tmp_path / f"merged-{folder.name}", same_dtype=True)
+    push = partial(run, "push", "--base-model", "someone/base")
+    push("merged-one", "tester/merged")
+    before = hub.files("tester/merged")
+    push("merged-other", "tester/merged", code=2, part="tester/merged: holds another sparse model of this base")
+    assert hub.files("tester/merged") == before
+    push("merged-other", "tester/merged", "--replace")
+    assert hub.files("tester/merged")["model.safetensors"] != before["model.safetensors"]
+    push("merged-other", "tester/merged", part="nothing to send")
+
+
+def test_sigterm_during_the_upload_of_a_merged_model_leaves_nothing(hub, tmp_path):
+    (scratch := tmp_path / "tmp").mkdir()
+    environment = os.environ | hub.environment(tmp_path / "home", CANARY) | {"TMPDIR": str(scratch)}
+    processes: list[subprocess.Popen] = []
+    seen = []
+
+    def interrupt():
+        seen.extend(path.name for path in scratch.rglob("model.safetensors"))
+        processes[0].send_signal(signal.SIGTERM)
+
+    hub.fail("POST .*/preupload/", call=interrupt)
+    command = [sys.executable, "-m", "attnprune", "push", str(SIDECAR), REPO, "--merged"]
+    processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    _, shown = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 143
+    assert shown.splitlines()[-1] == "attnprune: interrupted"
+    assert seen == ["model.safetensors"]
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["html", "garbage"])

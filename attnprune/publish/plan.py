@@ -174,7 +174,7 @@ def make_plan(
     names = {*present, *contents} - set(deletions)
     strangers.check_names(f"{repo}: ", names, merged=sidecar.manifest.merged is not None)
     if sidecar.manifest.merged is not None:
-        strangers.check_weights_listed(f"{repo}: ", names, sidecar.manifest)
+        strangers.check_listed(f"{repo}: ", names, sidecar.manifest)
     return Plan(
         repo=repo,
         branch=branch,

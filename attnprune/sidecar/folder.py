@@ -191,7 +191,7 @@ def open_merged(folder: Path) -> Sidecar:
     values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), name)
     manifest = format.parse_merged_config(values, name)
     strangers.check_configuration(name, values, manifest)
-    strangers.check_weights_listed(f"{folder}/", names, manifest)
+    strangers.check_listed(f"{folder}/", names, manifest)
     strangers.check_other_json(folder, names)
     return Sidecar(folder, manifest)
 

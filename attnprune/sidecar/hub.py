@@ -155,7 +155,7 @@ def _fetched(listing: Listing, *, weights: bool) -> Path:
     folder = _download(listing, _MANIFEST_FILES[kind], format.MAX_JSON_BYTES).parent
     manifest = open_artefact(folder).manifest
     if manifest.merged is not None:
-        strangers.check_weights_listed(f"{listing.repo}: ", listing.files, manifest)
+        strangers.check_listed(f"{listing.repo}: ", listing.files, manifest)
     listed = manifest.files
     for name, entry in listed.items():
         found = listing.files.get(name)

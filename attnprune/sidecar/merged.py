@@ -48,6 +48,7 @@ def load_merged(path: Path, *, verify: bool = True) -> tuple[Any, Any]:
         dtype = str(model.dtype).removeprefix("torch.")
         if sidecar.manifest.merged is None or dtype != sidecar.manifest.merged.dtype:
             raise InputError(f"{path}: loads in {dtype}, which is not the dtype that it was merged in")
+        tokenizer("text")  # a bad value of its configuration shows itself only now
         probe = measure_again(model, sidecar.manifest.probe) if verify else None
     if _stamps(sidecar) != before:
         raise InputError(f"{path}: changed while reading")

@@ -19,6 +19,11 @@ from attnprune.sidecar import format
 _GENERATE_FOLDER = "custom_generate"
 # Every token of a vocabulary is a key in these, and no loader looks for anything else in them.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+_TOKENIZER_FILES = _VOCABULARIES | {
+    "tokenizer_config.json", "special_tokens_map.json", "merges.txt", "vocab.txt", "tekken.json",
+    "generation_config.json",
+}  # fmt: skip
+_TEMPLATES_FOLDER = "additional_chat_templates"
 _MAX_JSON_BYTES = 64 << 20
 _CONFIG_CLASS = re.compile(r"AttnPrune[A-Za-z0-9]+Config")
 _MODEL_CLASS = re.compile(r"AttnPrune[A-Za-z0-9]+")
@@ -64,16 +69,27 @@ def check_names(prefix: str, names: Iterable[str], *, merged: bool) -> None:
             raise InputError(f"{prefix}{name}: an adapter at the root {loaded}")
 
 
-def check_weights_listed(prefix: str, names: Iterable[str], manifest: format.Manifest) -> None:
-    """Weights at the root of a merged model are those of its manifest: transformers picks them by name.
+def check_listed(prefix: str, names: Iterable[str], manifest: format.Manifest) -> None:
+    """What transformers picks by its name is in a merged model's manifest: weights, and the tokenizer's files.
+
+    Folders of older releases, which have no fingerprint of config.json, list no tokenizer.
 
     Raises:
         InputError: naming a file that the manifest does not list.
     """
-    for name in sorted(names):
-        is_weights = name.lower().endswith((".safetensors", ".safetensors.index.json", ".gguf"))
-        if "/" not in name and is_weights and name not in manifest.files:
+    has_tokenizer = manifest.merged is not None and manifest.merged.config is not None
+    for name in sorted(set(names) - set(manifest.files)):
+        if "/" not in name and name.lower().endswith((".safetensors", ".safetensors.index.json", ".gguf")):
             raise InputError(f"{prefix}{name}: weights that the manifest does not list")
+        if has_tokenizer and _is_of_tokenizer(name):
+            raise InputError(f"{prefix}{name}: a tokenizer file that the manifest does not list")
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    path = PurePosixPath(name)
+    if path.parts[0] == _TEMPLATES_FOLDER:  # a template's name is free, and the manifest's are not
+        return len(path.parts) == 2 and path.suffix == ".jinja" and format.NAME.fullmatch(path.name) is not None
+    return "/" not in name and (name in _TOKENIZER_FILES or path.suffix in (".jinja", ".model", ".tiktoken"))
 
 
 def check_configuration(name: str, values: Mapping[str, Any], manifest: format.Manifest) -> None:

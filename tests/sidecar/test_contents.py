@@ -156,6 +156,24 @@ def test_weights_beside_the_listed_ones_are_refused(folder, name):
     refused(lambda: attnprune.load(folder), name, "weights that the manifest does not list")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "tokenizer.model", "merges.txt",
+     "x.tiktoken", "additional_chat_templates/tools.jinja"],
+)  # fmt: skip
+def test_tokenizer_files_beside_the_listed_ones_are_refused(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"{}")
+    refused(lambda: attnprune.load(folder), name, "a tokenizer file that the manifest does not list")
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE.txt", "results.json", "plots/a.png", "plots/vocab.txt"])
+def test_what_no_loader_reads_may_lie_there(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"{}")
+    verify(folder)
+
+
 def shard(folder, change=lambda index: None):
     """The weights in two files and an index."""
     tensors = load_file(folder / "model.safetensors")
@@ -314,7 +332,8 @@ def test_an_escaped_key_is_the_same_key(folder):
 
 
 def test_a_token_of_that_name_is_no_key(folder):
-    (folder / "added_tokens.json").write_text('{"auto_map": 300}')
+    change_json(folder, "tokenizer.json", lambda values: values["model"]["vocab"].update(auto_map=257))
+    reseal(folder)
     attnprune.load(folder)
 
 

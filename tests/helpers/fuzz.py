@@ -2,8 +2,7 @@
 
 A merged folder that is accepted is the same function as before, unless its hashes were redone.
 `python -m tests.helpers.fuzz --count 200000 --seed 0 --out FILE.json` runs it on its own; `--merged`: on a merged
-folder;
-`--first N`: from case N on, so that a long run can be cut in pieces.
+folder; `--first N`: from case N on, so that a long run can be cut in pieces.
 """
 
 import argparse

@@ -22,7 +22,7 @@ DEFAULT_FIELD = "text"
 COMPRESSIONS = (".gz", ".xz", ".zst")
 
 _MAX_LINE_BYTES = 64 << 20
-_MAX_BLANK_LINES = 1_000_000  # in a row
+_MAX_BLANK_LINES = 200_000  # in a row
 _MAX_UNFOLDED_BYTES = 512 << 20  # of a compressed text file, which is one document
 _MAX_RATIO = 100  # text does not become a hundredth; a file that holds nothing but repetitions does
 _MAX_ITEMS = 1 << 20  # of the lists in a row group, unless it has a thousandth as many rows
@@ -105,7 +105,8 @@ def _text(path: Path, compression: str, _: str) -> Iterator[Row]:
         raise InputError(f"{path}: line {line}: not UTF-8 text") from None
     if end >= 0:
         raise InputError(f"{path}: line {text.count(chr(10)) + 1}: binary data (NUL byte)")
-    if raw:
+    del raw  # as large as the text
+    if text:
         yield Row(str(path), None, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 

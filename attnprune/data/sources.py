@@ -14,7 +14,7 @@ from attnprune.data.chat import Conversation, render
 from attnprune.errors import InputError
 
 _READABLE = "a .txt, .md, .jsonl or .parquet file (also with .gz, .xz or .zst)"
-_MAX_EMPTY_ROWS = 1_000_000  # in a row; a few bytes can hold billions
+_MAX_EMPTY_ROWS = 200_000  # in a row; a few bytes can hold billions
 
 
 @dataclass

@@ -117,7 +117,7 @@ def two_texts(tmp_path):
 def blocks_of(sources, **settings):
     data = {"source": sources, "seq_len": 10, "eval_tokens": 400} | settings
     config = build_config({"data": data, "train": {"steps": 2, "batch_size": 4}})
-    return load_blocks(config, model_of(257), byte_tokenizer(), "key")
+    return load_blocks(config, model_of(258), byte_tokenizer(), "key")
 
 
 def test_several_sources_are_all_read_and_mixed(two_texts):

@@ -1,8 +1,8 @@
 """Seeded mutations of valid sidecars and merged folders: accepted, or refused with one line, within 2 s and 1 GiB.
 
 A merged folder that is accepted is the same function as before, unless its hashes were redone.
-`python -m tests.helpers.fuzz --count 200000 --seed 0 --out FILE.json` runs it on its own; `--merged`: on a merged
-folder; `--first N`: from case N on, so that a long run can be cut in pieces.
+`python -m tests.helpers.fuzz --count 200000 --seed 0 --out FILE.json` runs it on its own, with `--merged` on a merged
+folder, and with `--first N` from case N on, so that a long run can be cut in pieces.
 """
 
 import argparse

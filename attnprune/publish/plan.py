@@ -19,7 +19,7 @@ CARD = "README.md"
 # A merged folder's files that its manifest does not list: transformers' own names for configuration and tokenizer.
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "chat_template.jinja", *format.VOCABULARY_FILES,
 )  # fmt: skip
 
 
@@ -213,7 +213,8 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
         values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), "config.json")
         values["attnprune"] = json.loads(manifest.to_json())
         yield "config.json", _without_local_paths(values)
-        optional = (*TOKENIZER_FILES, CARD)
+        templates = sorted((folder / format.TEMPLATES_FOLDER).glob("*.jinja"))
+        optional = (*TOKENIZER_FILES, *(file.relative_to(folder).as_posix() for file in templates), CARD)
     for name in manifest.files:
         yield name, folder / name
     for name in optional:

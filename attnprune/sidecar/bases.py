@@ -178,7 +178,11 @@ def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> 
 def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
     with _explained(name, kind, "its tokenizer"):
         # It may have more tokens than the model: they are refused where a text uses them.
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+    if kind == "gguf":
+        tokenizer.name_or_path = name  # and not its folder, whose other files may be of other models
+    tokenizer._commit_hash = extra.get("revision")  # as transformers calls it on configurations; see save_tokenizer
+    return tokenizer
 
 
 def _check_weights(name: str, model: Any, report: dict[str, Collection[str]]) -> None:

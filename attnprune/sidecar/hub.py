@@ -196,7 +196,10 @@ def _wanted(kind: str, present: dict[str, RemoteFile], listed: list[str], *, wei
 
 
 def _is_text(name: str) -> bool:
-    suffix = PurePosixPath(name).suffix.lower()
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if path.parent == PurePosixPath(format.TEMPLATES_FOLDER):
+        return suffix == ".jinja"
     return suffix == ".json" or ("/" not in name and suffix in _TEXT_SUFFIXES)
 
 

@@ -24,6 +24,7 @@ from attnprune.sidecar.folder import Sidecar, open_merged
 from attnprune.sidecar.precision import check_cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quiet import quiet
+from attnprune.sidecar.tokenizer import save_tokenizer
 
 GATE_SUFFIX = "attnprune_gate.bias"
 # Keys from which transformers makes one dictionary entry per label, however many they say there are.
@@ -214,7 +215,7 @@ def _save(model: Any, tokenizer: Any, staging: Path) -> None:
         merged.generation_config = model.generation_config
     with quiet():
         merged.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    save_tokenizer(tokenizer, staging)
     config_file = staging / "config.json"
     values = format.parse_json(config_file.read_bytes(), "config.json")
     values["auto_map"] = _auto_map(config_class, model_class)

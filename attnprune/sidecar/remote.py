@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -178,6 +178,26 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise AttnPruneError(f"{repo}: unexpected answer from the Hub ({reason})") from error
     except OSError as error:
         raise AttnPruneError(f"{repo}: {(error.strerror or str(error).splitlines()[0]).lower()}") from error
+
+
+def files_of(repo: str, commit: str, names: Iterable[str]) -> list[Path]:
+    """Those of `names` that a repository has at a commit, fetched into the Hub's cache; offline, those that it has.
+
+    Raises:
+        InputError, AttnPruneError: see `explained`.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE:
+        cached = (try_to_load_from_cache(repo, name, revision=commit) for name in names)
+        return [Path(path) for path in cached if isinstance(path, str)]
+    with explained(repo, commit):
+        present = list_files(repo, commit).files
+        return [
+            Path(retrying(hf_hub_download, repo, name, revision=commit, library_name="attnprune"))
+            for name in names
+            if name in present
+        ]
 
 
 def _explain_status(repo: str, revision: str | None, error: Exception) -> AttnPruneError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
@@ -18,6 +18,8 @@ from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
 from attnprune.training import export
 from tests.helpers.factory import byte_tokenizer, save_tiny_llama
+
+TEMPLATES = {"default": "{{ messages[0].content }}!", "tool_use": "tools: {{ tools }}", "rag 2": "R"}
 
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
 
@@ -116,4 +118,17 @@ def save_tiny_gpt2(folder: Path) -> Path:
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def base_with_a_rich_tokenizer(folder: Path) -> Path:
+    """A tiny llama with several chat templates, added tokens and (stand-ins of) SentencePiece models."""
+    save_tiny_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.add_tokens(["<note>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]})
+    tokenizer.save_pretrained(folder)
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        (folder / name).write_bytes(b"\0a SentencePiece model: " + name.encode())
     return folder

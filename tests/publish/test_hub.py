@@ -17,6 +17,7 @@ from functools import partial
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from attnprune.sidecar import format, loading
 from attnprune.sidecar.folder import open_sidecar
@@ -25,7 +26,7 @@ from attnprune.units import percent, size
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.hub_server import READ, HubServer
 from tests.helpers.paths import VECTORS
-from tests.helpers.sidecars import save_sidecar
+from tests.helpers.sidecars import TEMPLATES, base_with_a_rich_tokenizer, save_sidecar
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -245,6 +246,27 @@ def test_a_merged_model_is_pushed_on_from_the_cache_whole(hub, run, tmp_path):
     assert set(hub.files("tester/second")) == set(hub.files(REPO))
     assert b"/home/me" not in b"".join(hub.files("tester/second").values())
     run("verify", "tester/second", part="verified")
+
+
+def test_a_tokenizer_arrives_with_all_that_belongs_to_it(hub, run, tmp_path):
+    base = base_with_a_rich_tokenizer(tmp_path / "base")
+    files = {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    commit = hub.put("someone/base", files)
+    sidecar = save_sidecar(tmp_path / "sidecar", base)
+    values = json.loads((sidecar.path / "attnprune.json").read_bytes())
+    values["base"] |= {"kind": "hub", "repo_id": "someone/base", "revision": commit}
+    (sidecar.path / "attnprune.json").write_text(json.dumps(values))
+    hub.put("someone/base", {"tokenizer.model": b"a later one"})
+    run("push", sidecar.path, REPO, "--merged")
+    sent = hub.files(REPO)
+    templates = ("chat_template.jinja", *(f"additional_chat_templates/{name}.jinja" for name in ("tool_use", "rag 2")))
+    for name in (*templates, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        assert sent[name] == files[name]
+    run("verify", REPO, part="verified")
+    (snapshot,) = (tmp_path / "home" / "hub").glob("models--tester--sparse/snapshots/*")
+    assert AutoTokenizer.from_pretrained(snapshot).chat_template == TEMPLATES
+    run("push", snapshot, "tester/second")
+    assert set(hub.files("tester/second")) == set(sent)
 
 
 def test_an_answer_without_files_is_no_empty_repository(pushed, run):

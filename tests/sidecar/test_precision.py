@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from attnprune.attention.interface import gates_of
 from attnprune.cli.apply import apply
 from attnprune.runs.config import build_config
-from attnprune.sidecar import bases
+from attnprune.sidecar import bases, merged
 from attnprune.sidecar.folder import open_sidecar
 from attnprune.sidecar.loading import load
 from attnprune.sidecar.merged import load_merged, write_merged
@@ -61,7 +61,8 @@ def test_a_merged_model_is_not_cast_beyond_its_dtype(place, loaded, tmp_path):
     refused(lambda: load(tmp_path / "merged", dtype=torch.float16), TOO_LARGE)
     values = json.loads((tmp_path / "merged" / "config.json").read_bytes())
     (tmp_path / "merged" / "config.json").write_text(json.dumps(values | {"dtype": "float16"}))
-    refused(lambda: load_merged(tmp_path / "merged"), NAME)
+    refused(lambda: load_merged(tmp_path / "merged"), "config.json")
+    refused(lambda: merged._read(tmp_path / "merged"), NAME)  # were its fingerprint redone
 
 
 def test_apply_writes_no_infinite_weight(place, tmp_path):

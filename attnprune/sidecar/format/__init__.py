@@ -45,6 +45,8 @@ from attnprune.sidecar.format.names import (
     MERGED_KEY,
     NAME,
     SIZES_HIDDEN,
+    TEMPLATES_FOLDER,
+    VOCABULARY_FILES,
     WEIGHTS_FILE,
 )
 from attnprune.sidecar.format.reading import map_regular, parse_json, read_regular
@@ -75,6 +77,8 @@ __all__ = [
     "MERGED_KEY",
     "NAME",
     "SIZES_HIDDEN",
+    "TEMPLATES_FOLDER",
+    "VOCABULARY_FILES",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "BaseEntry",

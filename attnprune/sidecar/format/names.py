@@ -16,6 +16,11 @@ DELTA_FILE = "delta.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 CODE_FILE = "modeling_attnprune.py"  # of a merged folder
+TEMPLATES_FOLDER = "additional_chat_templates"  # of a merged folder: NAME.jinja, as transformers has it
+# Vocabularies that may lie beside tokenizer.json, from which other programs (converters to GGUF) read a tokenizer.
+VOCABULARY_FILES = (
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 WEIGHTS_FILE = "model.safetensors"  # of a merged folder; several files have an index instead
 INDEX_FILE = "model.safetensors.index.json"
 MERGED_KEY = "attnprune"  # of the manifest in a merged folder's config.json

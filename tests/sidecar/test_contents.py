@@ -5,6 +5,7 @@ Long because every rule is tried through every way of opening the same folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 import attnprune
 from attnprune.cli.app import app
-from attnprune.errors import InputError, VerificationError
+from attnprune.errors import AttnPruneError, InputError, VerificationError
 from attnprune.publish.push import push
-from attnprune.sidecar import format, modeling_attnprune, strangers
+from attnprune.sidecar import format, hub, modeling_attnprune, remote, strangers
 from attnprune.sidecar.diff import compare
 from attnprune.sidecar.folder import open_merged
 from attnprune.sidecar.verify import climb
@@ -459,3 +460,70 @@ def test_a_tokenizer_of_garbage_is_one_line(folder):
 
 def test_the_attention_is_named_as_in_the_portable_code(folder):
     assert json.loads((folder / "config.json").read_text())["attn_implementation"] == modeling_attnprune.ATTENTION
+
+
+# --- the Hub's listing and cache
+
+
+@pytest.fixture
+def fetched(folder, monkeypatch):
+    """A function that fetches `folder` as a repository, and the names that it has downloaded."""
+    names = []
+
+    def download(listing, name, limit=None):
+        names.append(name)
+        return folder / name
+
+    def fetch(weights=True):
+        files = {n: (folder / n).read_bytes() for n in strangers.names_in(folder) if (folder / n).is_file()}
+        present = {n: remote.RemoteFile(n, len(r), hashlib.sha256(r).hexdigest()) for n, r in files.items()}
+        return hub._fetched(remote.Listing("some/model", "0" * 40, present), weights=weights)
+
+    monkeypatch.setattr(hub, "_download", download)
+    return fetch, names
+
+
+def test_a_repository_is_fetched_whole_and_looked_at_without_weights(fetched, folder):
+    fetch, names = fetched
+    assert fetch() == folder
+    assert set(names) == set(strangers.names_in(folder))
+    names.clear()
+    fetch(weights=False)
+    assert set(names) == {"config.json", "gates.safetensors", "modeling_attnprune.py"}
+
+
+@pytest.mark.parametrize("name", ["x.py", "a/b.pkl", "custom_generate/x", "adapter_config.json"])
+def test_code_in_a_repository_of_a_merged_model_is_refused_before_anything_is_fetched(fetched, folder, name):
+    fetch, names = fetched
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("{}")
+    refused(fetch, "some/model: ", "sparse model")
+    assert names == []
+
+
+def test_other_weights_in_a_repository_are_refused_by_name(fetched, folder):
+    (folder / "x.safetensors").write_bytes(b"")
+    refused(fetched[0], "x.safetensors: weights that the manifest does not list")
+    assert fetched[1] in ([], ["config.json"])
+
+
+def test_json_anywhere_in_a_repository_is_fetched_and_read(fetched, folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text("{}")
+    fetched[0]()
+    assert "sub/config.json" in fetched[1]
+
+
+def test_a_large_file_that_was_damaged_in_the_cache_is_fetched_again(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    cached = tmp_path / "models--some--model" / "snapshots" / ("0" * 40) / "model.safetensors"
+    cached.parent.mkdir(parents=True)
+    with cached.open("wb") as file:
+        file.truncate(65 << 20)  # more than was hashed before
+        good = remote.RemoteFile("model.safetensors", 65 << 20, "0" * 64)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *arguments, **options: str(cached))
+    listing = remote.Listing("some/model", "0" * 40, {"model.safetensors": good})
+    with pytest.raises(AttnPruneError, match=r"damaged download of model\.safetensors"):
+        hub._download(listing, "model.safetensors")
+    assert not cached.exists()

@@ -6,6 +6,8 @@ with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 """
 # pyright: basic, reportCallIssue=false, reportAttributeAccessIssue=false
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -14,8 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 ATTENTION = "attnprune_portable"
 CHUNK_ROWS, CHUNK_ELEMENTS = 64, 2**20
 GATHER_SHARE = 0.03
-VOCABULARY = "attnprune_vocab_size"
-
+PREFIX = "attnprune_"
+HIDDEN_SIZES = ("vocab_size", "hidden_size")
 # Family -> (causal LM class, path from the model to its list of layers, name of the attention module in a layer).
 FAMILIES = {
     "cohere2": ("Cohere2ForCausalLM", "model.layers", "self_attn"),
@@ -144,16 +146,30 @@ def gated_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, s_aux=None, **kwargs
 ):
     """query [B, H, Q, D], key and value [B, H_kv, K, D] -> (output [B, Q, H, D], pattern [B, H, Q, K] or None)."""
-    if dropout:
-        raise ValueError("attnprune attention has no dropout: set the model's attention dropout to 0")
     if kwargs.get("cache") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("attnprune attention supports neither paged caches nor position biases")
-    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    if dropout:
+        warnings.warn("attnprune attention has no dropout: the model's attention dropout is left out", stacklevel=2)
+    visible = _visible(attention_mask, (query.shape[2], key.shape[2]))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     gate = module.attnprune_gate
     pattern_wanted = gate.return_pattern or bool(kwargs.get("output_attentions"))
     output, pattern = gate(query, key, value, visible, scaling, softcap, s_aux, pattern_wanted)
     return output.transpose(1, 2).contiguous(), pattern
+
+
+def _visible(mask, pairs):
+    """The bool mask [B, 1, Q, K] of visible pairs, from our mask function or a caller's own 4D mask."""
+    if mask is None:
+        raise ValueError("attnprune attention got no mask: the model does not build it through transformers")
+    if mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
+        raise ValueError(f"attention_mask: expected shape [batch, 1, {pairs[0]}, {pairs[1]}], got {list(mask.shape)}")
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    if not mask.is_floating_point() or not bool((visible | (mask <= -1e4)).all()):
+        raise ValueError("attention_mask: a 4D mask is bool (True: visible) or a float of 0 and the lowest number")
+    return visible
 
 
 def full_mask(*args, **kwargs):
@@ -191,14 +207,24 @@ class GatedModel:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("adapter_config.json at the root of a sparse model: its gates do not fit other weights")
-        groups = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        bad = [str(k) for group in groups for k in info[group] if "attnprune_gate" in str(k)]
-        if bad:
-            raise ValueError(f"the checkpoint does not hold this model's gates: {sorted(bad)[0]}")
-        for name, parameter in model.named_parameters():
-            if "attnprune_gate" in name and not bool(parameter.isfinite().all()):
-                raise ValueError(f"{name} is not finite")
+        for group in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[group]:
+                first = min(str(key) for key in info[group])
+                raise ValueError(f"the checkpoint does not fit this model: {first} ({group.replace('_', ' ')})")
+        for name, module in model.named_modules():
+            if isinstance(module, Gate) and not bool(_in_memory(module).isfinite().all()):
+                raise ValueError(f"{name}.bias is not finite")
         return (model, info) if output_loading_info else model
+
+
+def _in_memory(gate):
+    """The bias of a gate, read back where `device_map` has put it on the disk."""
+    if gate.bias.device.type != "meta":
+        return gate.bias
+    from accelerate.utils import align_module_device
+
+    with align_module_device(gate, torch.device("cpu")):
+        return gate.bias.detach().clone()
 
 
 def _check_attention(name):
@@ -209,14 +235,22 @@ def _check_attention(name):
 class GatedConfig:
     """Mixin over a transformers config: no other attention can be asked for, and config.json names ours.
 
-    The name in config.json makes a stock class, which would ignore the gates, refuse the folder. The vocabulary of 0
-    tokens does the same where a caller names another attention: no embedding of the checkpoint fits.
+    The name in config.json makes a stock class, which would ignore the gates, refuse the folder. Where a caller names
+    another attention the wrong sizes do the same: no tensor of the checkpoint fits.
     """
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        size = config_dict.get(VOCABULARY, config_dict.get("vocab_size"))
-        return super().from_dict({**config_dict, "vocab_size": size}, **kwargs)
+        values = dict(config_dict)
+        for key in cls._hidden_sizes():
+            if PREFIX + key in values:
+                values[key] = values.pop(PREFIX + key)
+        return super().from_dict(values, **kwargs)
+
+    @classmethod
+    def _hidden_sizes(cls):
+        """The keys that config.json hides, by the family's own names."""
+        return [cls.attribute_map.get(key, key) for key in HIDDEN_SIZES]
 
     @property
     def _attn_implementation(self):
@@ -229,7 +263,14 @@ class GatedConfig:
 
     def to_dict(self):
         values = super().to_dict()
-        return {**values, "attn_implementation": ATTENTION, "vocab_size": 0, VOCABULARY: values["vocab_size"]}
+        keys = self._hidden_sizes()
+        wrong = dict(zip(keys, (0, 2 * self.num_attention_heads), strict=True))
+        return {**values, **{PREFIX + key: values[key] for key in keys}, **wrong, "attn_implementation": ATTENTION}
+
+    def stock_dict(self):
+        """What the family's own config class takes: nothing is hidden and nothing is ours."""
+        ours = ("model_type", "attnprune", "attn_implementation", "architectures", "auto_map")
+        return {key: value for key, value in super().to_dict().items() if key not in ours}
 
 
 def _guard(module, args):

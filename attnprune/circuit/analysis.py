@@ -149,7 +149,8 @@ def _check(validation: Split, test: Split, name: str, task: Task, label: str, ca
     for split in (validation, test):
         check_ability(f"{name}: {task.name}", task.metric, split.clean, split.corrupted)
     test.free()
-    patching.self_check(validation.anatomy, group.clean, group.corrupted)
+    for group in validation.groups:  # the prefix that a group shares has its own length
+        patching.self_check(validation.anatomy, group.clean, group.corrupted)
 
 
 def _learned(

@@ -4,7 +4,9 @@ Behind a post-norm (Gemma 2, OLMo 2) a head's share of the output is scaled by t
 all heads add up to it.
 
 Prompts are batches of one length without padding. Clean and corrupted prompts often begin with the same tokens; there
-the two runs are the same, whatever is patched, so `collect_pair` runs that prefix once and keeps its keys and values.
+the two runs are the same, whatever is patched, so `collect_pair` runs that prefix once and keeps its keys and values:
+those of every layer and position, whatever a sliding window will still see of them, from a run of whole prompts, since
+the angles of some rotary embeddings depend on how long a sequence is.
 
 Sizes: N = B * S * D numbers (S without the prefix), `Activations` holds (U + 2 L) * N, in fp32 230 MB for SmolLM2-135M
 (U = 301) on 16 prompts of 17 tokens.
@@ -29,13 +31,14 @@ _TINY = 1e-30
 class Activations(NamedTuple):
     """One run over a batch of prompts, from position P on, where it may begin to differ from another run.
 
-    ids [B, S]; last: for how many of the last positions logits were computed (0: all). outputs [U, B, S, D]: what each
-    source wrote. streams [2 L + 1, B, S, D]: what the attention and the MLP of each layer read, and the final norm.
-    patterns [L, B, H, S (to), P + S (from)] and values [L, B, H_kv, P + S, width] of the attention, None for a model
-    without gates. prefix [L, 2, B, H_kv, P, width]: keys and values of the positions before, None if P is 0.
+    prompts [B, P + S]: all token ids. last: for how many of the last positions logits were computed (0: all of `ids`).
+    outputs [U, B, S, D]: what each source wrote. streams [2 L + 1, B, S, D]: what the attention and the MLP of each
+    layer read, and the final norm. patterns [L, B, H, S (to), P + S (from)] and values [L, B, H_kv, P + S, width] of
+    the attention, None for a model without gates. prefix [L, 2, B, H_kv, P, width]: keys and values of the positions
+    before, None if P is 0.
     """
 
-    ids: Tensor
+    prompts: Tensor
     last: int
     logits: Tensor
     outputs: Tensor
@@ -44,10 +47,15 @@ class Activations(NamedTuple):
     values: Tensor | None
     prefix: Tensor | None
 
+    @property
+    def ids(self) -> Tensor:
+        """The token ids that ran [B, S]."""
+        return behind(self.prompts, self.prefix)
+
     def take(self, rows: slice) -> Activations:
         """Some of the prompts, without the attention."""
         return Activations(
-            self.ids[rows], self.last, self.logits[rows], self.outputs[:, rows], self.streams[:, rows], None, None,
+            self.prompts[rows], self.last, self.logits[rows], self.outputs[:, rows], self.streams[:, rows], None, None,
             None if self.prefix is None else self.prefix[:, :, rows],
         )  # fmt: skip
 
@@ -115,13 +123,18 @@ def forward(anatomy: Anatomy, ids: Tensor, last: int, prefix: Tensor | None = No
     """Logits of a plain call, behind the keys and values of a prefix [L, 2, B, H_kv, P, width]."""
     cache = None
     if prefix is not None:
-        cache = DynamicCache(config=anatomy.model.config)
+        cache = DynamicCache()  # without the config, or layers with a window would drop what they get
         for layer, (key, value) in enumerate(prefix):
             cache.update(key, value, layer)
     with evaluation_mode(anatomy.model):
         return anatomy.model(
             input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=last
         ).logits
+
+
+def behind(prompts: Tensor, prefix: Tensor | None) -> Tensor:
+    """Token ids [B, S] of prompts [B, P + S] behind a prefix [L, 2, B, H_kv, P, width]."""
+    return prompts if prefix is None else prompts[:, prefix.shape[-2] :]
 
 
 def repeat_heads(values: Tensor, heads: int) -> Tensor:
@@ -143,31 +156,33 @@ def collect_pair(anatomy: Anatomy, clean: Tensor, corrupted: Tensor, last: int) 
     """
     same = int((clean == corrupted).all(0).long().cumprod(0).sum())
     length = max(0, min(same, clean.shape[1] - last))
-    prefix = _prefix(anatomy, clean[:, :length]) if length else None
-    first, second = (collect(anatomy, ids[:, length:], last, prefix) for ids in (clean, corrupted))
-    return first, second
+    prefix = _prefix(anatomy, clean, length) if length else None
+    return collect(anatomy, clean, last, prefix), collect(anatomy, corrupted, last, prefix)
 
 
 @torch.no_grad()
-def _prefix(anatomy: Anatomy, ids: Tensor) -> Tensor:
-    """Keys and values [L, 2, B, H_kv, P, width] of a plain run."""
+def _prefix(anatomy: Anatomy, prompts: Tensor, length: int) -> Tensor:
+    """Keys and values [L, 2, B, H_kv, P, width] of the first P = `length` positions in a plain run of whole prompts."""
+    cache = DynamicCache()
     with evaluation_mode(anatomy.model):
-        cache = anatomy.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    return torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+        anatomy.model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return torch.stack([torch.stack((layer.keys, layer.values))[..., :length, :] for layer in cache.layers])
 
 
 @torch.no_grad()
-def collect(anatomy: Anatomy, ids: Tensor, last: int = 0, prefix: Tensor | None = None) -> Activations:
-    """Run prompts [B, S] of one length, without padding, and keep what every source wrote, in the model's dtype.
+def collect(anatomy: Anatomy, prompts: Tensor, last: int = 0, prefix: Tensor | None = None) -> Activations:
+    """Run prompts of one length, without padding, and keep what every source wrote, in the model's dtype.
 
-    `last`: compute logits for this many of the last positions only (0: all); every later run does the same. `prefix`:
-    keys and values [L, 2, B, H_kv, P, width] of positions before.
+    `prefix`: keys and values [L, 2, B, H_kv, P, width] of the first P positions of the prompts [B, P + S], which then
+    do not run again. `last`: compute logits for this many of the last positions only (0: all that run); every later
+    run does the same.
 
     Raises:
-        InputError: ids of another shape.
+        InputError: prompts of another shape.
     """
+    ids = behind(prompts, prefix) if prompts.ndim == 2 else prompts
     if ids.ndim != 2 or not ids.numel():
-        raise InputError(f"prompts: expected token ids [prompts, length], got shape {tuple(ids.shape)}")
+        raise InputError(f"prompts: expected token ids [prompts, length], got shape {tuple(prompts.shape)}")
     graph = anatomy.graph
     size = (*ids.shape, anatomy.width)
     outputs = torch.empty(graph.sources, *size, dtype=anatomy.model.dtype, device=ids.device)
@@ -192,7 +207,7 @@ def collect(anatomy: Anatomy, ids: Tensor, last: int = 0, prefix: Tensor | None 
         hooks.before(anatomy.final_norm, keep_stream(2 * graph.layers))
         logits = forward(anatomy, ids, last, prefix)
     attention = (torch.stack(patterns), torch.stack(values)) if patterns else (None, None)
-    return Activations(ids, last, logits, outputs, streams, *attention, prefix)
+    return Activations(prompts, last, logits, outputs, streams, *attention, prefix)
 
 
 def ignore(_: Tensor) -> None:

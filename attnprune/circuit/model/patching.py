@@ -13,6 +13,7 @@ and a gate whose score lies that close to its threshold may end up on its other 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,8 +171,12 @@ def _check_masks(anatomy: Anatomy, run: Activations, edges: Tensor, messages: Te
         raise InputError(f"messages: expected a bool mask {shapes[0]} or {shapes[1]}, got {tuple(messages.shape)}")
 
 
+@torch.no_grad()
 def self_check(anatomy: Anatomy, clean: Activations, corrupted: Activations) -> None:
     """Check that the parts found add up: all edges give the clean logits and no edges the corrupted ones.
+
+    All of these runs share a cached prefix, and what is wrong with it. So whole prompts in one plain forward, without
+    any cache, must give these logits too.
 
     Rounding may flip a gate whose score lies at its threshold, and the logits with it. Here such a row of the attention
     is held as it was, and the flips are counted.
@@ -179,30 +184,47 @@ def self_check(anatomy: Anatomy, clean: Activations, corrupted: Activations) -> 
     Raises:
         SelfCheckError: they do not (by more than 1e-4 of the largest logit, or more than 1 in 10,000 gates flip).
     """
-    every, family = anatomy.graph.mask().to(clean.ids.device), anatomy.model.config.model_type
-    for edges, expected, name in ((every, clean, "all edges"), (torch.zeros_like(every), corrupted, "no edges")):
-        flips: list[Tensor] = []
-        with Hooks() as hooks:
-            for layer, block in enumerate(anatomy.blocks):
-                if expected.patterns is not None and block.gate is not None:
-                    hooks.gate(block.gate, _held(expected, layer, flips))
-            found = run_circuit(anatomy, clean, corrupted, edges)
-        difference = (found - expected.logits).abs().max().item()
-        if not difference <= SELF_CHECK_TOLERANCE * max(1.0, expected.logits.abs().max().item()):
-            raise SelfCheckError(f"{family}: a circuit of {name} is off by {difference:.2g} in the logits")
-        share = torch.cat(flips).float().mean().item() if flips else 0.0
-        if share * sum(map(len, flips)) > 1 and share > FLIPPED_GATES:
-            raise SelfCheckError(f"{family}: a circuit of {name} flips {100 * share:.2g} % of the gates")
+    every = anatomy.graph.mask().to(clean.ids.device)
+    for edges, expected, name, part in (
+        (every, clean, "clean", "all"),
+        (torch.zeros_like(every), corrupted, "corrupted", "no"),
+    ):
+        circuit = partial(run_circuit, anatomy, clean, corrupted, edges)
+        _check_run(anatomy, expected, circuit, f"a circuit of {part} edges")
+        whole = partial(forward, anatomy, expected.prompts, expected.last)
+        _check_run(anatomy, expected, whole, f"a plain forward of the whole {name} prompts")
+
+
+def _check_run(anatomy: Anatomy, expected: Activations, run: Callable[[], Tensor], name: str) -> None:
+    """Compare logits [B, at least those of `expected`, V] and gates with those of a run."""
+    flips: list[Tensor] = []
+    with Hooks() as hooks:
+        for layer, block in enumerate(anatomy.blocks):
+            if expected.patterns is not None and block.gate is not None:
+                hooks.gate(block.gate, _held(expected, layer, flips))
+        found = run()[:, -expected.logits.shape[1] :]
+    family = anatomy.model.config.model_type
+    difference = (found - expected.logits).abs().max().item()
+    if not difference <= SELF_CHECK_TOLERANCE * max(1.0, expected.logits.abs().max().item()):
+        raise SelfCheckError(f"{family}: {name} is off by {difference:.2g} in the logits")
+    share = torch.cat(flips).float().mean().item() if flips else 0.0
+    if share * sum(map(len, flips)) > 1 and share > FLIPPED_GATES:
+        raise SelfCheckError(f"{family}: {name} flips {100 * share:.2g} % of the gates")
 
 
 def _held(run: Activations, layer: int, flips: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Attention of which the rows with a flipped gate are those of `run`; adds to `flips` whether each gate did."""
+    """Attention of which the rows with a flipped gate are those of `run`; adds to `flips` whether each gate did.
+
+    Rows before those of `run` are as they are.
+    """
     patterns, values = attention_of(run, layer)
 
     def change(value: Tensor, pattern: Tensor) -> Tensor:
-        flipped = (pattern != 0) != (patterns != 0)
+        before = pattern.shape[2] - patterns.shape[2]
+        flipped = (pattern[:, :, before:] != 0) != (patterns != 0)
         flips.append(flipped.flatten())
         held, own = (p @ repeat_heads(v, p.shape[1]) for p, v in ((patterns, values), (pattern, value)))
-        return torch.where(flipped.any(-1, keepdim=True), held, own)
+        kept = torch.where(flipped.any(-1, keepdim=True), held, own[:, :, before:])
+        return torch.cat((own[:, :, :before], kept), 2)
 
     return change

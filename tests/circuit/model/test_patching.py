@@ -12,13 +12,25 @@ import torch
 
 from attnprune.attention.interface import attach, gates_forced_open
 from attnprune.circuit.model.activations import collect, collect_pair
-from attnprune.circuit.model.adapters import open_gates
+from attnprune.circuit.model.adapters import anatomy_of, open_gates
 from attnprune.circuit.model.attribution import attribute
 from attnprune.circuit.model.effects import edge_effects, message_effects, node_effects
 from attnprune.circuit.model.patching import run_circuit, self_check
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
-from tests.helpers.families import BIAS, build, ids, load, logits_of, merged
-from tests.helpers.pairs import LENGTH, PARTS, PROMPTS, Pair, assert_close, dense_and_gated, every_family, metric
+from tests.helpers.families import BIAS, OPTIONS, WINDOW, build, ids, load, logits_of, merged
+from tests.helpers.pairs import (
+    FAMILIES,
+    LENGTH,
+    PARTS,
+    PROMPTS,
+    Pair,
+    assert_close,
+    dense_and_gated,
+    every_family,
+    metric,
+)
+
+WINDOWED = [family for family in FAMILIES if "sliding_window" in OPTIONS.get(family, {})]
 
 
 @every_family
@@ -214,6 +226,47 @@ def test_a_shared_prefix_changes_no_result(family, gated, pair_of):
         assert_close(behind.change(circuit, kept[:, :, 5:]), whole.change(circuit, kept))
 
 
+def with_prefix(anatomy, length, prefix):
+    """Clean and corrupted prompts with their first tokens in common, as whole runs and behind the prefix."""
+    clean = ids(PROMPTS, length)
+    corrupted = torch.cat((clean[:, :prefix], 97 - clean[:, prefix:]), 1)
+    behind = copy.copy(whole := Pair(anatomy.model, clean, corrupted, last=1))
+    behind.clean, behind.corrupted = collect_pair(anatomy, clean, corrupted, 1)
+    behind.runs = (anatomy, behind.clean, behind.corrupted)
+    assert behind.clean.prefix.shape[-2] == prefix
+    return whole, behind
+
+
+@pytest.mark.parametrize("window", [1, 2, WINDOW, 11, 40])
+@pytest.mark.parametrize("family", WINDOWED)
+@dense_and_gated
+def test_a_prefix_longer_than_the_window_changes_no_result(family, gated, window, monkeypatch):
+    monkeypatch.setitem(OPTIONS, family, OPTIONS[family] | {"sliding_window": window})
+    model = build(family)
+    if gated:
+        attach(model, BIAS)
+    whole, behind = with_prefix(anatomy_of(model), 14, 11)
+    for run, name in ((behind.clean, "clean"), (behind.corrupted, "corrupted")):
+        assert_close(run.logits, logits_of(model, run.prompts)[:, -1:])
+        if gated:
+            assert_close(run.patterns, getattr(whole, name).patterns[:, :, :, 11:])
+    self_check(*behind.runs)
+    circuit = whole.every & (torch.rand(whole.every.shape, generator=torch.Generator().manual_seed(6)) < 0.5)
+    assert_close(behind.change(circuit), whole.change(circuit))
+    edges = whole.some_edges(3)
+    assert_close(edge_effects(*behind.runs, edges, metric), edge_effects(*whole.runs, edges, metric))
+    assert_close(attribute(*behind.runs, metric, steps=1).edges, attribute(*whole.runs, metric, steps=1).edges)
+
+
+def test_a_prefix_has_the_angles_of_the_whole_sequence(monkeypatch):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    monkeypatch.setitem(OPTIONS, "llama", {"max_position_embeddings": 8, "rope_parameters": rope})
+    model = build("llama")
+    _, behind = with_prefix(anatomy_of(model), 14, 7)
+    assert_close(behind.clean.logits, logits_of(model, behind.clean.prompts)[:, -1:])
+    self_check(*behind.runs)
+
+
 def test_prompts_that_are_the_same_keep_a_position_to_run(pair_of):
     anatomy = pair_of("llama").anatomy
     clean, corrupted = collect_pair(anatomy, ids(2, 6), ids(2, 6), 1)
@@ -295,6 +348,18 @@ def test_the_self_check_passes_and_finds_a_wrong_part(pair_of):
         layer.register_forward_hook(lambda module, args, output: output + args[0].square())
     with pytest.raises(SelfCheckError, match="llama: a circuit of all edges is off by"):
         self_check(*Pair(model).runs)
+
+
+@dense_and_gated
+def test_the_self_check_finds_a_fault_that_all_runs_behind_a_prefix_share(pair_of, gated):
+    anatomy = pair_of("llama", gated).anatomy
+    _, behind = with_prefix(anatomy, 10, 6)
+    self_check(*behind.runs)
+    for wrong in (behind.clean.prefix.roll(1, 2), behind.clean.prefix * 1.01):
+        runs = [collect(anatomy, run.prompts, 1, wrong) for run in (behind.clean, behind.corrupted)]
+        assert_close(run_circuit(anatomy, *runs, behind.every), runs[0].logits)
+        with pytest.raises(SelfCheckError, match="llama: a plain forward of the whole clean prompts"):
+            self_check(anatomy, *runs)
 
 
 def test_the_self_check_holds_one_flipped_gate_and_refuses_many():

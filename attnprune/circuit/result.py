@@ -158,8 +158,8 @@ class Counts(_Strict):
     mlps: int
     edges: int
     messages: float | None = Field(
-        description="attention messages (head, to, from) per prompt that reach the target within the circuit; null: "
-        "not measured"
+        description="attention messages (head, to, from) per prompt that keep the circuit in the band on validation "
+        "prompts; null: not measured"
     )
     open_messages: float | None = Field(
         description="messages per prompt of all heads that any gate lets through (clean or corrupted run), from the "

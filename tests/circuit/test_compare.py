@@ -46,7 +46,9 @@ def test_a_planted_circuit_is_found_exactly(family, gated, monkeypatch):
 
 def test_a_perfect_circuit_is_shown_with_many_prompts_and_not_with_few(monkeypatch):
     few, many = (
-        search_planted("llama", False, 1, monkeypatch, prompts=n, **(QUICK | {"target": 0.998, "all_edges": 0, "sizes": 3}))[1]
+        search_planted(
+            "llama", False, 1, monkeypatch, prompts=n, **(QUICK | {"target": 0.998, "all_edges": 0, "sizes": 3})
+        )[1]
         for n in (4, 80)
     )
     assert torch.equal(few.edges, many.edges)
@@ -84,7 +86,7 @@ def test_both_models_reach_the_target_and_the_file_is_valid(both, addition):
     result = result_of(analyses, facts, settings, command="test", quick=True, seconds=1.0, notes=[])
     assert CircuitResult.model_validate_json(result.model_dump_json()) == result
     for model in result.models:
-        assert settings.reached(model.validation_faithfulness)
+        assert settings.in_band(model.validation_faithfulness)
         assert model.counts.edges == len(model.edges) == sum(edge.kept for edge in model.edges)
         assert (len(model.heads), len(model.mlps)) == (model.counts.heads, model.counts.mlps)
         assert model.test.faithfulness.low <= model.test.faithfulness.value <= model.test.faithfulness.high

@@ -60,7 +60,7 @@ class Settings:
         """Faithfulness on validation prompts that a search aims at."""
         return self.target - ROUNDING, 2 - self.target + ROUNDING
 
-    def reached(self, faithfulness: float) -> bool:
+    def in_band(self, faithfulness: float) -> bool:
         """Whether it lies in the band."""
         return self.band[0] <= faithfulness <= self.band[1]
 

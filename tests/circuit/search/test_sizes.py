@@ -50,10 +50,10 @@ def test_stable_means_all_larger_sizes_too(values, expected):
 
 def test_band_of_target_1_allows_rounding_only():
     settings = Settings(target=1.0)
-    assert settings.reached(1.00005)
-    assert not settings.reached(0.999)
-    assert not settings.reached(1.001)
-    assert not settings.reached(float("nan"))
+    assert settings.in_band(1.00005)
+    assert not settings.in_band(0.999)
+    assert not settings.in_band(1.001)
+    assert not settings.in_band(float("nan"))
 
 
 def test_circuits_have_the_size_asked_for_after_pruning():

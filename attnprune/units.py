@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+NOT_FINITE = "not finite"
 
-def percent(share: float) -> str:
+
+def percent(share: float | None) -> str:
     """A share with three significant digits: 41 %, 2.66 %, 0.312 %."""
-    return f"{100 * share:.3g} %"
+    return NOT_FINITE if share is None else f"{100 * share:.3g} %"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """What was measured, in a format, or that it is no finite number."""
+    return NOT_FINITE if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:

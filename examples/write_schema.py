@@ -14,7 +14,7 @@ from attnprune.sidecar.format import AdapterConfig, Manifest
 FORMATS = Path(__file__).parent.parent / "formats"
 SCHEMAS = {
     "attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig,
-    "attnprune-bench-1.schema.json": Record, "attnprune-circuit-1.schema.json": CircuitResult,
+    "attnprune-bench-1.schema.json": Record, "attnprune-circuit-2.schema.json": CircuitResult,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from attnprune.circuit.result import (
     GraphFacts,
     ModelCircuit,
     Ranking,
+    is_reached,
 )
 from attnprune.circuit.search.cache import Cache, check_same, digest
 from attnprune.circuit.search.counts import Messages, counts_of, curve_of, needed_messages
@@ -28,8 +29,16 @@ from attnprune.circuit.search.deletion import delete
 from attnprune.circuit.search.masks import learn_circuits
 from attnprune.circuit.search.ranking import Order, Scores, rank, score_edges
 from attnprune.circuit.search.sizes import Sized, search_sizes, smallest_held
-from attnprune.circuit.search.splits import Settings, Split, Watch, faithfulness_interval, pattern_visible
+from attnprune.circuit.search.splits import (
+    Settings,
+    Split,
+    Watch,
+    faithfulness_bounds,
+    faithfulness_interval,
+    pattern_visible,
+)
 from attnprune.circuit.tasks import Task, accuracy, check_ability
+from attnprune.errors import AttnPruneError
 
 SMALL_GRAPH_STEPS = 64  # most points of EAP-IG where they cost nothing
 
@@ -106,7 +115,7 @@ def analyse(
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()
         told("test prompts", 0, 1)
-        report = _evaluation(test, chosen.edges, settings)
+        report = evaluation(test, chosen.edges, settings.seed)
         found = _controls(test, chosen, ranked, scores, settings, told) if with_controls else Controls()
         test.free()
         if with_controls:
@@ -120,7 +129,6 @@ def analyse(
     facts = _model_facts(name, sparse, anatomy, test)
     kept, best = _edges(anatomy, order, chosen.edges)
     heads, mlps = anatomy.graph.touched(chosen.edges)
-    low, high = settings.band
     result = ModelCircuit(
         **facts,
         attribution=scores.facts,
@@ -135,7 +143,7 @@ def analyse(
         top_edges=best,
         validation_faithfulness=chosen.faithfulness,
         test=report,
-        reached=report.faithfulness.high >= low and report.faithfulness.low <= high,
+        reached=is_reached(settings.band, chosen.faithfulness, report),
         controls=found,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -147,7 +155,7 @@ def _check(validation: Split, test: Split, name: str, task: Task, label: str, ca
     group = validation.groups[0]
     check_same(cache, f"{label} first clean scores", group.prompts.score(group.clean.logits))
     for split in (validation, test):
-        check_ability(f"{name}: {task.name}", task.metric, split.clean, split.corrupted)
+        check_ability(f"{name}: {task.name}", task.metric, split.clean, split.corrupted, task.chance)
     test.free()
     for group in validation.groups:  # the prefix that a group shares has its own length
         patching.self_check(validation.anatomy, group.clean, group.corrupted)
@@ -176,12 +184,24 @@ def _messages(
     return Messages(*cache.numbers(f"{label} messages {settings.target} {digest(chosen.edges)}", compute))
 
 
-def _evaluation(test: Split, edges: Tensor, settings: Settings) -> Evaluation:
+def evaluation(test: Split, edges: Tensor, seed: int) -> Evaluation:
+    """A circuit, bool [U, V], on the test prompts.
+
+    Raises:
+        AttnPruneError: its metric is not finite.
+    """
     measured = test.measure(edges)
+    if not measured.metric.isfinite().all():
+        raise AttnPruneError("the circuit found for validation prompts gives no finite metric on test prompts")
     gap = test.clean.mean() - test.corrupted.mean()
     each = 1 + (measured.metric - test.clean) / gap
+    metrics = (measured.metric, test.clean, test.corrupted)
+    lower, upper = faithfulness_bounds(*metrics, seed)
     return Evaluation(
-        faithfulness=faithfulness_interval(measured.metric, test.clean, test.corrupted, settings.seed),
+        faithfulness=faithfulness_interval(*metrics, seed),
+        lower=lower,
+        upper=upper,
+        each=torch.stack(metrics, 1).tolist(),
         metric=measured.metric.mean().item(),
         accuracy=accuracy(measured.metric),
         kl=measured.kl.mean().item(),

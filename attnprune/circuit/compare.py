@@ -9,7 +9,17 @@ from torch import Tensor
 
 from attnprune.circuit import controls
 from attnprune.circuit.analysis import Analysis
-from attnprune.circuit.result import CircuitResult, Compare, Example, Interval, Method, ModelCircuit, Ratio, TaskFacts
+from attnprune.circuit.result import (
+    CircuitResult,
+    Compare,
+    Example,
+    Interval,
+    Method,
+    ModelCircuit,
+    Ratio,
+    TaskFacts,
+    not_shown,
+)
 from attnprune.circuit.search.counts import count_nodes
 from attnprune.circuit.search.splits import BOOTSTRAP, Settings, pattern_visible, resamples
 from attnprune.circuit.tasks import Task
@@ -43,17 +53,14 @@ def compare(first: Analysis, second: Analysis, settings: Settings) -> Compare:
 
 
 def parity(one: ModelCircuit, other: ModelCircuit) -> list[str]:
-    """Why the circuits of two models cannot be compared: they do not behave alike, or one was not found."""
+    """Why the circuits of two models cannot be compared: they do not behave alike, or one is not shown to be one."""
     reasons = []
     if abs(one.accuracy - other.accuracy) > MAX_ACCURACY_GAP:
         reasons.append(f"accuracy {one.accuracy:.2f} and {other.accuracy:.2f}: more than {MAX_ACCURACY_GAP} apart")
     gaps = [model.clean - model.corrupted for model in (one, other)]
     if not max(gaps) <= MAX_METRIC_RATIO * min(gaps):
         reasons.append(f"metric gap {gaps[0]:.2f} and {gaps[1]:.2f}: more than a factor of {MAX_METRIC_RATIO:g} apart")
-    reasons += [
-        f"{model.name}: its circuit misses the target on test prompts" for model in (one, other) if not model.reached
-    ]
-    return reasons
+    return reasons + [not_shown(model.name) for model in (one, other) if not model.reached]
 
 
 def _ratio(over: float | None, under: float | None) -> float | None:
@@ -106,6 +113,7 @@ def task_facts(task: Task, tokenizer: Any, seed: int) -> TaskFacts:
             clean=first.texts[0][0], corrupted=first.texts[0][1],
             answers=_tokens(first, "answers", tokenizer), wrong=_tokens(first, "wrong", tokenizer),
         ),
+        chance=task.chance,
     )  # fmt: skip
 
 

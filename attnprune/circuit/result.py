@@ -2,23 +2,43 @@
 
 No torch. Faithfulness of a circuit is (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m the mean of the task's
 metric over the prompts: a ratio of means. It may lie below 0 and above 1.
+
+A circuit reaches the target if its faithfulness on validation prompts, which chose it, lies in the band
+[target, 2 - target], and if test prompts show, with 95 % confidence on either side, that it lies in the band widened by
+`MARGIN`. Otherwise nothing is said against the circuit: it is not shown with so many prompts. More prompts narrow the
+bounds, so they make it easier.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-SCHEMA = "attnprune-circuit-1"
+SCHEMA, FIRST_SCHEMA = "attnprune-circuit-2", "attnprune-circuit-1"
+MARGIN = 0.05  # of the faithfulness: so far outside the band may it lie for all that the test prompts show
 FAITHFULNESS = "(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m = mean of the metric over the prompts"
+BOUNDS = (
+    "percentiles of a bootstrap over the test prompts and one more, on which the circuit explains nothing (upper "
+    "bound: twice the gap), so that few prompts which happen to agree show little"
+)
 TOP_EDGES = 2000
 
 Ranking = Literal["eap-ig abs", "eap-ig signed", "exact nodes", "exact edges"]
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""What was measured in a circuit or a model that may be broken; null where it is no finite number."""
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Interval(_Strict):
@@ -52,6 +72,11 @@ class TaskFacts(_Strict):
     test: int = Field(description="prompt pairs that all reports are about")
     lengths: list[int] = Field(description="tokens of the test prompts: shortest, longest")
     example: Example = Field(description="the first test pair")
+    chance: float | None = Field(
+        default=None,
+        description="accuracy of a guess among the answers and the wrong tokens, mean over the test prompts; null: the "
+        "first version of this format did not record it",
+    )
 
 
 class Method(_Strict):
@@ -62,7 +87,11 @@ class Method(_Strict):
     )
     faithfulness: str = FAITHFULNESS
     target: float
-    band: list[float] = Field(description="[low, high]: faithfulness of a circuit that reaches the target")
+    band: list[float] = Field(description="[low, high]: where the faithfulness on validation prompts has to lie")
+    margin: float = Field(
+        default=MARGIN, description="so far outside the band may the bounds of the faithfulness on test prompts lie"
+    )
+    bounds: str = Field(default=BOUNDS, description="what the one-sided bounds are")
     quick: bool
     mask_steps: int = Field(default=0, description="steps of learning a mask over the edges after the search by size")
     refine: bool = Field(description="edges were deleted one block at a time (on train prompts) after that")
@@ -92,7 +121,7 @@ class Attribution(_Strict):
     """How far the gradient scores can be trusted."""
 
     steps: int = Field(description="points between the corrupted and the clean run")
-    gap: float = Field(description="|sum of the input's scores - true change| / mean |change|; 0 for a smooth model")
+    gap: Number = Field(description="|sum of the input's scores - true change| / mean |change|; 0 for a smooth model")
     flips: Flips | None = Field(description="null for a model without gates")
 
 
@@ -102,7 +131,7 @@ class Point(_Strict):
     edges: int = Field(description="after dangling parts were removed")
     heads: int
     mlps: int
-    faithfulness: float
+    faithfulness: Number
 
 
 class Curve(_Strict):
@@ -118,7 +147,7 @@ class Edge(_Strict):
     """A scored edge, for example a0.h1->a5.h5<q>; `kept`: it is in the circuit."""
 
     name: str
-    score: float
+    score: Number
     kept: bool
 
 
@@ -129,8 +158,8 @@ class Counts(_Strict):
     mlps: int
     edges: int
     messages: float | None = Field(
-        description="attention messages (head, to, from) per prompt that reach the target within the circuit; null: "
-        "not measured"
+        description="attention messages (head, to, from) per prompt that keep the circuit in the band on validation "
+        "prompts; null: not measured"
     )
     open_messages: float | None = Field(
         description="messages per prompt of all heads that any gate lets through (clean or corrupted run), from the "
@@ -142,31 +171,47 @@ class Evaluation(_Strict):
     """A circuit on the test prompts."""
 
     faithfulness: Interval
+    lower: float | None = Field(
+        default=None,
+        description="one-sided 95 % lower bound of the faithfulness (see method.bounds); null: not measured",
+    )
+    upper: float | None = Field(default=None, description="the upper one")
+    each: list[tuple[float, float, float]] | None = Field(
+        default=None, description="metric of (circuit, clean, corrupted) for every test prompt; null: not recorded"
+    )
     metric: float = Field(description="mean of the task's metric")
     accuracy: float
-    kl: float = Field(description="mean KL(model || circuit) of the next token, nats")
+    kl: Number = Field(description="mean KL(model || circuit) of the next token, nats")
     quartiles: list[float] = Field(description="25, 50 and 75 % over prompts of 1 + (m(circuit) - m(clean)) / mean gap")
+
+
+def is_reached(band: Sequence[float], validation: float, test: Evaluation, margin: float = MARGIN) -> bool:
+    """Whether a circuit is shown to reach the target whose band is [low, high]; never without bounds."""
+    low, high = band
+    if test.lower is None or test.upper is None or not low <= validation <= high:
+        return False
+    return low - margin < test.lower and test.upper < high + margin
 
 
 class RandomCircuits(_Strict):
     """Random circuits of the same number of edges, on the test prompts."""
 
     draws: int
-    faithfulness: float = Field(description="mean over the draws")
-    low: float = Field(description="lowest draw")
-    high: float = Field(description="highest draw")
+    faithfulness: Number = Field(description="mean over the draws")
+    low: Number = Field(description="lowest draw")
+    high: Number = Field(description="highest draw")
 
 
 class ControlModel(_Strict):
     """A search by EAP-IG alone in a model that was broken on purpose."""
 
     accuracy: float
-    clean: float = Field(description="mean metric of the clean test prompts")
-    corrupted: float
+    clean: Number = Field(description="mean metric of the clean test prompts")
+    corrupted: Number
     able: bool = Field(description="it still does the task; if not, its circuits explain no behaviour")
     edges: int | None = Field(description="smallest size inside the band with all larger ones; null: only all edges")
-    faithfulness: float = Field(description="of its own circuit of the size of the real one, validation prompts")
-    recovered: float | None = Field(
+    faithfulness: Number = Field(description="of its own circuit of the size of the real one, validation prompts")
+    recovered: Number = Field(
         default=None,
         description="largest (m(circuit) - m(corrupted)) / (gap of the intact model) of its evaluated circuits: what "
         "choosing edges alone can make up",
@@ -184,7 +229,7 @@ class Templates(_Strict):
 class Controls(_Strict):
     """What a circuit is worth; null where a control was left out or does not apply."""
 
-    complement: float | None = Field(default=None, description="faithfulness of all other edges, test prompts")
+    complement: Number = Field(default=None, description="faithfulness of all other edges, test prompts")
     random: RandomCircuits | None = None
     random_weights: ControlModel | None = None
     shuffled_gates: ControlModel | None = Field(default=None, description="null for a dense model")
@@ -203,7 +248,7 @@ class ModelCircuit(_Strict):
     corrupted: float = Field(description="mean metric, corrupted test prompts")
     attribution: Attribution
     curves: list[Curve]
-    ranking: Ranking = Field(description="the ranking that reached the target with the fewest edges")
+    ranking: Ranking = Field(description="the ranking that came into the band with the fewest edges")
     ranked: Counts = Field(description="size found by ranking (messages: null)")
     learned: Counts | None = Field(
         default=None,
@@ -216,7 +261,10 @@ class ModelCircuit(_Strict):
     top_edges: list[Edge] = Field(description="the best edges of the ranking, in its order, up to 2000")
     validation_faithfulness: float
     test: Evaluation
-    reached: bool = Field(description="the interval of the faithfulness on test prompts reaches the target")
+    reached: bool = Field(
+        description="validation_faithfulness lies in method.band, test.lower and test.upper in the band widened by "
+        "method.margin; false: not shown with so many prompts"
+    )
     controls: Controls
     seconds: float = Field(description="of the last part, if the search was interrupted")
 
@@ -237,15 +285,15 @@ class Compare(_Strict):
     mlps: Ratio
     edges: Ratio
     messages: Ratio
-    first_in_second: float = Field(description="faithfulness of the circuit of models[0] in models[1], test prompts")
-    second_in_first: float
+    first_in_second: Number = Field(description="faithfulness of the circuit of models[0] in models[1], test prompts")
+    second_in_first: Number
     jaccard: float = Field(description="shared / all edges of the two circuits")
 
 
 class CircuitResult(_Strict):
     """A circuit search of one model, or of two on the same prompts."""
 
-    schema_id: Literal["attnprune-circuit-1"] = SCHEMA
+    schema_id: Literal["attnprune-circuit-2"] = SCHEMA
     command: str = Field(description="that began the search")
     task: TaskFacts
     method: Method
@@ -253,3 +301,40 @@ class CircuitResult(_Strict):
     compare: Compare | None
     seconds: float = Field(description="of the last part, if the search was interrupted")
     notes: list[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_first_version(cls, data: Any) -> Any:
+        """A record of the first version: it called a target reached if any part of an interval lay in the band.
+
+        It holds no bounds, so its circuits are not shown to reach the target.
+        """
+        if not isinstance(data, dict) or data.get("schema_id") != FIRST_SCHEMA:
+            return data
+        models = data.get("models")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            return data
+        names = [model.get("name") for model in models]
+        data = data | {
+            "schema_id": SCHEMA,
+            "models": [model | {"reached": False} for model in models],
+            "notes": [*data.get("notes", []), FIRST_NOTE],
+        }
+        compare = data.get("compare")
+        if isinstance(compare, dict):
+            others = [reason for reason in compare.get("reasons", []) if not reason.endswith(_MISSED)]
+            reasons = [*others, *map(not_shown, names)]
+            data["compare"] = compare | {"comparable": False, "reasons": reasons}
+        return data
+
+
+FIRST_NOTE = (
+    f"written as {FIRST_SCHEMA}, without the bounds that show whether a target is reached: search again, or judge the "
+    "circuit on its test prompts again with examples/judge_circuits.py"
+)
+_MISSED = "its circuit misses the target on test prompts"  # what that version said
+
+
+def not_shown(name: Any) -> str:
+    """Why a model cannot be compared."""
+    return f"{name}: its circuit is not shown to reach the target"

@@ -52,12 +52,12 @@ def _run(
     from_file = settings["task"].lower().endswith((".csv", ".jsonl"))
     if not from_file and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
-    model, tokenizer = _load(settings["model"], settings["base"], device)
+    model, tokenizer = load_model(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}
     how = _thoroughness(settings)
     more = MASK_PROMPTS if how.mask_steps else 0
     if settings["against"] is not None:
-        other, other_tokenizer = _load(settings["against"], settings["base"], device)
+        other, other_tokenizer = load_model(settings["against"], settings["base"], device)
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
     task = load_task(
@@ -100,7 +100,7 @@ def _thoroughness(settings: dict[str, Any]) -> Settings:
     return Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
 
 
-def _load(name: str, base: str | None, device: str) -> tuple[Any, Any]:
+def load_model(name: str, base: str | None, device: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a sparse model or a base model."""
     where = bases.pick_device(device)
     folder = sparse_folder(name)

@@ -18,7 +18,7 @@ from attnprune.errors import ConstraintNotMetError, InputError, InterruptedRunEr
 if TYPE_CHECKING:
     from attnprune.circuit.result import CircuitResult
 
-PROMPTS, QUICK_PROMPTS = 64, 16
+PROMPTS, QUICK_PROMPTS = 64, 32
 
 
 def circuit(
@@ -136,11 +136,7 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
     out.result(result.model_dump(mode="json"), *report.summary(result), f"written to {folder}")
     missed = [m for m in result.models if not m.reached]
     if missed:
-        raise ConstraintNotMetError(
-            f"{missed[0].name}: finished and saved, but faithfulness on test prompts is "
-            f"{missed[0].test.faithfulness.value:.3f}, not {result.method.target:g}",
-            hint="try more --prompts, with another --out",
-        )
+        raise ConstraintNotMetError(report.not_shown(missed[0], result), hint="try more --prompts, with another --out")
 
 
 def _draw(folder: Path) -> None:

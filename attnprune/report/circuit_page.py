@@ -11,7 +11,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from attnprune.errors import printable
-from attnprune.units import duration, percent
+from attnprune.report.circuits import chance, verdict
+from attnprune.units import duration, number, percent
 
 if TYPE_CHECKING:
     from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Interval, ModelCircuit, Ratio
@@ -53,12 +54,11 @@ def _intro(result: CircuitResult) -> str:
     lines = []
     for model in result.models:
         f = model.test.faithfulness
-        verdict = "reached" if model.reached else "not reached"
         lines.append(
             f"<p><b>{_text(model.name)}</b> <span class=dim>({model.kind})</span>: {model.counts.edges:,} of "
             f"{model.graph.edges:,} edges, {model.counts.heads} of {model.graph.layers * model.graph.heads:,} heads, "
             f"{model.counts.mlps} of {model.graph.layers} MLPs; faithfulness {f.value:.2f} [{f.low:.2f}, {f.high:.2f}] "
-            f"on test prompts, target {result.method.target:g} {verdict}</p>"
+            f"on test prompts, target {result.method.target:g} {verdict(model, result)}</p>"
         )
     if result.compare is not None and not result.compare.comparable:
         why = _text("; ".join(result.compare.reasons))
@@ -88,7 +88,7 @@ def _report(result: CircuitResult) -> str:
         if any(cells):
             rows.append((name, cells, _ratio(ratio)))
 
-    row("task accuracy", lambda m: percent(m.accuracy))
+    row("task accuracy", lambda m: f"{percent(m.accuracy)} (chance {chance(result)})")
     row("metric, clean and corrupted prompts", lambda m: f"{m.clean:.3g} and {m.corrupted:.3g}")
     row("edges", lambda m: f"{m.counts.edges:,} ({percent(m.counts.edges / m.graph.edges)})", compare and compare.edges)
     row("edges by ranking alone", lambda m: f"{m.ranked.edges:,}" if m.ranked.edges != m.counts.edges else "")
@@ -97,14 +97,16 @@ def _report(result: CircuitResult) -> str:
     row("MLPs", lambda m: f"{m.counts.mlps} of {m.graph.layers}", compare and compare.mlps)
     row("attention messages per prompt", _messages, compare and compare.messages)
     row("faithfulness, validation prompts", lambda m: f"{m.validation_faithfulness:.3f}")
-    row("faithfulness, test prompts", lambda m: _interval(m.test.faithfulness) + ("" if m.reached else ", not reached"))
+    row("faithfulness, test prompts", lambda m: _interval(m.test.faithfulness))
+    row("one-sided 95 % bounds", lambda m: "" if m.test.lower is None else _between(m.test.lower, m.test.upper))
+    row(f"target {result.method.target:g}", lambda m: verdict(m, result))
     row("the same per prompt, quartiles", lambda m: ", ".join(f"{value:.2f}" for value in m.test.quartiles))
-    row("accuracy of the circuit", lambda m: percent(m.test.accuracy))
-    row("KL(model ‖ circuit)", lambda m: f"{m.test.kl:.3g} nats")
+    row("accuracy of the circuit", lambda m: f"{percent(m.test.accuracy)} (chance {chance(result)})")
+    row("KL(model ‖ circuit)", lambda m: f"{number(m.test.kl, '.3g')} nats")
     row("control: all other edges", lambda m: "" if (f := m.controls.complement) is None else f"faithfulness {f:.3f}")
     row("control: random circuits of this size", _random)
-    row("control: random weights", lambda m: _broken(m.controls.random_weights))
-    row("control: shuffled gates", lambda m: _broken(m.controls.shuffled_gates))
+    row("control: random weights", lambda m: _broken(m.controls.random_weights, result))
+    row("control: shuffled gates", lambda m: _broken(m.controls.shuffled_gates, result))
     row("agreement between templates", _templates)
     row("ranking", lambda m: f"{m.ranking}, {m.attribution.steps} points, gap {percent(m.attribution.gap)}")
     row("gates that differ, clean to corrupted", _flips)
@@ -121,14 +123,19 @@ def _report(result: CircuitResult) -> str:
 
 
 def _transfer(compare: Compare) -> str:
+    one, other = number(compare.first_in_second, ".2f"), number(compare.second_in_first, ".2f")
     return (
-        f"<p>Faithfulness of the first circuit in the second model {compare.first_in_second:.2f}, of the second in the "
-        f"first {compare.second_in_first:.2f}; they share {percent(compare.jaccard)} of their edges.</p>"
+        f"<p>Faithfulness of the first circuit in the second model {one}, of the second in the first {other}; they "
+        f"share {percent(compare.jaccard)} of their edges.</p>"
     )
 
 
 def _interval(number: Interval) -> str:
     return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"
+
+
+def _between(lower: float, upper: float | None) -> str:
+    return f"above {lower:.3f}, below {number(upper)}"
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -151,17 +158,18 @@ def _random(model: ModelCircuit) -> str:
     drawn = model.controls.random
     if drawn is None:
         return ""
-    return f"faithfulness {drawn.faithfulness:.3f}, from {drawn.low:.3f} to {drawn.high:.3f} in {drawn.draws} draws"
+    low, high = number(drawn.low), number(drawn.high)
+    return f"faithfulness {number(drawn.faithfulness)}, from {low} to {high} in {drawn.draws} draws"
 
 
-def _broken(control: ControlModel | None) -> str:
+def _broken(control: ControlModel | None, result: CircuitResult) -> str:
     """What EAP-IG finds in a model that was broken on purpose."""
     if control is None:
         return ""
-    accuracy = f"(accuracy {percent(control.accuracy)})"
+    accuracy = f"(accuracy {percent(control.accuracy)}, chance {chance(result)})"
     if control.able:
         size = "all edges" if control.edges is None else f"{control.edges:,} edges"
-        found = f"still does the task {accuracy}; {size}; {control.faithfulness:.3f} at the circuit's size"
+        found = f"still does the task {accuracy}; {size}; {number(control.faithfulness)} at the circuit's size"
     else:  # a share of hardly any gap says nothing
         found = f"does not do the task {accuracy}"
     best = control.recovered
@@ -188,11 +196,14 @@ def _method(result: CircuitResult) -> str:
         f"templates, {task.lengths[0]} to {task.lengths[1]} tokens, seed {task.seed}, prompts "
         f"{_text(task.fingerprint[:12])}. Edges outside of a circuit carry their values of the corrupted prompt. "
         f"Faithfulness is {_text(method.faithfulness)}; "
-        f"a circuit reaches the target {method.target:g} inside [{low:g}, {high:g}]. "
+        f"on validation prompts a circuit has to lie in [{low:g}, {high:g}]. "
         f"The size is the smallest from which on all larger evaluated sizes are inside as well"
         f"{f', then a mask was learned on {task.more or task.train} pairs if that helped' if method.mask_steps else ''}"
         f"{', then edges were deleted in blocks if that helped' if method.refine else ''}. Heads and MLPs "
-        f"count if they write to a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts."
+        f"count if they write to a kept edge. Intervals: 95 %, {method.bootstrap:,} bootstrap resamples over prompts. "
+        f"The target is reached if both one-sided 95 % bounds on test prompts lie inside too, or at most "
+        f"{method.margin:g} outside; otherwise it is not shown, and more prompts may show it. Bounds: "
+        f"{_text(method.bounds)}. Chance: the accuracy of a guess among the answers and the wrong tokens."
         f"{' A quick run: fewer prompts and sizes.' if method.quick else ''}",
         f"<span class=dim>clean</span> <code>{_text(task.example.clean)}</code> → "
         f"<code>{_text(' / '.join(task.example.answers))}</code><br><span class=dim>corrupted</span> "

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Counts, ModelCircuit, Ratio
+from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Counts, ModelCircuit, RandomCircuits, Ratio
 from attnprune.errors import printable
-from attnprune.units import duration, percent
+from attnprune.units import duration, number, percent
 
 
 class Watching(AbstractContextManager):
@@ -70,7 +70,8 @@ def _table(title: str, result: CircuitResult) -> Table:
 
 def sizes_table(result: CircuitResult) -> Table:
     """Counts of the circuits and their ratios."""
-    table = _table(f"Smallest circuit with faithfulness {result.method.target:g}: {result.task.name}", result)
+    title = f"Smallest circuit found for faithfulness {result.method.target:g}: {result.task.name}"
+    table = _table(title, result)
     compare = result.compare
     if compare is not None:
         table.add_column("ratio", justify="right")
@@ -96,17 +97,45 @@ def sizes_table(result: CircuitResult) -> Table:
     row("ranking", [m.ranking for m in models])
     row("faithfulness", [f"{m.test.faithfulness.value:.3f}" for m in models])
     row("  95 %", [f"{m.test.faithfulness.low:.2f} to {m.test.faithfulness.high:.2f}" for m in models])
+    row("  95 % bounds", [_bounds(m) for m in models])
     row("  quartiles", [" ".join(f"{q:.2f}" for q in m.test.quartiles) for m in models])
     row("  validation", [f"{m.validation_faithfulness:.3f}" for m in models])
-    row("target", ["reached" if m.reached else "MISSED" for m in models])
+    row("target", [verdict(m, result) for m in models])
     row("accuracy", [percent(m.test.accuracy) for m in models])
     row("  model", [percent(m.accuracy) for m in models])
-    row("KL to model", [f"{m.test.kl:.3f}" for m in models])
+    row("  chance", [chance(result) for _ in models])
+    row("KL to model", [number(m.test.kl) for m in models])
     row("metric, clean", [f"{m.clean:.3f}" for m in models])
     row("  corrupted", [f"{m.corrupted:.3f}" for m in models])
     row("EAP-IG gap", [percent(m.attribution.gap) for m in models])
     row("gates that flip", [_flips(m) for m in models])
     return table
+
+
+def verdict(model: ModelCircuit, result: CircuitResult) -> str:
+    """Whether the target was reached, as far as the prompts show."""
+    return "reached" if model.reached else f"not shown with {result.task.test} prompts"
+
+
+def not_shown(model: ModelCircuit, result: CircuitResult) -> str:
+    """Why a finished search ends with exit code 3."""
+    test, method = model.test, result.method
+    return (
+        f"{model.name}: finished and saved, but faithfulness {method.target:g} is not shown with {result.task.test} "
+        f"prompts: {test.faithfulness.value:.3f} on them, with 95 % confidence above {number(test.lower)} and below "
+        f"{number(test.upper)}, which must lie between {method.band[0] - method.margin:.3g} and "
+        f"{method.band[1] + method.margin:.3g}"
+    )
+
+
+def chance(result: CircuitResult) -> str:
+    """The accuracy of a guess."""
+    return "not recorded" if result.task.chance is None else percent(result.task.chance)
+
+
+def _bounds(model: ModelCircuit) -> str:
+    lower, upper = model.test.lower, model.test.upper
+    return "not recorded" if lower is None or upper is None else f"above {lower:.3f}, below {upper:.3f}"
 
 
 def _of(part: int, whole: int) -> str:
@@ -145,7 +174,7 @@ def controls_table(result: CircuitResult) -> Table:
     row("all other edges", ["" if c.complement is None else f"{c.complement:.3f}" for _, c in models])
     row(
         "random circuits",
-        ["" if (r := c.random) is None else f"{r.faithfulness:.3f} [{r.low:.2f}, {r.high:.2f}]" for _, c in models],
+        ["" if (r := c.random) is None else _drawn(r) for _, c in models],
     )
     row("random weights", [_broken(c.random_weights, m) for m, c in models])
     row("gates shuffled", [_broken(c.shuffled_gates, m) for m, c in models])
@@ -159,6 +188,10 @@ def controls_table(result: CircuitResult) -> Table:
     return table
 
 
+def _drawn(random: RandomCircuits) -> str:
+    return f"{number(random.faithfulness)} [{number(random.low, '.2f')}, {number(random.high, '.2f')}]"
+
+
 def _broken(control: ControlModel | None, model: ModelCircuit) -> str:
     if control is None:
         return ""
@@ -169,7 +202,7 @@ def _broken(control: ControlModel | None, model: ModelCircuit) -> str:
 
 
 def _transfer(compare: Compare) -> list[str]:
-    return [f"{compare.first_in_second:.3f}", f"{compare.second_in_first:.3f}"]
+    return [number(compare.first_in_second), number(compare.second_in_first)]
 
 
 def method_line(result: CircuitResult) -> str:
@@ -179,8 +212,10 @@ def method_line(result: CircuitResult) -> str:
     learning = f"{task.more:,} to learn a mask, " if task.more else ""
     return (
         f"{task.metric.replace('_', ' ')}, corrupted activations outside the circuit, ratio of means in "
-        f"[{low:.3g}, {high:.3g}], by ranking at all larger sizes as well; {task.train} prompts to rank, {learning}"
-        f"{task.validation} to choose, {task.test} to report; seed {task.seed}; {duration(result.seconds)}"
+        f"[{low:.3g}, {high:.3g}] on validation prompts, by ranking at all larger sizes as well; reached if both "
+        f"one-sided 95 % bounds on test prompts are inside or at most {method.margin:g} outside; "
+        f"{task.train} prompts to rank, {learning}{task.validation} to choose, {task.test} to report; "
+        f"seed {task.seed}; {duration(result.seconds)}"
     )
 
 

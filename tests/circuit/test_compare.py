@@ -10,7 +10,7 @@ from attnprune.circuit.analysis import analyse
 from attnprune.circuit.compare import compare, eap_ig_data, parity, result_of, task_facts
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
-from attnprune.circuit.result import CircuitResult
+from attnprune.circuit.result import MARGIN, CircuitResult
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.counts import needed_messages
 from attnprune.circuit.search.splits import QUICK, Settings
@@ -19,12 +19,13 @@ from attnprune.sidecar import bases
 from tests.helpers.circuits import NO_DELETION, planted_task, silent
 
 
-def search_planted(family, gated, seed, monkeypatch, **settings):
+def search_planted(family, gated, seed, monkeypatch, prompts=4, **settings):
     monkeypatch.setattr("attnprune.circuit.analysis.check_ability", lambda *_: None)  # its metric may be below 0
     planted = plant(family, gated=gated, seed=seed)
+    task = planted_task(planted, prompts)
     found = analyse(
-        planted.model, "planted", planted_task(planted), Settings(**settings), with_controls=False, label="model",
-        watch=silent, cache=Cache(),
+        planted.model, "planted", task, Settings(**settings), with_controls=False, label="model", watch=silent,
+        cache=Cache(),
     )  # fmt: skip
     return planted, found
 
@@ -41,6 +42,20 @@ def test_a_planted_circuit_is_found_exactly(family, gated, monkeypatch):
     if gated:  # gradients rank the edges behind the gate last
         assert found.model.ranking == "exact edges"
         assert stable["eap-ig abs"] > stable["exact edges"]
+
+
+def test_a_perfect_circuit_is_shown_with_many_prompts_and_not_with_few(monkeypatch):
+    few, many = (
+        search_planted(
+            "llama", False, 1, monkeypatch, prompts=n, **(QUICK | {"target": 0.998, "all_edges": 0, "sizes": 3})
+        )[1]
+        for n in (4, 80)
+    )
+    assert torch.equal(few.edges, many.edges)
+    assert (few.model.reached, many.model.reached) == (False, True)
+    assert few.model.test.lower < 0.7
+    assert 0.998 - MARGIN < many.model.test.lower < 1 < many.model.test.upper < 1.002 + MARGIN
+    assert len(many.model.test.each) == 80
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["dense", "gated"])
@@ -71,7 +86,7 @@ def test_both_models_reach_the_target_and_the_file_is_valid(both, addition):
     result = result_of(analyses, facts, settings, command="test", quick=True, seconds=1.0, notes=[])
     assert CircuitResult.model_validate_json(result.model_dump_json()) == result
     for model in result.models:
-        assert settings.reached(model.validation_faithfulness)
+        assert settings.in_band(model.validation_faithfulness)
         assert model.counts.edges == len(model.edges) == sum(edge.kept for edge in model.edges)
         assert (len(model.heads), len(model.mlps)) == (model.counts.heads, model.counts.mlps)
         assert model.test.faithfulness.low <= model.test.faithfulness.value <= model.test.faithfulness.high

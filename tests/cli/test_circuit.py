@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from attnprune.circuit.folder import read_settings
-from attnprune.circuit.result import CircuitResult
+from attnprune.circuit.result import CircuitResult, not_shown
 from tests.helpers.factory import save_tiny_llama
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -33,7 +33,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("circuit")
     save_tiny_llama(folder / "model", max_position_embeddings=64)
     done = circuit(*ADDITION, "--against", "demo", "--mask-steps", "5", "--out", "found", "--json", "-q", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
+    (folder / "stderr.txt").write_text(done.stderr)
     (folder / "stdout.json").write_text(done.stdout)
     return folder
 
@@ -45,10 +46,25 @@ def test_json_is_the_file_and_matches_its_schema(place):
     one, other = result.models
     assert one.edges == other.edges
     assert result.compare.edges.value == 1
-    assert result.compare.comparable
+    assert result.compare.reasons == [not_shown("demo")] * 2
     assert result.task.test == 9
+    assert result.task.chance == 0.5
+    assert len(one.test.each) == 9
     assert result.method.mask_steps == 5
     assert result.task.more > 1000
+
+
+def test_nine_prompts_show_nothing(place):
+    """Whatever the circuit is: nine prompts at 1 would still allow a faithfulness of 0.7."""
+    result = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
+    assert not any(model.reached for model in result.models)
+    *_, line = (place / "stderr.txt").read_text().splitlines()
+    test = result.models[0].test
+    assert line == (
+        "attnprune: demo: finished and saved, but faithfulness 0.9 is not shown with 9 prompts: "
+        f"{test.faithfulness.value:.3f} on them, with 95 % confidence above {test.lower:.3f} and below "
+        f"{test.upper:.3f}, which must lie between 0.85 and 1.15 (try more --prompts, with another --out)"
+    )
 
 
 def test_files_of_a_search(place):
@@ -61,8 +77,10 @@ def test_files_of_a_search(place):
 def test_a_finished_search_can_be_shown_again(place):
     before = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     done = circuit("--resume", "found", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "Smallest circuit with faithfulness 0.9: addition" in done.stdout
+    assert done.returncode == 3, done.stderr
+    assert "Smallest circuit found for faithfulness 0.9: addition" in done.stdout
+    assert "not shown with 9 prompts" in done.stdout
+    assert "chance" in done.stdout
     assert "random circuits" in done.stdout
     after = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     assert [model.edges for model in after.models] == [model.edges for model in before.models]
@@ -140,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):
     assert not (place / "half" / "circuit.json").exists()
     lines = evaluations.read_text().splitlines()
     done = circuit("--resume", "half", "--json", cwd=place)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     assert evaluations.read_text().splitlines()[: len(lines) - 1] == lines[:-1]
     assert json.loads(done.stdout)["models"][0]["controls"]["random"] is None
 

@@ -86,6 +86,8 @@ def model_circuit(graph, size, name="some/model", kind="sparse", seed=0, top=200
         "validation_faithfulness": 0.92,
         "test": {
             "faithfulness": {"value": 0.91, "low": 0.87, "high": 0.95},
+            "lower": 0.872,
+            "upper": 0.951,
             "metric": 3.8,
             "accuracy": 0.95,
             "kl": 0.21,
@@ -120,6 +122,7 @@ def circuit_result(*models, compare=True, **text):
                 "validation": 64,
                 "test": 128,
                 "lengths": [15, 18],
+                "chance": 0.5,
                 "example": {
                     "clean": text.get("prompt", "When Mary and John went to the store, John gave a drink to"),
                     "corrupted": "When Mary and John went to the store, Anna gave a drink to",

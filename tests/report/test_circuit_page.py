@@ -219,6 +219,11 @@ def test_text_without_a_browser(two_models):
         "0.910 [0.870, 0.950]",
         "4.10; by ranking 3.90 [2.80, 5.20]",
         "faithfulness 0.110",
+        "above 0.872, below 0.951",
+        "target 0.9 reached",
+        "97 % (chance 50 %)",
+        "95 % (chance 50 %)",
+        "accuracy 48 %, chance 50 %",
         "128 for every",
     ):
         assert fact in text

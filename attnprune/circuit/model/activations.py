@@ -166,7 +166,8 @@ def _prefix(anatomy: Anatomy, prompts: Tensor, length: int) -> Tensor:
     cache = DynamicCache()
     with evaluation_mode(anatomy.model):
         anatomy.model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return torch.stack([torch.stack((layer.keys, layer.values))[..., :length, :] for layer in cache.layers])
+    layers: list[Any] = cache.layers
+    return torch.stack([torch.stack((layer.keys, layer.values))[..., :length, :] for layer in layers])
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def curve_of(graph: Graph, name: Ranking, points: Sequence[Sized], settings: Set
     for point in points:
         heads, mlps = count_nodes(graph, point.edges)
         rows.append(Point(edges=point.size, heads=heads, mlps=mlps, faithfulness=point.faithfulness))
-    inside = [row.edges for row in rows if settings.reached(row.faithfulness)]
+    inside = [row.edges for row in rows if settings.in_band(row.faithfulness)]
     return Curve(ranking=name, points=rows, first=inside[0], stable=rows[stable(points, settings)].edges)
 
 
@@ -73,7 +73,7 @@ def needed_messages(
         if middle is None:
             break
         watch("attention messages", done, 12)
-        inside = settings.reached(split.faithfulness(edges, masks(middle)))
+        inside = settings.in_band(split.faithfulness(edges, masks(middle)))
         low, high = (low, middle) if inside else (middle, high)
     kept = sum(int(mask.sum()) for mask in masks(high)) if high else 0
     return Messages(kept / len(split), visible / len(split))

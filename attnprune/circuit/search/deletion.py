@@ -59,7 +59,7 @@ def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch)
             without[block] = False
             candidate = train.anatomy.graph.prune(without.view_as(start))
             done += 1
-            if stricter.reached(train.faithfulness(candidate)):
+            if stricter.in_band(train.faithfulness(candidate)):
                 path.append(candidate)
             elif len(block) > max(1, smallest):
                 blocks[:0] = block.split((len(block) + 1) // 2)
@@ -86,7 +86,7 @@ def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch)
         watch("deletions that hold", low, len(path))
         middle = (low + high) // 2
         candidate = evaluated(split, path[middle])
-        if settings.reached(candidate.faithfulness):
+        if settings.in_band(candidate.faithfulness):
             low, found = middle, candidate
         else:
             high = middle

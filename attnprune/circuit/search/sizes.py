@@ -1,8 +1,8 @@
 """The smallest circuit of a model: edges are ranked in several ways, sizes are decided by exact patching alone.
 
-Train prompts rank the edges, validation prompts decide the size, test prompts are left for the report. A size counts
-as reached if its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the
-curve of faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
+Train prompts rank the edges, validation prompts decide the size, test prompts are left for the report. A size holds if
+its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the curve of
+faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
 What an edge does depends on which others are kept. So from as many of the best edges a mask is learned by gradients
 (`attnprune.circuit.search.masks`), on more train prompts, and then whole blocks of edges are deleted
@@ -79,7 +79,7 @@ def evaluated(split: Split, edges: Tensor) -> Sized:
 def stable(points: Sequence[Sized], settings: Settings) -> int:
     """Index of the smallest circuit that is in the band together with all larger ones; at worst the whole model."""
     for index in reversed(range(len(points))):
-        if not settings.reached(points[index].faithfulness):
+        if not settings.in_band(points[index].faithfulness):
             return index + 1
     return 0
 
@@ -137,6 +137,6 @@ def smallest_held(split: Split, circuits: list[Tensor], settings: Settings, watc
     for done, edges in enumerate(ordered):
         watch("learned circuits that hold", done, len(ordered))
         found = evaluated(split, edges)
-        if settings.reached(found.faithfulness):
+        if settings.in_band(found.faithfulness):
             return found
     return None

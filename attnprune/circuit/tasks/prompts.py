@@ -138,6 +138,15 @@ class Task:
     more: tuple[Prompts, ...] = ()
 
     @property
+    def chance(self) -> float:
+        """Accuracy of a guess among the answers and the wrong tokens, mean over the test prompts."""
+        shares = [
+            (batch.answers != NO_TOKEN).sum(1) / ((batch.answers != NO_TOKEN).sum(1) + (batch.wrong != NO_TOKEN).sum(1))
+            for batch in self.test
+        ]
+        return torch.cat(shares).double().mean().item()
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of metric, tokens, answers, roles and templates: equal fingerprints mean equal data."""
         digest = hashlib.sha256(self.metric.encode())
@@ -197,8 +206,10 @@ def accuracy(scores: Tensor) -> float:
     return (scores > 0).double().mean().item()
 
 
-def check_ability(name: str, metric: Metric, clean: Tensor, corrupted: Tensor) -> Ability:
+def check_ability(name: str, metric: Metric, clean: Tensor, corrupted: Tensor, chance: float | None = None) -> Ability:
     """The ability behind metric values [N] of a model's clean and corrupted prompts.
+
+    `chance` is for the message: the accuracy of a guess.
 
     Raises:
         AttnPruneError: accuracy below 0.75, or a gap below 0.5 nats (logit difference) or 0.1 (probability difference):
@@ -206,8 +217,10 @@ def check_ability(name: str, metric: Metric, clean: Tensor, corrupted: Tensor) -
     """
     ability = Ability(accuracy(clean), clean.double().mean().item(), corrupted.double().mean().item())
     if not ability.accuracy >= MIN_ACCURACY:
+        guess = "" if chance is None else f" (chance {chance:.2f})"
         raise AttnPruneError(
-            f"{name}: this model cannot do the task: accuracy {ability.accuracy:.2f}, {MIN_ACCURACY:.2f} is needed"
+            f"{name}: this model cannot do the task: accuracy {ability.accuracy:.2f}{guess}, "
+            f"{MIN_ACCURACY:.2f} is needed"
         )
     if not ability.gap >= MIN_GAP[metric]:
         raise AttnPruneError(

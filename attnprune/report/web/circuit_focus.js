@@ -20,7 +20,7 @@ function focus(what) {
   }
 }
 const around = (node) => shown.filter((e) => e.from === node || e.to.includes(node));
-const scoreOf = (e) => (e.sign === "hurts" ? "+" : "") + e.score.toPrecision(3);
+const scoreOf = (e) => e.score === null ? "not finite" : (e.sign === "hurts" ? "+" : "") + e.score.toPrecision(3);
 
 // What lies under the pointer, or up to 5 pixels off: thin edges are hard to hit.
 function under(x, y) {

@@ -30,7 +30,7 @@ function prepare(model) {
   const edge = ({ name, score }) => {
     if (!all.has(name)) {
       const [from, to] = name.split("->").map(id);
-      const sign = model.ranking === "exact nodes" ? "unsigned" : score > 0 ? "hurts" : "helps";
+      const sign = model.ranking === "exact nodes" || score === null ? "unsigned" : score > 0 ? "hurts" : "helps";
       all.set(name, { name, score, sign, from: from.nodes[0], to: to.nodes, read: to.read });
     }
     return all.get(name);

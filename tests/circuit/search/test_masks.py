@@ -47,7 +47,7 @@ def test_what_is_learned_of_all_edges_in_any_order_is_planted():
     circuits = learn(split, order, len(order), settings)
     assert len(circuits) == 4
     assert not (circuits[-1] & ~planted.edges).any()
-    assert settings.reached(split.faithfulness(circuits[-1]))
+    assert settings.in_band(split.faithfulness(circuits[-1]))
 
 
 def test_a_step_that_breaks_the_circuit_is_taken_back(monkeypatch, steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,18 @@ from attnprune.attention.interface import attach
 from attnprune.circuit import controls
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.graph import Graph
+from attnprune.circuit.result import Evaluation, is_reached
 from attnprune.circuit.search import deletion
 from attnprune.circuit.search.cache import Cache, check_same, digest
 from attnprune.circuit.search.sizes import Sized, circuit_of_size, size_grid, stable
-from attnprune.circuit.search.splits import Settings, Split, faithfulness_interval, ratio_of_means
+from attnprune.circuit.search.splits import (
+    Settings,
+    Split,
+    _resampled,
+    faithfulness_bounds,
+    faithfulness_interval,
+    ratio_of_means,
+)
 from attnprune.errors import InputError
 from attnprune.sidecar import bases
 from tests.helpers.circuits import NO_DELETION
@@ -41,10 +50,10 @@ def test_stable_means_all_larger_sizes_too(values, expected):
 
 def test_band_of_target_1_allows_rounding_only():
     settings = Settings(target=1.0)
-    assert settings.reached(1.00005)
-    assert not settings.reached(0.999)
-    assert not settings.reached(1.001)
-    assert not settings.reached(float("nan"))
+    assert settings.in_band(1.00005)
+    assert not settings.in_band(0.999)
+    assert not settings.in_band(1.001)
+    assert not settings.in_band(float("nan"))
 
 
 def test_circuits_have_the_size_asked_for_after_pruning():
@@ -68,6 +77,70 @@ def test_faithfulness_is_a_ratio_of_means():
     assert ratio_of_means(circuit, clean, clean) == 0.0
     interval = faithfulness_interval(circuit, clean, corrupted, 0)
     assert (interval.low, interval.value, interval.high) == (0.0, 0.25, 1.0)
+
+
+def measured(values):
+    """Metrics (circuit, clean, corrupted) whose faithfulness per prompt is `values`, with gaps from 8 to 12."""
+    values = torch.as_tensor(values, dtype=torch.double)
+    clean = 5 + 2 * torch.linspace(0, 1, len(values)).double()
+    return 2 * clean * values - clean, clean, -clean
+
+
+def test_bounds_of_few_prompts_claim_little_and_of_many_are_percentiles():
+    lower, upper = zip(
+        *(faithfulness_bounds(*measured([1.0] * n), 0) for n in (1, 2, 4, 8, 16, 32, 64, 512)), strict=True
+    )
+    assert list(lower) == sorted(lower)
+    assert list(upper) == sorted(upper, reverse=True)
+    assert (lower[0], upper[0]) == (0.0, 2.0)
+    assert lower[3] < 0.7 < 0.85 < lower[5] < lower[7] < 1
+    values = 0.9 + 0.3 * torch.randn(512, generator=torch.Generator().manual_seed(0))
+    metrics = measured(values)
+    drawn = _resampled(*metrics, 1)
+    assert faithfulness_bounds(*metrics, 0) == pytest.approx(
+        drawn.quantile(torch.tensor([0.05, 0.95]).double()), abs=6e-3
+    )
+
+
+def test_more_prompts_make_success_easier_and_a_wrong_claim_never_likely():
+    """Most prompts at 1, some failing: what a plain bootstrap of few prompts claims without ever having seen one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def share_reached(failing, count):
+        hits = 0
+        for _ in range(60):
+            values = torch.where(torch.rand(count, generator=generator) < failing, -0.3, 1.0)
+            lower, upper = faithfulness_bounds(*measured(values), 0)
+            hits += is_reached(NO_DELETION.band, 0.9, Evaluation(**EMPTY, lower=lower, upper=upper))
+        return hits / 60
+
+    true = [share_reached(0.01, count) for count in (2, 8, 32, 128)]
+    assert true == sorted(true)
+    assert true[0] == true[1] == 0
+    assert true[-1] > 0.9
+    assert max(share_reached(0.16, count) for count in (1, 4, 16, 64)) <= 0.1  # faithfulness 0.79
+
+
+EMPTY = {
+    "faithfulness": {"value": 0.9, "low": 0.9, "high": 0.9}, "metric": 1.0, "accuracy": 1.0, "kl": 0.0, "quartiles": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("validation", "lower", "upper", "expected"),
+    [
+        (0.9, 0.86, 0.97, True),
+        (0.899, 0.86, 0.97, False),  # validation prompts chose it, so they must allow it
+        (1.11, 0.95, 1.05, False),  # too much is not faithful either
+        (0.9, 0.849, 0.97, False),
+        (0.9, 0.65, 0.93, False),  # was "reached": a part of the interval lies in the band
+        (0.9, 0.86, 1.16, False),
+        (0.9, None, None, False),  # a record that does not say
+        (math.nan, 0.86, 0.97, False),
+    ],
+)
+def test_reached_means_shown(validation, lower, upper, expected):
+    assert is_reached(NO_DELETION.band, validation, Evaluation(**EMPTY, lower=lower, upper=upper)) is expected
 
 
 def test_kl_of_the_whole_model_is_0_and_of_nothing_is_not(addition):

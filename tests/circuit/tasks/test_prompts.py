@@ -75,5 +75,7 @@ def test_ability_rule():
         assert caught.value.exit_code == 1
         assert caught.value.message.startswith("ioi: ")
         assert part in caught.value.message
+    with pytest.raises(AttnPruneError, match=r"accuracy 0.50 \(chance 0.33\), 0.75 is needed"):
+        check_ability("docstring", "logit_difference", torch.tensor([1.0, -1.0]), torch.zeros(2), 1 / 3)
     ability = check_ability("sva", "probability_difference", torch.full((2,), 0.2), torch.zeros(2))
     assert ability.gap == pytest.approx(0.2)

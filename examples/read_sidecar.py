@@ -54,7 +54,10 @@ def read(path):
     about = strict_json((path / ("config.json" if merged else "attnprune.json")).read_bytes())
     manifest = about["attnprune"] if merged else about
     check(manifest["format"] == "attnprune" and manifest["format_version"].split(".")[0] == "1", "another format")
-    check({"gate:threshold", "weights:lora", "weights:delta"}.issuperset(manifest["requires"]), "an unknown feature")
+    check(
+        {"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"}.issuperset(manifest["requires"]),
+        "an unknown feature",
+    )
     opened = {}
     for name, entry in manifest["files"].items():
         check(re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))+(?<!/)", name), f"{name}: bad file name")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+FEATURES = {"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"}
 
 
 def check(holds, why):
@@ -54,10 +55,7 @@ def read(path):
     about = strict_json((path / ("config.json" if merged else "attnprune.json")).read_bytes())
     manifest = about["attnprune"] if merged else about
     check(manifest["format"] == "attnprune" and manifest["format_version"].split(".")[0] == "1", "another format")
-    check(
-        {"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"}.issuperset(manifest["requires"]),
-        "an unknown feature",
-    )
+    check({*manifest["requires"]} <= FEATURES, "an unknown feature")
     opened = {}
     for name, entry in manifest["files"].items():
         check(re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))+(?<!/)", name), f"{name}: bad file name")

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
-FEATURES = {"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"}
 
 
 def check(holds, why):
@@ -55,8 +54,8 @@ def read(path):
     about = strict_json((path / ("config.json" if merged else "attnprune.json")).read_bytes())
     manifest = about["attnprune"] if merged else about
     check(manifest["format"] == "attnprune" and manifest["format_version"].split(".")[0] == "1", "another format")
-    check({*manifest["requires"]} <= FEATURES, "an unknown feature")
-    opened = {}
+    opened, known = {}, {"gate:threshold", "weights:lora", "weights:delta", "merged:sizes"}
+    check({*manifest["requires"]} <= known, "an unknown feature")
     for name, entry in manifest["files"].items():
         check(re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*(/|$))+(?<!/)", name), f"{name}: bad file name")
         raw = (path / name).read_bytes()

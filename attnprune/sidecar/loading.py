@@ -56,6 +56,9 @@ def load(
 ) -> LoadedModel:
     """Load a sparse model: the base, its changed weights and its gates, ready for `generate`.
 
+    It is loaded whole into memory. Parts on other devices or the disk are for merged folders, which
+    `AutoModelForCausalLM.from_pretrained` loads with a `device_map`.
+
     Args:
         path: a sidecar or merged folder, or a Hub repository USER/NAME that holds one.
         base: Hub id, folder or .gguf file of the base model; default: the one the sidecar names.

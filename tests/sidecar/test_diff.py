@@ -251,13 +251,17 @@ def test_merged_in_several_files(place, copied):
 
 
 def shard(folder):
-    """Split the weights of a merged folder over three files."""
+    """Split the weights of a merged folder over three files and their index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
+    places = {}
     for i, name in enumerate(names):
+        places |= dict.fromkeys(sorted(tensors)[i::3], name)
         save_file({n: tensors[n] for n in sorted(tensors)[i::3]}, folder / name)
-    edit_manifest(folder, lambda m: m["files"].pop("model.safetensors"), names)
+    index = "model.safetensors.index.json"
+    (folder / index).write_text(json.dumps({"weight_map": places}))
+    edit_manifest(folder, lambda m: m["files"].pop("model.safetensors"), [*names, index])
     return names
 
 

@@ -139,7 +139,7 @@ def _is_base(path: str) -> bool:
 
 def _open(path: str) -> Sidecar:
     sidecar = open_artefact(path)
-    assert sidecar.mapped is not None  # the weights of a merged folder are hashed before anything in them is compared
+    _ = sidecar.mapped  # the weights of a merged folder are hashed before anything in them is compared
     dtype = sidecar.manifest.base.dtype
     if dtype not in DTYPES.values():
         raise InputError(f"{path}: base.dtype: {dtype!r} is not one of {', '.join(DTYPES.values())}")

@@ -212,8 +212,10 @@ class GatedModel:
                 first = min(str(key) for key in info[group])
                 raise ValueError(f"the checkpoint does not fit this model: {first} ({group.replace('_', ' ')})")
         for name, module in model.named_modules():
-            if isinstance(module, Gate) and not bool(_in_memory(module).isfinite().all()):
-                raise ValueError(f"{name}.bias is not finite")
+            own = [(f"{name}.bias", _in_memory(module))] if isinstance(module, Gate) else []
+            for key, tensor in own or module.named_parameters(name, recurse=False):
+                if not tensor.is_meta and not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{key} is not finite")
         return (model, info) if output_loading_info else model
 
 

@@ -17,7 +17,7 @@ from attnprune.attention.interface import attach, detach, gates_of, straight_thr
 from attnprune.errors import AttnPruneError
 from attnprune.sidecar import bases, loading, merged
 from tests.helpers.factory import refused, save_tiny_llama
-from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
+from tests.helpers.sidecars import reseal, save_sidecar, save_tiny_gpt2
 
 LENGTH = 9
 BASES = {"llama": save_tiny_llama, "gpt2": save_tiny_gpt2}
@@ -313,6 +313,22 @@ def test_the_portable_class_runs_from_memory_or_disk(forms, family, where, tmp_p
     assert gates == ["meta" if where == "disk" else "cpu"] * 2
     for options in ({}, {"attention_mask": PADDED}):
         assert torch.equal(outcome(model, options).logits, outcome(whole, options).logits)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_every_reader(forms, tmp_path, key, value):
+    """One row of a token that the probe does not hold gives finite logits until somebody writes that token."""
+    forms("llama")
+    folder = shutil.copytree(forms.folder / "llama", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[key][3] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{key} is not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    refused(lambda: loading.load(folder), "damaged")
+    reseal(folder)
+    refused(lambda: loading.load(folder), f"non-finite value in {key}")
 
 
 def test_gates_that_are_not_finite_are_refused_on_the_disk_too(forms, tmp_path):

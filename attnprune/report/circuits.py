@@ -97,7 +97,7 @@ def sizes_table(result: CircuitResult) -> Table:
     row("ranking", [m.ranking for m in models])
     row("faithfulness", [f"{m.test.faithfulness.value:.3f}" for m in models])
     row("  95 %", [f"{m.test.faithfulness.low:.2f} to {m.test.faithfulness.high:.2f}" for m in models])
-    row("  95 % bounds", [_bounds(m) for m in models])
+    row("  one-sided 95 %", [_bounds(m) for m in models])
     row("  quartiles", [" ".join(f"{q:.2f}" for q in m.test.quartiles) for m in models])
     row("  validation", [f"{m.validation_faithfulness:.3f}" for m in models])
     row("target", [verdict(m, result) for m in models])
@@ -135,7 +135,7 @@ def chance(result: CircuitResult) -> str:
 
 def _bounds(model: ModelCircuit) -> str:
     lower, upper = model.test.lower, model.test.upper
-    return "not recorded" if lower is None or upper is None else f"above {lower:.3f}, below {upper:.3f}"
+    return "not recorded" if lower is None or upper is None else f"{lower:.3f} to {upper:.3f}"
 
 
 def _of(part: int, whole: int) -> str:

@@ -10,7 +10,7 @@ straight-through term) with P the softmax over all visible keys, g = dO.v and De
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ CHUNK_ROWS = 64
 CHUNK_ELEMENTS = 2**20
 
 OnChunk = Callable[[slice, slice, Tensor], None]
+# query, key, value, bias, sinks, visible, counted, as `gated_attention` has them
+Inputs = Sequence[Any]
 
 
 class Block(NamedTuple):
@@ -195,26 +197,10 @@ def _run_time(
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, bias, sinks, visible, counted, scaling, softcap, settings):
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
-        penalty = torch.zeros_like(bias)
-        open_edges = torch.zeros_like(bias, dtype=torch.int64)
-        key32, value32 = key.to(bias.dtype), value.to(bias.dtype)
         blocks = list(blocks_of(visible, len(bias)))
-        for block in blocks:
-            part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
-            items, rows, cols, _ = block
-            block_counted = None if counted is None else block.of(counted)
-            soft = gates.edge_penalty(part.logits, settings.temperature)
-            penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
-            # The run-time rule, whatever the estimator: counts are of the model that will be used.
-            hard = part.open if part.noisy is part.logits else _gates(part.logits)
-            hard = hard if block_counted is None else hard * block_counted
-            open_edges += hard.sum((0, 2, 3)).long()
-            if settings.on_chunk is not None:
-                settings.on_chunk(rows, cols, hard.bool())
-            out = _fold(part.probabilities.mul_(part.open), key.shape[1]) @ value32[items, :, cols]
-            output[items, :, rows] = out.view(*part.query.shape[:3], -1)
-        ctx.save_for_backward(query, key, value, bias, sinks, visible, counted, output)
+        inputs = (query, key, value, bias, sinks, visible, counted)
+        output, penalty, open_edges = forward(inputs, blocks, scaling, softcap, settings)
+        ctx.save_for_backward(*inputs, output)
         ctx.options = (blocks, scaling, softcap, settings)
         ctx.mark_non_differentiable(open_edges)
         return output, penalty, open_edges
@@ -222,43 +208,76 @@ class _GatedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, output = ctx.saved_tensors
         grad_output, grad_penalty, _ = grad_outputs
-        query, key, value, bias, sinks, visible, counted, output = ctx.saved_tensors
-        blocks, scaling, softcap, settings = ctx.options
-        compute, kv_heads = bias.dtype, key.shape[1]
-        grad_query = torch.empty_like(query)
-        grad_key = torch.zeros(key.shape, dtype=compute, device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=compute, device=value.device)
-        grad_bias = torch.zeros_like(bias)
-        grad_sinks = None if sinks is None else torch.zeros_like(bias)
-        key32, value32 = key.to(compute), value.to(compute)
-        for block in blocks:
-            part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
-            items, rows, cols, _ = block
-            d_out = grad_output[items, :, rows].to(compute)
-            delta = (d_out * output[items, :, rows].to(compute)).sum(-1, keepdim=True)
-            folded_out = _fold(d_out, kv_heads)
-            probabilities = part.probabilities
-            weights = _fold(probabilities * part.open, kv_heads)
-            grad_value[items, :, cols] += weights.transpose(-1, -2) @ folded_out
-            # d_pattern holds P * g, d_gate both straight-through terms
-            d_weights = folded_out @ value32[items, :, cols].transpose(-1, -2)
-            d_pattern = d_weights.view_as(probabilities).mul_(probabilities)
-            block_counted = None if counted is None else block.of(counted)
-            d_gate = _gate_gradient(part, d_pattern, grad_penalty, block_counted, settings)
-            grad_bias += d_gate.sum((0, 2, 3))
-            d_scores = d_pattern.mul_(part.open).addcmul_(probabilities, delta, value=-1).add_(d_gate)
-            if part.softcap_slope is not None:
-                d_scores *= part.softcap_slope
-            folded = _fold(d_scores, kv_heads)
-            grad_query[items, :, rows] = (folded @ part.key).view_as(part.query).mul_(scaling)
-            grad_key[items, :, cols] += folded.transpose(-1, -2) @ _fold(part.query, kv_heads)
-            if sinks is not None and grad_sinks is not None:
-                sink_share = 1 - probabilities.sum(-1)
-                grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
-        grad_sinks = None if sinks is None or grad_sinks is None else grad_sinks.to(sinks.dtype)
-        grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_sinks)
-        return *grads, None, None, None, None, None
+        return *backward(inputs, output, grad_output, grad_penalty, *ctx.options), None, None, None, None, None
+
+
+def forward(
+    inputs: Inputs, blocks: list[Block], scaling: float, softcap: float | None, settings: GateSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, penalty [H], open edges [H]) with what training needs: noise and penalty."""
+    query, key, value, bias, sinks, visible, counted = inputs
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    penalty = torch.zeros_like(bias)
+    open_edges = torch.zeros_like(bias, dtype=torch.int64)
+    key32, value32 = key.to(bias.dtype), value.to(bias.dtype)
+    for block in blocks:
+        part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
+        items, rows, cols, _ = block
+        block_counted = None if counted is None else block.of(counted)
+        soft = gates.edge_penalty(part.logits, settings.temperature)
+        penalty += (soft if block_counted is None else soft.mul_(block_counted)).sum((0, 2, 3))
+        # The run-time rule, whatever the estimator: counts are of the model that will be used.
+        hard = part.open if part.noisy is part.logits else _gates(part.logits)
+        hard = hard if block_counted is None else hard * block_counted
+        open_edges += hard.sum((0, 2, 3)).long()
+        if settings.on_chunk is not None:
+            settings.on_chunk(rows, cols, hard.bool())
+        out = _fold(part.probabilities.mul_(part.open), key.shape[1]) @ value32[items, :, cols]
+        output[items, :, rows] = out.view(*part.query.shape[:3], -1)
+    return output, penalty, open_edges
+
+
+def backward(
+    inputs: Inputs, output: Tensor, grad_output: Tensor, grad_penalty: Tensor, blocks: list[Block], scaling: float,
+    softcap: float | None, settings: GateSettings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of query, key, value, bias and sinks (None where there are none)."""
+    query, key, value, bias, sinks, visible, counted = inputs
+    compute, kv_heads = bias.dtype, key.shape[1]
+    grad_query = torch.empty_like(query)
+    grad_key = torch.zeros(key.shape, dtype=compute, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=compute, device=value.device)
+    grad_bias = torch.zeros_like(bias)
+    grad_sinks = None if sinks is None else torch.zeros_like(bias)
+    key32, value32 = key.to(compute), value.to(compute)
+    for block in blocks:
+        part = _Part(block, query, key32, bias, visible, sinks, scaling, softcap, settings)
+        items, rows, cols, _ = block
+        d_out = grad_output[items, :, rows].to(compute)
+        delta = (d_out * output[items, :, rows].to(compute)).sum(-1, keepdim=True)
+        folded_out = _fold(d_out, kv_heads)
+        probabilities = part.probabilities
+        weights = _fold(probabilities * part.open, kv_heads)
+        grad_value[items, :, cols] += weights.transpose(-1, -2) @ folded_out
+        # d_pattern holds P * g, d_gate both straight-through terms
+        d_weights = folded_out @ value32[items, :, cols].transpose(-1, -2)
+        d_pattern = d_weights.view_as(probabilities).mul_(probabilities)
+        block_counted = None if counted is None else block.of(counted)
+        d_gate = _gate_gradient(part, d_pattern, grad_penalty, block_counted, settings)
+        grad_bias += d_gate.sum((0, 2, 3))
+        d_scores = d_pattern.mul_(part.open).addcmul_(probabilities, delta, value=-1).add_(d_gate)
+        if part.softcap_slope is not None:
+            d_scores *= part.softcap_slope
+        folded = _fold(d_scores, kv_heads)
+        grad_query[items, :, rows] = (folded @ part.key).view_as(part.query).mul_(scaling)
+        grad_key[items, :, cols] += folded.transpose(-1, -2) @ _fold(part.query, kv_heads)
+        if sinks is not None and grad_sinks is not None:
+            sink_share = 1 - probabilities.sum(-1)
+            grad_sinks -= (sink_share * delta.squeeze(-1)).sum((0, 2))
+    grad_sinks = None if sinks is None or grad_sinks is None else grad_sinks.to(sinks.dtype)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias, grad_sinks
 
 
 def _gate_gradient(
@@ -273,6 +292,17 @@ def _gate_gradient(
     if counted is not None:
         penalty_slope.mul_(counted)
     return slope.mul_(d_pattern).add_(penalty_slope)
+
+
+def counted_where_it_matters(visible: Tensor, counted: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(`counted` like `visible`, or None where it is all of it; the number of pairs that count)."""
+    visible_edges = visible.count_nonzero()  # not sum(), which makes an int64 of every pair
+    if counted is None:
+        return None, visible_edges
+    counted_edges = counted.expand_as(visible).count_nonzero()
+    if counted_edges == visible_edges:  # only padding makes a difference, and then every block pays for one more mask
+        return None, visible_edges
+    return counted.expand_as(visible), counted_edges
 
 
 def gated_attention(
@@ -301,12 +331,7 @@ def gated_attention(
         settings: estimator, temperature and statistics hook.
     """
     visible = visible.expand(query.shape[0], 1, query.shape[2], key.shape[2])
-    visible_edges = visible.count_nonzero()  # not sum(), which makes an int64 of every pair
-    if counted is not None:
-        counted, all_visible = counted.expand_as(visible), visible_edges
-        visible_edges = counted.count_nonzero()
-        if visible_edges == all_visible:  # only padding makes a difference, and then every block pays for one more mask
-            counted = None
+    counted, visible_edges = counted_where_it_matters(visible, counted)
     with torch.autocast(query.device.type, enabled=False):  # the scores decide gates: keep them in bias.dtype
         if settings.noise_seed is None and not torch.is_grad_enabled():
             output, open_edges = _run_time(

@@ -128,6 +128,11 @@ def gated_attention(
     options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if choice.backend == "reference":
         made = _reference(query, key, value, bias, visible, settings, options)
+    elif made is None and torch.compiler.is_compiling() and settings.on_chunk is None:
+        made = GatedOutput(*ops.chunked_attention(
+            query, key, value, bias, sinks, visible, counted_pairs(visible), scaling, softcap, settings.temperature,
+            settings.slope_temperature, settings.noise_seed, torch.is_grad_enabled(),
+        ))  # fmt: skip
     elif made is None:
         made = chunked.gated_attention(
             query, key, value, bias, visible, counted=counted_pairs(visible), settings=settings, **options

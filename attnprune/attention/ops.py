@@ -1,4 +1,5 @@
-"""The training kernels as PyTorch operators, so that autograd, torch.compile and selective checkpointing see one node.
+"""The kernels as PyTorch operators, so that autograd, torch.compile and selective checkpointing see one node; chunked
+attention, whose blocks depend on the mask, as one too for torch.compile.
 
 A checkpointing policy that keeps the results of `torch.ops.attnprune.gated_attention` keeps the output and the
 log-sum-exp of each row, all that the backward pass needs besides the inputs.
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnprune.attention import chunked
+from attnprune.attention.chunked import GateSettings
 from attnprune.attention.spans import Spans, spans_of
 from attnprune.errors import UnsupportedModelError
 
@@ -122,3 +125,73 @@ def _(query, key, value, bias, mask, scaling):
     batch, heads, queries, width = query.shape
     output = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     return output, query.new_empty(heads, dtype=torch.int64)
+
+
+@torch.library.custom_op("attnprune::chunked_attention", mutates_args=())
+def chunked_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor | None, visible: Tensor, counted: Tensor,
+    scaling: float, softcap: float | None, temperature: float, slope_temperature: float, noise_seed: int | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(output [B, H, Q, D], penalty [H], open edges int64 [H], visible edges int64) of `chunked.gated_attention`.
+
+    `training`: as where gradients are enabled; differentiable in query, key, value, bias and sinks.
+    """
+    settings = GateSettings(temperature, slope_temperature, noise_seed)
+    with torch.set_grad_enabled(training):
+        made = chunked.gated_attention(
+            query.detach(), key.detach(), value.detach(), bias.detach(), visible, scaling=scaling, softcap=softcap,
+            sinks=None if sinks is None else sinks.detach(), counted=counted, settings=settings,
+        )  # fmt: skip
+    return made.output, made.penalty, made.open_edges, made.visible_edges
+
+
+@chunked_attention.register_fake
+def _(query, key, value, bias, *others):
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    open_edges = torch.empty_like(bias, dtype=torch.int64)
+    return output, torch.empty_like(bias), open_edges, open_edges.new_empty(())
+
+
+@torch.library.custom_op("attnprune::chunked_attention_backward", mutates_args=())
+def chunked_attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor | None, visible: Tensor, counted: Tensor,
+    output: Tensor, grad_output: Tensor, grad_penalty: Tensor, scaling: float, softcap: float | None,
+    temperature: float, slope_temperature: float, noise_seed: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, bias and sinks (zeros [H] where there are none)."""
+    visible = visible.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+    inputs = (query, key, value, bias, sinks, visible, chunked.counted_where_it_matters(visible, counted)[0])
+    settings = GateSettings(temperature, slope_temperature, noise_seed)
+    blocks = list(chunked.blocks_of(visible, len(bias)))
+    with torch.autocast(query.device.type, enabled=False):
+        *grads, grad_sinks = chunked.backward(
+            inputs, output, grad_output, grad_penalty, blocks, scaling, softcap, settings
+        )
+    dense = [grad.contiguous() for grad in grads]  # the strides that the fake promises
+    return dense[0], dense[1], dense[2], dense[3], torch.zeros_like(bias) if grad_sinks is None else grad_sinks
+
+
+@chunked_attention_backward.register_fake
+def _(query, key, value, bias, sinks, *others):
+    like = (query, key, value, bias, bias if sinks is None else sinks)
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like)
+
+
+def _chunked_setup(ctx, inputs, output):
+    *tensors, scaling, softcap, temperature, slope_temperature, noise_seed, _ = inputs
+    ctx.settings = (scaling, softcap, temperature, slope_temperature, noise_seed)
+    ctx.has_sinks = tensors[4] is not None
+    ctx.save_for_backward(*tensors, output[0])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _chunked_backward(ctx, grad_output, grad_penalty, *_):
+    saved = ctx.saved_tensors
+    grad_output = torch.zeros_like(saved[-1]) if grad_output is None else grad_output
+    grad_penalty = torch.zeros_like(saved[3]) if grad_penalty is None else grad_penalty
+    *grads, grad_sinks = chunked_attention_backward(*saved, grad_output, grad_penalty, *ctx.settings)
+    return *grads, grad_sinks if ctx.has_sinks else None, *[None] * 8
+
+
+chunked_attention.register_autograd(_chunked_backward, setup_context=_chunked_setup)

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +128,13 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """Load the portable class, which refuses bad gates, and move its weights into the stock class, which counts."""
+    """Load the portable class, which refuses bad tensors, and move its weights into the stock class, which counts."""
     config_values = format.parse_json(format.read_regular(path, "config.json"), "config.json")
     family = str(config_values["model_type"]).removeprefix("attnprune_")
     config_class, model_class = modeling_attnprune.classes_for(family)
     with quiet():
         config = config_class.from_pretrained(path)
-        read = partial(model_class.from_pretrained, path, config=config, use_safetensors=True)
-        portable: Any = read(dtype="auto")
-        check_cast(portable, lambda: read(dtype=torch.float64))
+        portable: Any = model_class.from_pretrained(path, config=config, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     state = portable.state_dict()
     biases = [state.pop(name) for name in list(state) if name.endswith(GATE_SUFFIX)]

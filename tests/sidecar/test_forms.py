@@ -1,5 +1,7 @@
 """One sparse model in its four forms: attached in memory, loaded from a sidecar, loaded from a merged folder by us and
 by the portable class. The same inputs give the same numbers or the same refusal in all of them.
+
+Long because its forms take seconds to make, and every promise about a sparse model is tried on the same ones.
 """
 
 from __future__ import annotations

@@ -34,8 +34,7 @@ def apply(
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
     base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
     from attnprune.files import check_new_folder
-    from attnprune.sidecar import format
-    from attnprune.sidecar.folder import has_release_code, open_artefact
+    from attnprune.sidecar.folder import check_release_code, open_artefact
     from attnprune.sidecar.hub import locate, shown
 
     if merge is not None:
@@ -45,8 +44,7 @@ def apply(
     if sidecar.manifest.merged is not None:
         if merge is not None:
             raise InputError(f"{path}: is merged already")
-        if not has_release_code(folder):
-            raise InputError(f"{folder / format.CODE_FILE}: code differs from the release")
+        check_release_code(folder)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
     from attnprune.sidecar import bases, loading

@@ -29,7 +29,7 @@ from attnprune.publish.plan import (
 )
 from attnprune.sidecar import format, remote
 from attnprune.sidecar.contents import check_files, check_weights
-from attnprune.sidecar.folder import Sidecar, has_release_code, is_merged, open_merged, read_manifest
+from attnprune.sidecar.folder import Sidecar, check_release_code, is_merged, open_merged, read_manifest
 from attnprune.units import percent
 
 
@@ -95,8 +95,7 @@ def _open(folder: Path) -> Sidecar:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     if is_merged(folder):
-        if not has_release_code(folder):
-            raise InputError(f"{folder / format.CODE_FILE}: code differs from the release")
+        check_release_code(folder)
         if not (folder / "tokenizer_config.json").exists():
             raise InputError(f"{folder}: no tokenizer, so nobody could load it")
         return open_merged(folder)

@@ -202,6 +202,19 @@ def has_release_code(folder: Path) -> bool:
     return format.read_regular(folder, format.CODE_FILE, format.MAX_JSON_BYTES) == ours.read_bytes()
 
 
+def check_release_code(folder: Path) -> None:
+    """Refuse a merged folder whose code is not this release's, byte for byte.
+
+    Raises:
+        InputError: other code, also that of an earlier release.
+    """
+    if not has_release_code(folder):
+        raise InputError(
+            f"{folder / format.CODE_FILE}: code differs from the release",
+            hint="to merge with this release's: attnprune apply SIDECAR --merge OUT",
+        )
+
+
 def open_artefact(path: str | Path) -> Sidecar:
     """Open a local sidecar or merged folder.
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.errors import AttnPruneError
 from attnprune.sidecar import format
 from attnprune.sidecar.contents import check_files, check_weights
-from attnprune.sidecar.folder import Sidecar, has_release_code, is_merged, open_merged, open_sidecar
+from attnprune.sidecar.folder import Sidecar, check_release_code, is_merged, open_merged, open_sidecar
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def _merged_steps(path: Path) -> Steps:
         return f"{sum(heads)} gates in {len(heads)} layers, the same inside the weights; {count} tensors"
 
     def code() -> str:
-        if not has_release_code(path):
-            raise InputError(f"{path / format.CODE_FILE}: code differs from the release")
+        check_release_code(path)
         from attnprune.sidecar.merged import check_classes
 
         check_classes(opened[0])

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from attnprune.attention.interface import attach, detach, gates_of, straight_through
 from attnprune.errors import AttnPruneError
 from attnprune.sidecar import bases, loading, merged
+from tests.helpers.command import attnprune
 from tests.helpers.factory import refused, save_tiny_llama
 from tests.helpers.sidecars import reseal, save_sidecar, save_tiny_gpt2
 
@@ -283,6 +284,27 @@ def test_a_base_with_weights_that_it_does_not_use_is_refused(forms, family, tmp_
         else:
             error = refused(lambda folder=folder: bases.load_base(str(folder)), f"has no place for {extra}")
             assert ("--merge" in error.hint) == ("attnprune_gate" in extra)
+
+
+def test_commands_take_no_sparse_model_for_a_dense_one(forms, tmp_path):
+    """A folder as earlier versions let it be saved, and a base of the same weights with another configuration."""
+    forms("llama")
+    stray, other = (shutil.copytree(forms.folder / "llama-base", tmp_path / name) for name in ("stray", "other"))
+    tensors = load_file(stray / "model.safetensors")
+    gates = {f"model.layers.{i}.self_attn.attnprune_gate.bias": torch.zeros(4) for i in range(2)}
+    save_file(tensors | gates, stray / "model.safetensors", {"format": "pt"})
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"hidden_act": "gelu"}))
+    (tmp_path / "text.txt").write_text("The gate opens.\n" * 200)
+    sidecar = forms.folder / "llama-sidecar"
+    for arguments, message in (
+        (["eval", stray, "--data", "text.txt", "--seq-len", "32"], "attnprune_gate"),
+        (["verify", sidecar, "--base", other], 'hidden_act is "gelu", not "silu"'),
+    ):
+        done = attnprune(*arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -572,7 +572,7 @@ B = {
     "B1-layers": (another(num_hidden_layers=1), "made for a llama model (2 layers, 4 heads)"),
     "B1-hidden": (another(hidden_size=64), "made for a llama model (2 layers, 4 heads)"),
     # The same matrices, cut into twice as many heads.
-    "B1-heads": (edit_config(num_attention_heads=8, num_key_value_heads=4, head_dim=4), "do not fit", "heads"),
+    "B1-heads": (edit_config(num_attention_heads=8, num_key_value_heads=4, head_dim=4), "head_dim is 4, not 8"),
     "B2": (another(seed=1), "not the weights", "--allow-base-mismatch"),
     "B4-bloom": (config_of("bloom"), "bloom: this model family is not supported"),
     "B4-falcon": (config_of("falcon"), "falcon: this model family is not supported"),

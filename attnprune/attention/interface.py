@@ -127,6 +127,7 @@ class Gate(nn.Module):
         bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
         has_slope = self.training if self.straight_through is None else self.straight_through
+        has_slope = has_slope or self.forced_open  # it is 0 there, and 0 x infinity is not
         settings = GateSettings(
             temperature=self.temperature,
             slope_temperature=self.slope_temperature if has_slope else math.inf,
@@ -140,16 +141,18 @@ class Gate(nn.Module):
         pattern = None
         if return_pattern:
             wide = (query.to(bias.dtype), key.to(bias.dtype), value.to(bias.dtype))
-            pattern = gated_attention_reference(*wide, bias, visible, **options)[1].to(query.dtype)
+            slope = settings.slope_temperature
+            pattern = gated_attention_reference(*wide, bias, visible, slope_temperature=slope, **options)[1]
+            pattern = pattern.to(query.dtype)
         return result.output, pattern
 
 
-def _visible(mask: Tensor | None, pairs: tuple[int, int]) -> Tensor:
+def _visible(mask: Tensor | None, batch: int, pairs: tuple[int, int]) -> Tensor:
     """The bool mask [B, 1, Q, K] of visible pairs, from our mask function or a caller's own 4D mask."""
     if mask is None:
         raise UnsupportedModelError("attnprune attention got no mask: the model does not build it through transformers")
-    if mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
-        expected = f"[batch, 1, {pairs[0]}, {pairs[1]}]"
+    if mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
+        expected = f"[{batch}, 1, {pairs[0]}, {pairs[1]}]"
         raise UnsupportedModelError(f"attention_mask: expected shape {expected}, got {list(mask.shape)}")
     if mask.dtype == torch.bool:
         return mask
@@ -186,7 +189,7 @@ def attnprune_attention(
         query,
         key,
         value,
-        _visible(attention_mask, (query.shape[2], key.shape[2])),
+        _visible(attention_mask, query.shape[0], (query.shape[2], key.shape[2])),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,

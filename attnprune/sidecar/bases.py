@@ -196,7 +196,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Collection[str]]) ->
         hint = "these are the gates of a sparse model, saved without them: attnprune apply SIDECAR --merge OUT"
         raise InputError(
             f"{name}: a {model.config.model_type} model has no place for {_first_of(unused)} of its weights",
-            hint=hint if has_gates else "config.json names another architecture than the weights are of",
+            hint=hint if has_gates else "the weights are of another architecture, or of another version of this one",
         )
     output = model.get_output_embeddings()
     if model.config.tie_word_embeddings and output.weight is not model.get_input_embeddings().weight:

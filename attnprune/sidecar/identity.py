@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnprune.errors import InputError
 from attnprune.sidecar import format
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 # generate; how new weights are drawn. Dropout acts in training alone.
 INERT_KEYS = frozenset(
     [
-        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "prefix"),
+        *("name_or_path", "transformers_version", "tokenizer_class", "prefix"),
         *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "torchscript"),
         *("attn_implementation", "experts_implementation", "use_cache", "gradient_checkpointing", "return_dict"),
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
@@ -62,8 +64,11 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def config_values(config: Any) -> dict[str, Any]:
     """The keys of a transformers configuration that change what the model computes, as JSON values."""
     stock = config.stock_dict() if hasattr(config, "stock_dict") else config.to_dict()
-    kept = {key: value for key, value in stock.items() if key not in INERT_KEYS and not key.endswith(INERT_ENDINGS)}
-    return _as_json(kept)
+    return _as_json({key: value for key, value in stock.items() if not _is_inert(key)})
+
+
+def _is_inert(key: str) -> bool:
+    return key in INERT_KEYS or key.startswith("_") or key.endswith(INERT_ENDINGS)
 
 
 def _as_json(value: Any) -> Any:
@@ -88,9 +93,19 @@ def config_difference(recorded: Mapping[str, Any], config: Any) -> str | None:
     defaults = config_values(type(config)())
     for key in sorted({*recorded, *found}):
         then, now = (values.get(key, defaults.get(key)) for values in (recorded, found))
-        if then != now and not (key not in found and not then):
+        is_other = _in_single_precision(then) != _in_single_precision(now)
+        if is_other and not (key not in found and not then):
             return f"{key} is {json.dumps(now)[:80]}, not {json.dumps(then)[:80]}"
     return None
+
+
+def _in_single_precision(value: Any) -> Any:
+    """Numbers as a .gguf file holds them, 32 bits wide: the same model from another file has the same ones."""
+    if isinstance(value, dict):
+        return {key: _in_single_precision(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_in_single_precision(entry) for entry in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def model_key(base: Mapping[str, Any]) -> str:
@@ -114,6 +129,9 @@ def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool
     if structure_fingerprint(tensors) != base.structure:
         layers, heads = len(manifest.gate.heads), manifest.gate.heads[0]
         raise InputError(f"wrong base model: the sidecar was made for {name} ({layers} layers, {heads} heads)")
+    found = getattr(getattr(model, "config", None), "model_type", base.model_type)
+    if found != base.model_type:
+        raise InputError(f"wrong base model: a {found} model; the sidecar was made for {name} ({base.model_type})")
     if content_fingerprint(tensors) != base.content and not allow_mismatch:
         raise InputError(
             f"wrong base model: same structure as {name}, but not the weights the sidecar was made for"

@@ -231,7 +231,8 @@ def _auto_map(config_class: Any, model_class: Any) -> dict[str, str]:
 def _without_hooks(staging: Path) -> None:
     """What base and tokenizer bring along that would run other code, or say where a file lay, stays behind."""
     for file in staging.glob("*config.json"):
-        values = format.parse_json(file.read_bytes(), file.name)
+        raw = file.read_bytes()  # written a moment ago: of any size
+        values = format.parse_json(raw, file.name, len(raw))
         dropped = {*format.LOADER_HOOKS, *format.LOCAL_PATHS} - ({"auto_map"} if file.name == "config.json" else set())
         if dropped.intersection(values):
             kept = {key: value for key, value in values.items() if key not in dropped}

@@ -100,6 +100,7 @@ REFUSED = {
     "NaN": additive(CAUSAL, float("nan")),
     "a bias above 0": additive(CAUSAL).masked_fill(CAUSAL, 1e-3),
     "one mask per head": additive(CAUSAL).expand(2, 4, -1, -1),
+    "a mask per other batch": additive(CAUSAL)[:1].expand(3, -1, -1, -1),
     "too few keys": additive(CAUSAL)[..., :-1],
     "too many keys": torch.cat([additive(CAUSAL), additive(CAUSAL)], -1),
 }  # fmt: skip
@@ -173,6 +174,23 @@ def test_gradients_of_a_model_at_rest_are_those_of_its_function(forms, family, n
     model = forms(family)[name]
     slope, difference = directional(model, *points(model))
     assert slope == pytest.approx(difference, rel=2e-3)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_the_patterns_are_those_of_the_patterns(forms, family, name):
+    model = forms(family)[name]
+    embeddings, direction = points(model)
+
+    def number(x):
+        attentions = model(inputs_embeds=x, use_cache=False, output_attentions=True).attentions
+        return sum(pattern.double().square().sum() for pattern in attentions)
+
+    x = embeddings.clone().requires_grad_()
+    slope = (torch.autograd.grad(number(x), x)[0] * direction).sum().item()
+    with torch.no_grad():
+        difference = (number(embeddings + STEP * direction) - number(embeddings - STEP * direction)) / (2 * STEP)
+    assert slope == pytest.approx(difference.item(), rel=2e-2)
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -149,6 +149,22 @@ def test_keys_of_other_versions_of_transformers():
     assert config_difference(recorded | {"newer_key": 3}, config) == "newer_key is null, not 3"
 
 
+def test_a_gguf_file_holds_numbers_in_single_precision():
+    config = config_of("llama", rms_norm_eps=1e-5)
+    recorded = config_values(config) | {"rms_norm_eps": 9.999999747378752e-06}
+    assert config_difference(recorded, config) is None
+    assert "rms_norm_eps" in config_difference(recorded | {"rms_norm_eps": 1.0001e-05}, config)
+    assert config_values(config_of("llama", _model_name_or_path="a title")) == config_values(config_of("llama"))
+
+
+def test_another_class_with_the_same_tensors_is_another_base():
+    """Gemma's norms add one to the weights of which Llama's are made."""
+    model = Base()
+    manifest = manifest_for(model)
+    model.config = config_of("gemma")
+    refused(lambda: check_base(manifest, model), "a gemma model", "llama")
+
+
 def test_the_configuration_is_checked_when_a_sidecar_is_loaded(tmp_path, caplog):
     """By every command: a base of the same weights with a window that only acts beyond the short probe."""
     base = save_tiny_llama(tmp_path / "base", max_position_embeddings=300)

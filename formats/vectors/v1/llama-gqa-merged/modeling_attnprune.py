@@ -150,7 +150,7 @@ def gated_attention(
         raise ValueError("attnprune attention supports neither paged caches nor position biases")
     if dropout:
         warnings.warn("attnprune attention has no dropout: the model's attention dropout is left out", stacklevel=2)
-    visible = _visible(attention_mask, (query.shape[2], key.shape[2]))
+    visible = _visible(attention_mask, query.shape[0], (query.shape[2], key.shape[2]))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     gate = module.attnprune_gate
     pattern_wanted = gate.return_pattern or bool(kwargs.get("output_attentions"))
@@ -158,12 +158,12 @@ def gated_attention(
     return output.transpose(1, 2).contiguous(), pattern
 
 
-def _visible(mask, pairs):
+def _visible(mask, batch, pairs):
     """The bool mask [B, 1, Q, K] of visible pairs, from our mask function or a caller's own 4D mask."""
     if mask is None:
         raise ValueError("attnprune attention got no mask: the model does not build it through transformers")
-    if mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
-        raise ValueError(f"attention_mask: expected shape [batch, 1, {pairs[0]}, {pairs[1]}], got {list(mask.shape)}")
+    if mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or tuple(mask.shape[2:]) != pairs:
+        raise ValueError(f"attention_mask: expected shape [{batch}, 1, {pairs[0]}, {pairs[1]}], got {list(mask.shape)}")
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0

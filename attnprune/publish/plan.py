@@ -221,7 +221,7 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
         if (folder / name).exists() and name not in manifest.files:
             raw = format.read_regular(folder, name)  # no link out of the folder
             if name == "tokenizer_config.json":
-                raw = _without_local_paths(format.parse_json(raw, name, 64 << 20))
+                raw = _without_local_paths(format.parse_json(raw, name, format.MAX_LARGE_JSON_BYTES))
             if name != CARD or card.MARK.encode() not in raw:  # a generated card names another repository
                 yield name, raw
     yield card.PICTURE, card.density_png(sidecar.density)

@@ -23,8 +23,6 @@ from attnprune.sidecar.identity import base_tensors, config_values, content_fing
 from attnprune.sidecar.precision import DTYPES, check_cast
 from attnprune.sidecar.quiet import quiet
 
-_MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
-
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -147,7 +145,7 @@ def _check_shards(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.is_file():
         return  # transformers reads the index only where there is no single file
-    values = format.parse_json(index.read_bytes(), str(index), _MAX_INDEX_BYTES)
+    values = format.parse_json(index.read_bytes(), str(index), format.MAX_LARGE_JSON_BYTES)
     shards = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError(f"{index}: no weight_map of tensor names to shard names")

@@ -9,7 +9,6 @@ from attnprune.sidecar import format
 from attnprune.sidecar.folder import Sidecar
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
-_MAX_INDEX_BYTES = 64 << 20  # some hundred thousand tensors
 
 
 def check_files(sidecar: Sidecar) -> None:
@@ -51,6 +50,6 @@ def _check_index(sidecar: Sidecar, places: dict[str, str]) -> None:
     name = format.INDEX_FILE
     if format.WEIGHTS_FILE in sidecar.manifest.files:
         raise InputError(f"{sidecar.path}: both {format.WEIGHTS_FILE} and {name}")
-    values: Any = format.parse_json(sidecar.read(name), name, _MAX_INDEX_BYTES)
+    values: Any = format.parse_json(sidecar.read(name), name, format.MAX_LARGE_JSON_BYTES)
     if not isinstance(values, dict) or values.get("weight_map") != places:
         raise InputError(f"{name}: weight_map is not that of the files")

@@ -93,8 +93,9 @@ def config_difference(recorded: Mapping[str, Any], config: Any) -> str | None:
     defaults = config_values(type(config)())
     for key in sorted({*recorded, *found}):
         then, now = (values.get(key, defaults.get(key)) for values in (recorded, found))
-        is_other = _in_single_precision(then) != _in_single_precision(now)
-        if is_other and not (key not in found and not then):
+        if key not in found and not then:
+            continue
+        if _in_single_precision(then) != _in_single_precision(now):
             return f"{key} is {json.dumps(now)[:80]}, not {json.dumps(then)[:80]}"
     return None
 

@@ -107,7 +107,7 @@ def _stamps(sidecar: Sidecar) -> list[tuple[int, int, int]]:
     try:
         stats = [(sidecar.path / name).stat() for name in ("config.json", *sidecar.manifest.files)]
     except OSError as error:
-        raise InputError(f"{error.filename}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{error.filename}: {reason(error)}") from None
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 

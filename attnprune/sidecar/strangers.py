@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attnprune.errors import InputError
+from attnprune.files import reason
 from attnprune.runs.folder import CHECKPOINTS
 from attnprune.sidecar import format
 
@@ -24,7 +25,6 @@ _TOKENIZER_FILES = _VOCABULARIES | {
     "generation_config.json",
 }  # fmt: skip
 _TEMPLATES_FOLDER = "additional_chat_templates"
-_MAX_JSON_BYTES = 64 << 20
 _CONFIG_CLASS = re.compile(r"AttnPrune[A-Za-z0-9]+Config")
 _MODEL_CLASS = re.compile(r"AttnPrune[A-Za-z0-9]+")
 
@@ -38,7 +38,7 @@ def names_in(folder: Path) -> list[str]:
     names = []
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename or folder}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{error.filename or folder}: {reason(error)}") from None
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         here = Path(place)
@@ -132,8 +132,8 @@ def check_other_json(folder: Path, names: Iterable[str]) -> None:
         if path.suffix.lower() == ".json" and path.name not in _VOCABULARIES and name != "config.json":
             if (folder / name).is_dir():
                 continue
-            raw = format.read_regular(folder, name, _MAX_JSON_BYTES)
-            _check_hooks(f"{folder / name}", format.parse_json(raw, f"{folder / name}", _MAX_JSON_BYTES))
+            raw = format.read_regular(folder, name, format.MAX_LARGE_JSON_BYTES)
+            _check_hooks(f"{folder / name}", format.parse_json(raw, f"{folder / name}", format.MAX_LARGE_JSON_BYTES))
 
 
 def _check_hooks(name: str, values: Any) -> None:

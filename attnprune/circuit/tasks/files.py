@@ -17,6 +17,7 @@ from typing import Any
 from attnprune.circuit.tasks.encoding import Encoder
 from attnprune.circuit.tasks.prompts import Example
 from attnprune.errors import InputError
+from attnprune.files import reason
 
 _TEXTS = ("answer", "wrong")
 _INDICES = ("correct_idx", "incorrect_idx")
@@ -45,7 +46,7 @@ def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason(error)}") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MERGED_KEY = "attnprune"  # of the manifest in a merged folder's config.json
 
 MAX_JSON_BYTES = 1 << 20
+MAX_LARGE_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors, a vocabulary
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 20_000
 MAX_RANK = 4

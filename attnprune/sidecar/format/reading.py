@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from attnprune.errors import InputError
+from attnprune.files import reason
 from attnprune.sidecar.format.names import MAX_JSON_BYTES
 
 
@@ -114,4 +115,4 @@ def _opened(folder: Path, name: str, limit: int | None, size: int | None) -> Ite
     except RuntimeError:
         raise InputError(f"{path}: too many links") from None
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason(error)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from attnprune.data import files, hub
 from attnprune.data.chat import Conversation, render
 from attnprune.errors import InputError
+from attnprune.files import unusable
 
 _READABLE = "a .txt, .md, .jsonl or .parquet file (also with .gz, .xz or .zst)"
 _MAX_EMPTY_ROWS = 200_000  # in a row; a few bytes can hold billions
@@ -152,7 +154,11 @@ def _counts(inside: Path) -> bool:
 def _exists(source: str) -> bool:
     try:
         return Path(source).exists()
-    except (OSError, ValueError):  # no permission, name too long, a NUL in the name
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # nor can it be a Hub name
+            raise unusable(Path(source), error) from None
+        return False  # no permission
+    except ValueError:  # a NUL in the name
         return False
 
 

@@ -270,8 +270,9 @@ def _replaced(sidecar: Sidecar, listing: remote.Listing | None, there: format.Ma
 
 
 def _artefact(manifest: format.Manifest) -> dict[str, str]:
-    """sha256 of the files that make an artefact what it is; the code of a merged model changes with the release."""
-    return {name: entry.sha256 for name, entry in manifest.files.items() if name != format.CODE_FILE}
+    """sha256 of the tensors that make an artefact what it is; a merged model's code and tokenizer files change with the
+    release that merged it."""
+    return {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(".safetensors")}
 
 
 def _is_generated(repo: str, listing: remote.Listing | None) -> bool:

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Keys of a configuration that cannot change what a loaded model computes at rest (formats/attnprune-v1.md lists them):
-# names and versions; how it is stored or run, not what; labels of other heads; what it returns besides; settings of
-# generate; how new weights are drawn. Dropout acts in training alone.
+# names and versions, other tools' marks among them; how it is stored or run, not what; labels of other heads; what it
+# returns besides; settings of generate; how new weights are drawn. Dropout acts in training alone.
 INERT_KEYS = frozenset(
     [
         *("name_or_path", "transformers_version", "tokenizer_class", "prefix"),
+        *("unsloth_fixed", "unsloth_version", "transformers.js_config"),
         *("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "torchscript"),
         *("attn_implementation", "experts_implementation", "use_cache", "gradient_checkpointing", "return_dict"),
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
@@ -84,20 +85,27 @@ def _as_json(value: Any) -> Any:
 def config_difference(recorded: Mapping[str, Any], config: Any) -> str | None:
     """What differs between a recorded configuration and that of a model, "KEY is X, not Y"; None if nothing does.
 
-    A key that only one of two versions of transformers knows has the default that the installed one has for it; one
-    that the installed version does not know may only be off.
+    Another version of transformers may have written the record: the installed class completes it, nested keys and lists
+    that it derives included. A key that the installed version does not know may only be off.
     """
     found = config_values(config)
     if found == recorded:
         return None
-    defaults = config_values(type(config)())
-    for key in sorted({*recorded, *found}):
-        then, now = (values.get(key, defaults.get(key)) for values in (recorded, found))
+    completed = _completed(recorded, type(config))
+    for key in sorted({*completed, *found}):
+        then, now = completed.get(key), found.get(key)
         if key not in found and not then:
             continue
         if _in_single_precision(then) != _in_single_precision(now):
             return f"{key} is {json.dumps(now)[:80]}, not {json.dumps(then)[:80]}"
     return None
+
+
+def _completed(recorded: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    try:
+        return config_values(config_class(**recorded))
+    except Exception:  # what this version's class does not take is compared as it was written
+        return config_values(config_class()) | recorded
 
 
 def _in_single_precision(value: Any) -> Any:

@@ -541,6 +541,16 @@ def test_another_merged_run_is_replaced_only_on_demand(hub, run, runs, tmp_path)
     push("merged-other", "tester/merged", part="nothing to send")
 
 
+def test_the_same_merged_model_with_other_tokenizer_files_needs_no_replace(hub, run, runs, tmp_path):
+    model, tokenizer = loading.load(runs[0], str(tmp_path / "base"))
+    push = partial(run, "push", "--base-model", "someone/base")
+    for name, template in (("first", None), ("again", "{{ messages[0].content }}")):
+        tokenizer.chat_template = template
+        write_merged(model, tokenizer, open_sidecar(runs[0]), tmp_path / name, same_dtype=True)
+        push(name, "tester/merged")
+    assert "chat_template.jinja" in hub.files("tester/merged")
+
+
 def test_sigterm_during_the_upload_of_a_merged_model_leaves_nothing(hub, tmp_path):
     (scratch := tmp_path / "tmp").mkdir()
     environment = os.environ | hub.environment(tmp_path / "home", CANARY) | {"TMPDIR": str(scratch)}

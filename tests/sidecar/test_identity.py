@@ -111,6 +111,7 @@ CHANGED = [
 INERT = {
     "_name_or_path": "somewhere/else", "architectures": ["Other"], "transformers_version": "9.0", "use_cache": False,
     "eos_token_id": 5, "bos_token_id": None, "pad_token_id": 3, "dtype": "bfloat16", "attention_dropout": 0.1,
+    "unsloth_fixed": True, "unsloth_version": "2026.1", "transformers.js_config": {"dtype": "q4"},
     "initializer_range": 0.5, "id2label": {0: "a"}, "output_attentions": False,
 }  # fmt: skip
 
@@ -147,6 +148,16 @@ def test_keys_of_other_versions_of_transformers():
     assert "mlp_bias is true, not false" in config_difference(recorded, config_of("llama", mlp_bias=True))
     assert config_difference(recorded | {"newer_key": None, "newer_switch": False}, config) is None
     assert config_difference(recorded | {"newer_key": 3}, config) == "newer_key is null, not 3"
+
+
+def test_a_record_of_another_version_is_completed_by_the_installed_class():
+    config = config_of("qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=40)
+    recorded = config_values(config)
+    older = {key: value for key, value in recorded.items() if key != "layer_types"}  # derived from the other keys
+    older["rope_parameters"] = {"rope_theta": recorded["rope_parameters"]["rope_theta"]}  # without its rope_type
+    assert config_difference(older, config) is None
+    assert "layer_types" in config_difference(older, config_of("qwen2", sliding_window=40))
+    assert "rope_parameters" in config_difference(older | {"rope_parameters": ROPE}, config)
 
 
 def test_a_gguf_file_holds_numbers_in_single_precision():

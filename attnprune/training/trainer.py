@@ -153,7 +153,7 @@ class SparsifyTrainer(StrictResume):
         self._seen = []
         dual, terms, number = self.dual, len(TERMS), self.state.global_step + 1
         for first in range(0, len(numbers) - 1, terms):
-            observed = dict(zip(TERMS, numbers[first : first + terms], strict=True))
+            observed: dict[str, float] = dict(zip(TERMS, numbers[first : first + terms], strict=True))
             del observed["lagrangian"]  # Trainer logs it
             if not self._micro_step.compares:
                 del observed["kl"]

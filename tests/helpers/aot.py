@@ -73,7 +73,7 @@ def compile_case(case: Case) -> Resources:
             signature[name] = "*" + case.pointers.get(name, "bf16")
         else:
             signature[name] = scalars.get(name, "i32")
-        if signature[name] not in ("constexpr", "fp32") and name != "seed":
+        if signature[name] not in ("constexpr", "fp32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
@@ -116,7 +116,7 @@ def main_loop(assembly: str, matrix: str) -> int:
 
 FP32 = ("LSE", "SOFT", "DELTA", "DBIAS", "PRESSURE", "BIAS", "LARGEST", "ACC", "TOTAL")
 INT32 = ("ROWS", "COLUMNS", "HARD", "STATE", "OPEN", "ORDER", "LIVE", "COUNT")
-POINTERS = {**dict.fromkeys(FP32, "fp32"), **dict.fromkeys(INT32, "i32"), "VISIBLE": "i1"}
+POINTERS = {**dict.fromkeys(FP32, "fp32"), **dict.fromkeys(INT32, "i32"), "VISIBLE": "i1", "SEED": "i64"}
 
 
 def all_cases() -> list[Case]:

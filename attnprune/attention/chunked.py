@@ -55,7 +55,8 @@ class GateSettings:
     Attributes:
         temperature: penalty temperature T_p.
         slope_temperature: temperature T_s of the straight-through slope; infinite for the true gradient, without slope.
-        noise_seed: seed of the logistic noise (`gumbel` estimator); None for the noise-free `threshold` estimator.
+        noise_seed: seed of the logistic noise (`gumbel` estimator), an int or an int64 tensor [] on the model's device,
+            which leaves a compiled or captured graph as it is; None for the noise-free `threshold` estimator.
         on_chunk: called with (query slice, key slice, open-and-visible bool [N, H, C, K]) for every block, for
             statistics; it must not keep the tensor. A block may hold only N of the B sequences.
         deterministic: the kernels' backward pass without atomics (chunked is always deterministic).
@@ -64,7 +65,7 @@ class GateSettings:
 
     temperature: float = 1.0
     slope_temperature: float = 1.0
-    noise_seed: int | None = None
+    noise_seed: int | Tensor | None = None
     on_chunk: OnChunk | None = None
     deterministic: bool = True
     mask: KnownMask | None = None
@@ -154,7 +155,7 @@ class _Part:
         self.probabilities = _softmax(scores, sinks)
 
 
-def _noise(seed: int, block: Block, logits: Tensor) -> Tensor:
+def _noise(seed: int | Tensor, block: Block, logits: Tensor) -> Tensor:
     """Logistic noise of a block's logits [N, H, C, K]; batch x head is the first index of the whole batch."""
     heads = logits.shape[1]
     lanes = torch.arange(block.items.start * heads, block.items.stop * heads, device=logits.device)

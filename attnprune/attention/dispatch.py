@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnprune.attention import chunked, ops
 from attnprune.attention.chunked import GatedOutput, GateSettings
-from attnprune.attention.gates import logistic_noise
+from attnprune.attention.gates import logistic_noise, seed_tensor
 from attnprune.attention.reference import gated_attention_reference, open_edges_reference
 from attnprune.attention.spans import Spans, spans_of
 from attnprune.errors import InputError, UnsupportedModelError
@@ -130,8 +130,9 @@ def gated_attention(
         made = _reference(query, key, value, bias, visible, settings, options)
     elif made is None and torch.compiler.is_compiling() and settings.on_chunk is None:
         made = GatedOutput(*ops.chunked_attention(
-            query, key, value, bias, sinks, visible, counted_pairs(visible), scaling, softcap, settings.temperature,
-            settings.slope_temperature, settings.noise_seed, torch.is_grad_enabled(),
+            query, key, value, bias, sinks, visible, counted_pairs(visible),
+            seed_tensor(settings.noise_seed, query.device), scaling, softcap, settings.temperature,
+            settings.slope_temperature, torch.is_grad_enabled(),
         ))  # fmt: skip
     elif made is None:
         made = chunked.gated_attention(
@@ -160,8 +161,8 @@ def _kernels(
         output, open_edges = ops.prefill(query, key, value, bias, spans.rows, scaling)
         return GatedOutput(output, torch.zeros_like(bias), open_edges, visible_edges)
     output, _, penalty, open_edges = ops.gated_attention(
-        query, key, value, bias, *spans, scaling, settings.temperature, settings.slope_temperature,
-        settings.noise_seed, settings.deterministic,
+        query, key, value, bias, *spans, seed_tensor(settings.noise_seed, query.device), scaling, settings.temperature,
+        settings.slope_temperature, settings.deterministic,
     )  # fmt: skip
     return GatedOutput(output, penalty, open_edges, visible_edges)
 

@@ -8,7 +8,7 @@ edges as `sigma(z / T_p)`. The functions work elementwise on any shape and never
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -47,29 +47,50 @@ def _divided(x: Tensor, temperature: float) -> Tensor:
     return x if temperature == 1 else x / temperature
 
 
+def _product32(x: Any, factor: int) -> Any:
+    """The low 32 bits of x * factor, for an int or int64 tensor of values below 2**32.
+
+    In two halves, as the product of two 32-bit numbers does not fit an int64.
+    """
+    return (((x * (factor >> 16) & 0xFFFF) << 16) + x * (factor & 0xFFFF)) & _MASK32
+
+
 def _hash32(x: Any) -> Any:
     """A 32-bit integer mixer (two xor-shift-multiply rounds) on an int or int64 tensor of values below 2**32."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
+    x = _product32(x ^ (x >> 16), 0x7FEB352D)
+    x = _product32(x ^ (x >> 15), 0x846CA68B)
     return x ^ (x >> 16)
 
 
-def mix_seed(*parts: int) -> int:
-    """One 32-bit seed from several integers (run seed, step, micro-step, layer, rank)."""
-    state = 0
+@overload
+def mix_seed(*parts: int) -> int: ...
+@overload
+def mix_seed(*parts: int | Tensor) -> int | Tensor: ...
+def mix_seed(*parts: int | Tensor) -> int | Tensor:
+    """One 32-bit seed from several integers (run seed, step, micro-step, layer, rank).
+
+    Any of them may be an int64 tensor, which makes the seed one, of the same value.
+    """
+    state: int | Tensor = 0
     for part in parts:
-        state = _hash32((state * 0x9E3779B1 + part) & _MASK32)
+        state = _hash32((_product32(state, 0x9E3779B1) + (part & _MASK32)) & _MASK32)
     return state
 
 
-def logistic_noise(seed: int, heads: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed as the operators take it, int64 []; made on the device, so that nothing waits for a copy."""
+    return torch.full((), seed, dtype=torch.int64, device=device) if isinstance(seed, int) else seed
+
+
+def logistic_noise(seed: int | Tensor, heads: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard logistic noise that depends only on (seed, head, query, key), so every tiling draws the same values.
 
-    `heads` [N], `queries` [C] and `keys` [K] are int64 indices (`heads` counts batch x head). Returns [N, C, K].
+    `seed` is an int or an int64 tensor []; `heads` [N], `queries` [C] and `keys` [K] are int64 indices below 2**32
+    (`heads` counts batch x head). Returns [N, C, K].
     """
     head_state = _hash32((heads + (seed & _MASK32)) & _MASK32)
-    row_state = _hash32((head_state[:, None] + queries * 0x9E3779B1) & _MASK32)
-    bits = _hash_in_place(_int32(row_state)[:, :, None] + _int32(keys * 0x85EBCA77))
+    row_state = _hash32((head_state[:, None] + _product32(queries, 0x9E3779B1)) & _MASK32)
+    bits = _hash_in_place(_int32(row_state)[:, :, None] + _int32(_product32(keys, 0x85EBCA77)))
     uniform = bits.bitwise_right_shift_(9).bitwise_and_(2**23 - 1).to(dtype).add_(0.5).mul_(2.0**-23)
     return uniform.logit_()  # of 23-bit mid-points, exact in fp32 and never 0 or 1
 

@@ -81,22 +81,26 @@ class Gate(nn.Module):
         straight_through: whether gradients have that slope, which only training wants; None follows `training`. Without
             it they are the derivatives of what the model computes.
         return_pattern: set while the model is called with `output_attentions=True`; some families do not pass it on.
-        noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
+        noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step, an int or (for a graph
+            that outlives the step) an int64 tensor [] on the model's device.
         deterministic: the kernels' backward pass without atomics.
         on_chunk: statistics hook, see `GateSettings`.
         mask: what the caller knows of the mask of every call until it is None again; see `KnownMask`.
         last: `GatedOutput` counts of the last forward: penalty [H] with gradient, open_edges [H], visible_edges.
     """
 
+    layer_index: Tensor
+
     def __init__(self, heads: int, bias: float = 0.0, layer: int = 0):
         super().__init__()
         self.bias = nn.Parameter(torch.full((heads,), float(bias), dtype=torch.float32))
         self.layer = layer
+        self.register_buffer("layer_index", torch.tensor(layer), persistent=False)
         self.forced_open = False
         self.temperature = 1.0
         self.slope_temperature = 1.0
         self.straight_through: bool | None = None
-        self.noise_seed: int | None = None
+        self.noise_seed: int | Tensor | None = None
         self.deterministic = True
         self.on_chunk: OnChunk | None = None
         self.last: GatedOutput | None = None
@@ -114,6 +118,10 @@ class Gate(nn.Module):
             return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
         return super()._apply(keep_precision, recurse)
+
+    def _layer_seed(self, seed: int | Tensor) -> int | Tensor:
+        """This layer's own seed. As a tensor it takes the layer from one too: one graph then serves all layers."""
+        return mix_seed(seed, self.layer if isinstance(seed, int) else self.layer_index)
 
     def forward(
         self,
@@ -138,7 +146,7 @@ class Gate(nn.Module):
         settings = GateSettings(
             temperature=self.temperature,
             slope_temperature=self.slope_temperature if has_slope else math.inf,
-            noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
+            noise_seed=self._layer_seed(self.noise_seed) if use_noise and self.noise_seed is not None else None,
             on_chunk=self.on_chunk,
             deterministic=self.deterministic,
             mask=self.mask,

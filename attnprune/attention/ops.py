@@ -36,8 +36,8 @@ def _(visible: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("attnprune::gated_attention", mutates_args=())
 def gated_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, scaling: float,
-    temperature: float, slope_temperature: float, noise_seed: int | None, deterministic: bool,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, noise_seed: Tensor | None,
+    scaling: float, temperature: float, slope_temperature: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(output [B, H, Q, D], log-sum-exp [B, H, Q] of the scores in log2 units, penalty [H], open edges int64 [H]).
 
@@ -52,7 +52,7 @@ def gated_attention(
 
 
 @gated_attention.register_fake
-def _(query, key, value, bias, rows, columns, scaling, *settings):
+def _(query, key, value, bias, *others):
     batch, heads, queries, width = query.shape
     output = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -61,9 +61,9 @@ def _(query, key, value, bias, rows, columns, scaling, *settings):
 
 @torch.library.custom_op("attnprune::gated_attention_backward", mutates_args=())
 def gated_attention_backward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, output: Tensor, lse: Tensor,
-    grad_output: Tensor, grad_penalty: Tensor, scaling: float, temperature: float, slope_temperature: float,
-    noise_seed: int | None, deterministic: bool,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rows: Tensor, columns: Tensor, noise_seed: Tensor | None,
+    output: Tensor, lse: Tensor, grad_output: Tensor, grad_penalty: Tensor, scaling: float, temperature: float,
+    slope_temperature: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and bias."""
     from attnprune.attention.kernels import training
@@ -75,20 +75,20 @@ def gated_attention_backward(
 
 
 @gated_attention_backward.register_fake
-def _(query, key, value, bias, rows, columns, output, lse, grad_output, grad_penalty, *settings):
+def _(query, key, value, bias, *others):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(bias)
 
 
 def _setup(ctx, inputs, output):
-    query, key, value, bias, rows, columns, *ctx.settings = inputs
+    query, key, value, bias, rows, columns, noise_seed, *ctx.settings = inputs
     out, lse, _, open_edges = output
-    ctx.save_for_backward(query, key, value, bias, rows, columns, out, lse)
+    ctx.save_for_backward(query, key, value, bias, rows, columns, noise_seed, out, lse)
     ctx.mark_non_differentiable(lse, open_edges)
 
 
 def _backward(ctx, grad_output, grad_lse, grad_penalty, grad_open):
     saved = ctx.saved_tensors
-    bias, output = saved[3], saved[6]
+    bias, output = saved[3], saved[7]
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     grad_penalty = torch.zeros_like(bias) if grad_penalty is None else grad_penalty
     return *gated_attention_backward(*saved, grad_output, grad_penalty, *ctx.settings), *[None] * 7
@@ -130,7 +130,7 @@ def _(query, key, value, bias, mask, scaling):
 @torch.library.custom_op("attnprune::chunked_attention", mutates_args=())
 def chunked_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor | None, visible: Tensor, counted: Tensor,
-    scaling: float, softcap: float | None, temperature: float, slope_temperature: float, noise_seed: int | None,
+    noise_seed: Tensor | None, scaling: float, softcap: float | None, temperature: float, slope_temperature: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(output [B, H, Q, D], penalty [H], open edges int64 [H], visible edges int64) of `chunked.gated_attention`.
@@ -156,8 +156,8 @@ def _(query, key, value, bias, *others):
 @torch.library.custom_op("attnprune::chunked_attention_backward", mutates_args=())
 def chunked_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor | None, visible: Tensor, counted: Tensor,
-    output: Tensor, grad_output: Tensor, grad_penalty: Tensor, scaling: float, softcap: float | None,
-    temperature: float, slope_temperature: float, noise_seed: int | None,
+    noise_seed: Tensor | None, output: Tensor, grad_output: Tensor, grad_penalty: Tensor, scaling: float,
+    softcap: float | None, temperature: float, slope_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, bias and sinks (zeros [H] where there are none)."""
     visible = visible.expand(query.shape[0], 1, query.shape[2], key.shape[2])
@@ -179,8 +179,8 @@ def _(query, key, value, bias, sinks, *others):
 
 
 def _chunked_setup(ctx, inputs, output):
-    *tensors, scaling, softcap, temperature, slope_temperature, noise_seed, _ = inputs
-    ctx.settings = (scaling, softcap, temperature, slope_temperature, noise_seed)
+    *tensors, scaling, softcap, temperature, slope_temperature, _ = inputs
+    ctx.settings = (scaling, softcap, temperature, slope_temperature)
     ctx.has_sinks = tensors[4] is not None
     ctx.save_for_backward(*tensors, output[0])
     ctx.mark_non_differentiable(*output[2:])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnprune.attention import dispatch
 from attnprune.attention.chunked import GateSettings
-from attnprune.attention.interface import attach, gates_of
+from attnprune.attention.interface import Gate, attach, gates_of
 from tests.helpers.families import build, ids, load, merged
 
 
@@ -65,6 +66,38 @@ def test_outputs_counts_and_gradients(settings, options, padded):
 
     for found, expected in zip(gradients(compiled(attend)), gradients(attend), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_one_graph_for_all_layers_and_all_seeds(monkeypatch, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the kernels of this process are compiled for the GPU")
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
+    gates = [Gate(2, layer=layer) for layer in range(3)]
+    query, key, value = (torch.randn(1, n, 5, 16, requires_grad=True) for n in (2, 1, 1))
+    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(gate):
+        output, _ = gate(query, key, value, visible, scaling=1.0)
+        return output, output.sum() + gate.last.penalty.sum()
+
+    def run(call, seed):
+        found = []
+        for gate in gates:
+            gate.noise_seed = seed
+            output, loss = call(gate)
+            found += [output, *torch.autograd.grad(loss, (query, key, value, gate.bias))]
+        return found
+
+    graph = torch.compile(step, fullgraph=True, backend=counter)
+    for seed in (3, 4_000_000_000, 2**40):
+        expected = run(step, seed)
+        assert not torch.equal(expected[0], expected[5])  # each layer draws its own noise
+        assert all(map(torch.equal, run(graph, torch.tensor(seed)), expected))
+    assert counter.frame_count == 1
 
 
 def test_a_whole_model():

@@ -157,5 +157,32 @@ def test_mix_seed_has_no_collision_on_a_grid_and_stays_in_32_bits():
 
 
 def test_mix_seed_is_fixed():
-    assert gates.mix_seed(1, 2, 3) == gates.mix_seed(1, 2, 3)
-    assert gates.mix_seed(2**40, -1) == gates.mix_seed(2**40, -1)
+    """Committed results depend on these numbers."""
+    assert gates.mix_seed(1, 2, 3) == 3939779125
+    assert gates.mix_seed(2**40, -1) == 1734902346
+
+
+@pytest.mark.parametrize("low", [0, 2**31, 2**32 - 300, -(2**63), 2**63 - 300])
+def test_mix_seed_of_tensors_is_that_of_ints(low):
+    draw = torch.Generator().manual_seed(low % 2**32)
+    parts = torch.randint(-(2**63), 2**63 - 1, (3, 2000), generator=draw)
+    parts[0, :300] = torch.arange(300) + low
+    mixed = gates.mix_seed(*parts)
+    assert mixed.dtype == torch.int64
+    assert mixed.tolist() == [gates.mix_seed(*(int(x) for x in column)) for column in parts.T]
+    assert gates.mix_seed(7, parts[0]).tolist() == [gates.mix_seed(7, int(x)) for x in parts[0]]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1, 2**40 + 5, -1])
+def test_noise_of_a_seed_tensor_is_that_of_the_int(seed):
+    assert torch.equal(noise(torch.tensor(seed)), noise(seed))
+
+
+def test_noise_is_fixed():
+    """Committed results depend on these numbers; the last row at indices above 2**31."""
+    assert noise(2**32 - 1, 1, 2, 3, torch.float32).flatten().tolist() == [
+        2.7409069538116455, -1.4718157052993774, 1.6450893878936768, 0.32182207703590393, -0.028921455144882202,
+        -3.3551077842712402,
+    ]  # fmt: skip
+    far = torch.tensor([2**32 - 1])
+    assert gates.logistic_noise(5, far, far, far, torch.float32).item() == 3.8616421222686768

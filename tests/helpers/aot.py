@@ -35,8 +35,9 @@ MATRIX = {80: "HMMA", 90: "HGMMA"}
 class Case:
     """One kernel at one head width, compiled for one GPU generation.
 
-    constants: its compile-time arguments; scores: how many a program computes at a time; matrix: the instruction its
-    matmuls must become ; pointers: argument -> element type, for arguments that are not bf16.
+    constants: its compile-time arguments; scores: how many a program computes at a time; matrix: the instruction the
+    main loop is known by (of matmuls: what they must become); pointers: argument -> element type, for arguments that
+    are not bf16; passes: loops over the same scores, whose instructions add up.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     pointers: dict
     stages: int = 2
     most_registers: int | None = None
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def compile_case(case: Case) -> Resources:
     """Compile for the case's GPU generation; raises what the compiler raises."""
     arguments = case.kernel.arg_names
     constants = {name: value for name, value in case.constants.items() if name in arguments}
-    scalars = {"scaling": "fp32", "inv_temperature": "fp32", "inv_slope_temperature": "fp32"}
+    scalars = dict.fromkeys(("scaling", "inv_temperature", "inv_slope_temperature", "share", "scale", "cap"), "fp32")
     signature, attributes = {}, {}
     for index, name in enumerate(arguments):
         if name in constants:
@@ -73,7 +75,7 @@ def compile_case(case: Case) -> Resources:
             signature[name] = "*" + case.pointers.get(name, "bf16")
         else:
             signature[name] = scalars.get(name, "i32")
-        if signature[name] not in ("constexpr", "fp32") and name != "seed":
+        if signature[name] not in ("constexpr", "fp32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
@@ -87,15 +89,15 @@ def compile_case(case: Case) -> Resources:
         assembly = _tool("nvdisasm", "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     elements = case.scores / (32 * case.warps)
-    return Resources(registers, stack, round(main_loop(assembly, case.matrix) / elements, 1))
+    return Resources(registers, stack, round(main_loop(assembly, case.matrix, case.passes) / elements, 1))
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def main_loop(assembly: str, matrix: str) -> int:
-    """Instructions in the loop with matrix instructions that compares the fewest integers: the one without a mask."""
+def main_loop(assembly: str, matrix: str, passes: int = 1) -> int:
+    """Instructions in the loops with `matrix` that compare the fewest integers (those without a mask), one per pass."""
     labels, instructions = {}, []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -111,17 +113,17 @@ def main_loop(assembly: str, matrix: str) -> int:
                 loops.append((sum("ISETP" in line for line in body), len(body)))
     if not loops:
         raise ValueError(f"no loop with {matrix}: the matmuls do not use the tensor cores")
-    return min(loops)[1]
+    return sum(length for _, length in sorted(loops)[:passes])
 
 
 FP32 = ("LSE", "SOFT", "DELTA", "DBIAS", "PRESSURE", "BIAS", "LARGEST", "ACC", "TOTAL")
 INT32 = ("ROWS", "COLUMNS", "HARD", "STATE", "OPEN", "ORDER", "LIVE", "COUNT")
-POINTERS = {**dict.fromkeys(FP32, "fp32"), **dict.fromkeys(INT32, "i32"), "VISIBLE": "i1"}
+POINTERS = {**dict.fromkeys(FP32, "fp32"), **dict.fromkeys(INT32, "i32"), "VISIBLE": "i1", "SEED": "i64"}
 
 
 def all_cases() -> list[Case]:
     """The kernels at the tiles they are launched with."""
-    return training_cases() + runtime_cases()
+    return training_cases() + runtime_cases() + loss_cases()
 
 
 def training_cases() -> list[Case]:
@@ -200,6 +202,33 @@ def runtime_cases() -> list[Case]:
                 decode.STAGES,
             )
         )
+    return cases
+
+
+def loss_cases() -> list[Case]:
+    """The loss alone and with the gradient, plain and with capped logits."""
+    from attnprune.attention.kernels import loss
+
+    cases = []
+    for capability in (90, 80):
+        for capped in (False, True):
+            for gradient in (False, True):
+                name = f"loss{' gradient' if gradient else ''}{' capped' if capped else ''} sm_{capability}"
+                constants = {"CAPPED": capped, "GRADIENT": gradient, "BLOCK": loss.BLOCK}
+                pointers = POINTERS | {"OUT": "fp32", "LABELS": "i64"}
+                cases.append(
+                    Case(
+                        name,
+                        loss.distill_kernel,
+                        constants,
+                        capability,
+                        loss.WARPS,
+                        loss.BLOCK,
+                        "MUFU.EX2",
+                        pointers,
+                        passes=1 + gradient,
+                    )
+                )
     return cases
 
 

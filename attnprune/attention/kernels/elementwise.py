@@ -27,7 +27,10 @@ def hash32(x):
 
 @triton.jit
 def row_state(seed, head, queries):
-    """The part of the noise counter that a row shares: uint32, shape of `queries`. `head` counts batch x heads."""
+    """The part of the noise counter that a row shares: uint32, shape of `queries`. `head` counts batch x heads.
+
+    Of the int64 `seed` the low 32 bits count.
+    """
     head_state = hash32(head.to(tl.uint32) + seed.to(tl.uint32))
     return hash32(head_state + queries.to(tl.uint32) * 0x9E3779B1)
 

@@ -85,9 +85,9 @@ def _forward_tile(
     return acc, m_new, total, soft, hard
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def forward_kernel(
-    Q, K, V, OUT, LSE, SOFT, HARD, BIAS, ROWS, seed, scaling, inv_temperature, queries, keys,
+    Q, K, V, OUT, LSE, SOFT, HARD, BIAS, ROWS, SEED, scaling, inv_temperature, queries, keys,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NOISE: tl.constexpr, SHARP_P: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -107,7 +107,7 @@ def forward_kernel(
     V += b * v_b + (h // G) * v_h
     scale = scaling * ew.LOG2E
     bias = tl.load(BIAS + h) * ew.LOG2E
-    state = ew.row_state(seed, head, i)
+    state = ew.row_state(tl.load(SEED), head, i) if NOISE else i
     acc = tl.zeros((BM, DP), tl.float32)
     m = tl.full((BM,), ew.HIDDEN, tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -129,9 +129,9 @@ def forward_kernel(
     tiles.store_rows(OUT + b * o_b + h * o_h, i, o_t, queries, out, D, DP)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def prepare_kernel(
-    OUT, DO, GRAD_PENALTY, ROWS, DELTA, PRESSURE, STATE, seed, queries, o_b, o_h, o_t, d_b, d_h, d_t,
+    OUT, DO, GRAD_PENALTY, ROWS, DELTA, PRESSURE, STATE, SEED, queries, o_b, o_h, o_t, d_b, d_h, d_t,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """What the backward kernels read per row: Delta = dO.O, the penalty's gradient if the row counts, the noise state.
@@ -149,7 +149,7 @@ def prepare_kernel(
     tl.store(DELTA + row, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1), mask=inside)
     tl.store(PRESSURE + row, tl.load(GRAD_PENALTY + h) * counted.to(tl.float32), mask=inside)
     if NOISE:
-        tl.store(STATE + row, ew.row_state(seed, head, i).to(tl.int32, bitcast=True), mask=inside)
+        tl.store(STATE + row, ew.row_state(tl.load(SEED), head, i).to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
@@ -305,12 +305,12 @@ class Forward(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The settings of one call: temperatures T_p and T_s; `noise_seed` None for the noise-free estimator."""
+    """The settings of one call: temperatures T_p and T_s; `noise_seed` int64 [], None for the noise-free estimator."""
 
     scaling: float
     temperature: float = 1.0
     slope_temperature: float = 1.0
-    noise_seed: int | None = None
+    noise_seed: Tensor | None = None
 
 
 def _options(query: Tensor, key: Tensor, call: Call, kernel: str) -> dict:
@@ -331,12 +331,6 @@ def _sharpness(temperature: float) -> int:
     return {1.0: 1, 0.5: 2}.get(temperature, 0)
 
 
-def _seed(call: Call) -> int:
-    """The seed as a signed 32-bit number."""
-    seed = call.noise_seed or 0
-    return seed - 2**32 if seed >= 2**31 else seed
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, spans: Spans, call: Call) -> Forward:
     """Gated attention and its edge counts.
 
@@ -353,8 +347,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, spans: Span
     hard = query.new_empty(batch, heads, queries, dtype=torch.int32)
     options = _options(query, key, call, "forward")
     forward_kernel[triton.cdiv(queries, options["BM"]), batch * heads](
-        query, key, value, output, lse, soft, hard, bias, spans.rows, _seed(call), call.scaling, 1 / call.temperature,
-        queries, key.shape[2], *tiles.strides(query, key, value, output), **options,
+        query, key, value, output, lse, soft, hard, bias, spans.rows, call.noise_seed, call.scaling,
+        1 / call.temperature, queries, key.shape[2], *tiles.strides(query, key, value, output), **options,
     )  # fmt: skip
     return Forward(output, lse, soft, hard)
 
@@ -376,7 +370,7 @@ def backward(
     sharp = {"SHARP_S": _sharpness(call.slope_temperature)}  # the forward pass has no slope
     options = _options(query, key, call, "dq") | sharp
     prepare_kernel[triton.cdiv(queries, 64), batch * heads](
-        output, grad_output, grad_penalty.float().contiguous(), spans.rows, delta, pressure, state, _seed(call),
+        output, grad_output, grad_penalty.float().contiguous(), spans.rows, delta, pressure, state, call.noise_seed,
         queries, *tiles.strides(output, grad_output), H=heads, D=options["D"], DP=options["DP"], BM=64,
         NOISE=options["NOISE"],
     )  # fmt: skip

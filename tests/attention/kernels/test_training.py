@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from attnprune.attention import ops
 from attnprune.attention.dispatch import counted_pairs, gated_attention
-from attnprune.attention.gates import logistic_noise
+from attnprune.attention.gates import logistic_noise, seed_tensor
 from attnprune.attention.reference import gated_attention_reference, open_edges_reference
 from attnprune.attention.spans import spans_of
 from tests.helpers.attention import MASKS, visible_mask
 
 training = pytest.importorskip("attnprune.attention.kernels.training")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SEED = 4_000_000_000  # above 2^31: the kernels take it as a signed number
+SEED = 4_000_000_000  # above 2^31: the sign bit of 32
 BATCH, HEADS, LENGTH = 2, 4, 40
 
 
@@ -65,11 +65,10 @@ def kernels(
     width = inputs[0].shape[-1]
     spans = spans_of(visible.to(DEVICE), counted_pairs(visible.to(DEVICE)))
     assert spans is not None
+    call = (seed_tensor(seed, torch.device(DEVICE)), width**-0.5, temperature, slope_temperature, deterministic)
 
     def function(query, key, value, bias):
-        output, _, penalty, open_edges = ops.gated_attention(
-            query, key, value, bias.float(), *spans, width**-0.5, temperature, slope_temperature, seed, deterministic
-        )
+        output, _, penalty, open_edges = ops.gated_attention(query, key, value, bias.float(), *spans, *call)
         return output, penalty, open_edges
 
     return backpropagate(function, inputs, above, dtype)
@@ -212,7 +211,8 @@ def test_operator_passes_pytorch_s_own_checks(seed):
     spans = spans_of(visible_mask("causal", BATCH, 20).to(DEVICE))
     assert spans is not None
     inputs = [x.to(DEVICE, torch.float32).requires_grad_() for x in inputs]
-    torch.library.opcheck(ops.gated_attention, (*inputs, *spans, 0.25, 1.0, 0.5, seed, True))
+    noise_seed = seed_tensor(seed, torch.device(DEVICE))
+    torch.library.opcheck(ops.gated_attention, (*inputs, *spans, noise_seed, 0.25, 1.0, 0.5, True))
 
 
 def test_checkpointing_can_keep_the_attention():

@@ -11,6 +11,8 @@ from attnprune.report.tables import facts_table
 from attnprune.training.constraint import constraint_text
 from attnprune.units import duration, percent, size
 
+MANY_BLOCKS = 1000
+
 if TYPE_CHECKING:
     from attnprune.training.plan import Plan
 
@@ -51,7 +53,7 @@ def plan_table(plan: Plan) -> Table:
         ("step", f"{plan.tokens_per_step:,} tokens, {config.train.precision}: {_batches(plan)}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
         ("memory", f"about {size(plan.memory.total)}{_of_limit(plan)}: {_parts(plan)}"),
-        ("", f"on a GPU, blocks at once: {_cards(plan)}"),
+        *_cards(plan),
         (
             "time",
             f"{duration(plan.seconds_per_1000_steps)} per 1,000 steps, {duration(total)} for {config.train.steps:,}",
@@ -89,8 +91,11 @@ def _parts(plan: Plan) -> str:
     )
 
 
-def _cards(plan: Plan) -> str:
-    return ", ".join(f"{blocks:,} in {card} GB" for card, blocks in plan.fits.items())
+def _cards(plan: Plan) -> list[tuple[str, str]]:
+    """A row about GPUs, for models that one can be too small for."""
+    if min(plan.fits.values()) > MANY_BLOCKS:
+        return []
+    return [("", "on a GPU, blocks at once: " + ", ".join(f"{n:,} in {card} GB" for card, n in plan.fits.items()))]
 
 
 def _limit(config: Any) -> float:

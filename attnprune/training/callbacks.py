@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from attnprune.errors import AttnPruneError
 from attnprune.files import append_line, reopen_lines
 from attnprune.training import checkpoints
-from attnprune.training.budget import Costs
+from attnprune.training.budget import MARGIN, Costs
 from attnprune.training.constraint import Multiplier
 
 
@@ -114,7 +114,8 @@ class Deadline(TrainerCallback):
         now = self.clock()
         costs = self.costs = replace(self.costs, step=now - self._since)
         self._since = now
-        if now + costs.step + costs.checkpoint + costs.evaluation + costs.ending > self.at:
+        left = costs.step + costs.checkpoint + costs.evaluation + costs.ending
+        if now + (1 + MARGIN) * left > self.at:
             control.should_evaluate = True
             control.should_training_stop = True
 

@@ -28,6 +28,7 @@ MAX_PASSES = 20  # over the training text, without a warning
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that a run may take
 USEFUL_TOKENS = 2048  # at once on a CPU: with more the matmuls are no faster
 QUICK = 10.0  # seconds: what is sure to take less is measured at its real size
+OVERHEAD = 0.01  # seconds per step beside the micro-batches: optimiser, Trainer and its callbacks
 WARM = 1.0  # seconds: a first pass that took longer is no worse a measurement than a second
 CARDS = (24, 48, 80)  # GB of GPUs that people have
 CONTEXT = 1e9  # bytes that CUDA and its libraries take on a GPU
@@ -41,7 +42,7 @@ class Plan:
         config: the run, with its micro-batch and number of steps.
         trainable, total: numbers of parameters (gate biases count as trainable).
         tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
-        seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, times 1000.
+        seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, and OVERHEAD, times 1000.
         memory: of a step with one micro-batch, by what it is for.
         limit_bytes: what the process may hold in all; None where the system does not tell.
         fits: GB of a GPU -> blocks at once that fit (with bf16).
@@ -161,7 +162,7 @@ def make_plan(
             f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
             "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
-    step = _seconds(steps, micro, taken, measure_it=not too_much) * (settings.batch_size // micro)
+    step = _seconds(steps, micro, taken, measure_it=not too_much) * (settings.batch_size // micro) + OVERHEAD
     costs = None
     if settings.time is not None:
         assert clock is not None

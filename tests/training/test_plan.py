@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 import tomllib
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnprune.attention.interface import attach, gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
+from attnprune.report.plan import plan_data, plan_table
 from attnprune.runs.config import TrainConfig, build_config
 from attnprune.training import plan, recipe, resolve
 from attnprune.training.memory import Estimator, Shape, largest_divisor
@@ -152,6 +156,21 @@ def test_zero_means_all_at_once(monkeypatch):
     monkeypatch.setattr(plan._Steps, "measured", lambda self, blocks: (sizes.append(blocks) or 0.1, None))
     assert planned(*made(8, micro_batch_size=0)).seconds_per_1000_steps == pytest.approx(100 + 1000 * plan.OVERHEAD)
     assert sizes == [1, 8]
+
+
+def test_the_plan_shows_what_memory_is_for_and_how_blocks_are_cut(monkeypatch):
+    monkeypatch.setattr(plan._Steps, "measured", lambda self, blocks: (3.0, None))
+    shown = planned(*made(16, 512, vocabulary=256, gradient_checkpointing=True))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(plan_table(replace(shown, limit_bytes=8 * 10**9, fits={24: 12, 48: 34, 80: 1056})))
+    text = console.export_text()
+    assert "8,192 tokens, fp32: 16 blocks of 512, 4 at once" in text
+    assert "of 8 GB that can be had: " in text
+    assert "on a GPU, blocks at once: 12 in 24 GB, 34 in 48 GB, 1,056 in 80 GB" in text
+    assert "13 h 20 min per 1,000 steps" in text  # four micro-batches of four times 3 s, and 10 ms
+    data = json.loads(json.dumps(plan_data(shown)))
+    assert sum(data["memory"].values()) == pytest.approx(data["memory_bytes"])
+    assert set(data["fits"]) == {"24", "48", "80"}
 
 
 def test_a_plan_leaves_no_trace():

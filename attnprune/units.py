@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 NOT_FINITE = "not finite"
 
 
@@ -21,6 +23,19 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def seconds(text: str) -> float:
+    """Seconds of a duration as people write it: 90s, 10m, 1h, 1h30m.
+
+    Raises:
+        ValueError: it is none, or 0.
+    """
+    found = re.fullmatch(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?", text)
+    total = sum(int(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    if not total:
+        raise ValueError(f"not a duration like 90s, 10m or 1h30m (got {text!r})")
+    return float(total)
 
 
 def size(count: float, unit: str = "B") -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.metadata
 import os
 import platform
@@ -15,9 +13,9 @@ from pathlib import Path
 import torch
 
 from attnprune.bench.record import Machine, Timing
+from attnprune.training import machine as this_machine
 
 Run = Callable[[], object]
-_PROCESS = Path("/proc/self")
 
 
 def machine(device: torch.device) -> Machine:
@@ -95,31 +93,6 @@ def timing_of(taken: list[float]) -> Timing:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Memory that one run needs above what is held before it; None where it cannot be measured.
-
-    CUDA: the allocator's peak. Linux: the peak of the resident memory (VmHWM, reset through /proc/self/clear_refs)
-    after freed memory went back to the system, so it includes what PyTorch's libraries allocate, in pages.
-    """
-    run()  # what stays allocated after a first run (libraries, caches) is not the run's
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        (_PROCESS / "clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        run()
-        return max(0, _resident("VmHWM") - before)
-    except (OSError, AttributeError):  # another system
-        return None
-
-
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = (_PROCESS / "status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    """`machine.peak_bytes` of a second run: what a first one leaves allocated (libraries, caches) is not its own."""
+    run()
+    return this_machine.peak_bytes(run, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
@@ -33,8 +34,15 @@ def sparsify(
         str | None, _option("--scope", help="What trains: gates, lora, attn or full. Default: by model size.")
     ] = None,
     steps: Annotated[int | None, _option("--steps", help="Optimiser steps.")] = None,
+    time: Annotated[
+        str | None,
+        _option("--time", help="Time of the whole run, export included: 90s, 10m, 1h30m. Gives the number of --steps."),
+    ] = None,
     batch_size: Annotated[int | None, _option("--batch-size", help="Blocks per step.")] = None,
-    micro_batch_size: Annotated[int | None, _option("--micro-batch-size", help="Blocks per forward pass.")] = None,
+    micro_batch_size: Annotated[
+        str | None,
+        _option("--micro-batch-size", help="Blocks per forward pass. Default: auto, as many as fit into memory."),
+    ] = None,
     seq_len: Annotated[
         int | None, _option("--seq-len", help="Tokens per block. Default: the context, at most 512.")
     ] = None,
@@ -82,9 +90,10 @@ def sparsify(
         "gate": {"estimator": estimator, "temperature": temperature},
         "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},
         "train": {
-            "scope": scope, "steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
-            "learning_rate": learning_rate, "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank,
-            "optimizer": optimizer, "precision": precision, "gradient_checkpointing": gradient_checkpointing,
+            "scope": scope, "time": time, "steps": steps, "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
+            "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "optimizer": optimizer,
+            "precision": precision, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,
         },
         "output": {"folder": output},
@@ -95,8 +104,11 @@ def sparsify(
 
 
 def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, dry_run: bool) -> int:
-    from attnprune.runs.config import build_config, merge, read_toml
+    from attnprune.runs.config import build_config, override, read_toml
 
+    started = monotonic()
+    if {"time", "steps"} <= given.get("train", {}).keys():
+        raise InputError("--time: gives the number of steps; leave out --steps")
     if resume is not None:
         if config_file is not None:
             raise InputError("--resume: takes its settings from the run; leave out --config")
@@ -104,13 +116,13 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
 
         config = read_resumed(resume, given)
     else:
-        values = merge(read_toml(config_file) if config_file else {}, given)
+        values = override(read_toml(config_file) if config_file else {}, given)
         name = values.get("model", {}).get("name")
         if not name:
             raise InputError("sparsify: no model given", hint="for example: attnprune sparsify demo")
         from attnprune.runs.folder import check_output, defaults_for, output_folder
 
-        config = build_config(merge(defaults_for(name), values))
+        config = build_config(override(defaults_for(name), values))
         check_output(output_folder(config))  # before the seconds that torch takes to load
 
     from attnprune.report import progress
@@ -119,6 +131,7 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
     from attnprune.training.recipe import sparsify as run_recipe
 
     def show_plan(plan: Any) -> bool:
+        display.steps = plan.config.train.steps
         if out.json and dry_run:
             out.result(plan_data(plan))
         else:
@@ -128,7 +141,12 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
     display = progress.display(out.stderr, live=out.live, quiet=out.quiet, steps=config.train.steps)
     with display:
         sidecar = run_recipe(
-            config, resume=resume is not None, callbacks=[display.callback], on_plan=show_plan, on_note=out.note
+            config,
+            resume=resume is not None,
+            callbacks=[display.callback],
+            on_plan=show_plan,
+            on_note=out.note,
+            started=started,
         )
     if sidecar is None:
         return 0

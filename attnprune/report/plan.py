@@ -11,6 +11,8 @@ from attnprune.report.tables import facts_table
 from attnprune.training.constraint import constraint_text
 from attnprune.units import duration, percent, size
 
+MANY_BLOCKS = 1000
+
 if TYPE_CHECKING:
     from attnprune.training.plan import Plan
 
@@ -25,7 +27,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "train_tokens": plan.train_tokens,
         "eval_tokens": plan.eval_tokens,
         "seconds_per_1000_steps": plan.seconds_per_1000_steps,
-        "memory_bytes": plan.memory_bytes,
+        "memory_bytes": plan.memory.total,
+        "memory": asdict(plan.memory),
+        "memory_limit": plan.limit_bytes,
+        "fits": plan.fits,
         "passes": plan.passes,
         "sources": [asdict(source) for source in plan.sources],
         "notes": plan.notes,
@@ -45,9 +50,10 @@ def plan_table(plan: Plan) -> Table:
             f"{plan.passes:.3g} passes",
         ),
         *_shares(plan),
-        ("step", f"{plan.tokens_per_step:,} tokens, {config.data.seq_len} per block, {config.train.precision}"),
+        ("step", f"{plan.tokens_per_step:,} tokens, {config.train.precision}: {_batches(plan)}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
-        ("memory", f"about {size(plan.memory_bytes)}"),
+        ("memory", f"about {size(plan.memory.total)}{_of_limit(plan)}: {_parts(plan)}"),
+        *_cards(plan),
         (
             "time",
             f"{duration(plan.seconds_per_1000_steps)} per 1,000 steps, {duration(total)} for {config.train.steps:,}",
@@ -62,6 +68,34 @@ def _shares(plan: Plan) -> list[tuple[str, str]]:
     total = sum(source.tokens for source in plan.sources)
     shares = [("", f"{s.name}: {s.tokens:,} tokens, {percent(s.tokens / total)}") for s in plan.sources]
     return shares if len(shares) > 1 else []
+
+
+def _batches(plan: Plan) -> str:
+    """How a step's blocks go through the model."""
+    train, length = plan.config.train, plan.config.data.seq_len
+    micro = int(train.micro_batch_size) or train.batch_size
+    at_once = "all at once" if micro == train.batch_size else f"{micro} at once"
+    return f"{train.batch_size} blocks of {length}, {at_once}"
+
+
+def _of_limit(plan: Plan) -> str:
+    return "" if plan.limit_bytes is None else f" of {size(plan.limit_bytes)} that can be had"
+
+
+def _parts(plan: Plan) -> str:
+    """What the memory is for, largest first."""
+    names = {"copied": "copy of the base", "process": "libraries and text"}
+    parts = sorted(asdict(plan.memory).items(), key=lambda part: -part[1])
+    return ", ".join(
+        f"{names.get(name, name)} {size(count)}" for name, count in parts if count >= 0.005 * plan.memory.total
+    )
+
+
+def _cards(plan: Plan) -> list[tuple[str, str]]:
+    """A row about GPUs, for models that one can be too small for."""
+    if min(plan.fits.values()) > MANY_BLOCKS:
+        return []
+    return [("", "on a GPU, blocks at once: " + ", ".join(f"{n:,} in {card} GB" for card, n in plan.fits.items()))]
 
 
 def _limit(config: Any) -> float:

@@ -12,7 +12,7 @@ def facts_table(title: str, rows: list[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
     table = Table(title=escape(printable(title)), show_header=False, box=None, title_justify="left", title_style="bold")
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(overflow="fold")  # a long path is shown whole
     for name, value in rows:
         table.add_row(name, escape(printable(value)))
     return table

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attnprune.errors import InputError
+from attnprune.units import seconds
 
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -128,18 +129,41 @@ class TrainConfig(Section):
     """The optimisation."""
 
     @model_validator(mode="after")
-    def _micro_batches_add_up(self) -> Self:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+    def _settings_agree(self) -> Self:
+        micro = self.micro_batch_size
+        if micro != "auto" and micro and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        if self.time is not None and "steps" in self.model_fields_set:
+            raise ValueError("time gives the number of steps; leave out steps or time")
         return self
+
+    @field_validator("micro_batch_size", mode="plain")
+    @classmethod
+    def _a_number_or_auto(cls, value: Any) -> Any:
+        text = str(value)
+        if isinstance(value, bool) or not (text == "auto" or text.isdecimal()):
+            raise ValueError(f"a number of blocks or auto is needed (got {value!r})")
+        return "auto" if text == "auto" else int(text)
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value)
+        return value
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         default=1.0, description="share of KL(base || sparse) in what is learned; the rest is the text's own loss"
     )
+    time: str | None = Field(
+        default=None, description="wall-clock time of the whole run (90s, 10m, 1h30m), which gives the number of steps"
+    )
     steps: Count = Field(default=3000, description="optimiser steps")
     batch_size: Count = Field(default=16, description="blocks per step")
-    micro_batch_size: Annotated[int, Field(ge=0)] = Field(default=0, description="blocks per forward; 0: all at once")
+    micro_batch_size: int | Literal["auto"] = Field(
+        default="auto", description="blocks per forward pass; auto: as many as fit into memory; 0: all at once"
+    )
     learning_rate: Positive = Field(default=3e-4, description="weights")
     gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.98, description="Adam's second-moment decay")
@@ -160,7 +184,9 @@ class TrainConfig(Section):
     )
     compile: Switch = Field(default="auto", description="compiled decoder layers; auto: tried on CUDA")
     cuda_graph: Switch = Field(default="auto", description="the step as a CUDA graph; auto: tried on CUDA")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16: autocast; auto: bf16 on CUDA")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="bf16: autocast; auto: bf16 on CUDA, and on processors that are faster in it"
+    )
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
     deterministic: bool = Field(
         default=True, description="same bits in every run; false: on CUDA a faster backward pass with atomic sums"
@@ -187,8 +213,9 @@ class RunConfig(Section):
     output: OutputConfig = OutputConfig()
 
     def to_toml(self) -> str:
-        """The configuration as TOML (keys that are None are left out)."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        """The configuration as TOML (keys that are None are left out, and the steps that a time has still to give)."""
+        unknown = {"train": {"steps"}} if self.train.time is not None else None
+        return tomli_w.dumps(self.model_dump(exclude_none=True, exclude=unknown))
 
 
 def build_config(values: dict[str, Any]) -> RunConfig:
@@ -222,6 +249,17 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def override(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`merge` of settings, where a number of steps above replaces a time below, and the other way round."""
+    train = above.get("train")
+    replaced = {"steps": "time", "time": "steps"}
+    dropped = {replaced[key] for key in train if key in replaced} if isinstance(train, dict) else set()
+    kept = below.get("train")
+    if dropped and isinstance(kept, dict):
+        below = {**below, "train": {key: value for key, value in kept.items() if key not in dropped}}
+    return merge(below, above)
 
 
 def _explain(problem: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnprune.errors import InputError
 from attnprune.files import check_writable, unusable
-from attnprune.runs.config import RunConfig, build_config, merge, read_toml
+from attnprune.runs.config import RunConfig, build_config, merge, override, read_toml
 
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -104,7 +104,7 @@ def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
     unnamed = {"train": {"step": "plain"}}  # what a run of a release without the other one goes on with
     stored = merge(merge(unnamed, read_toml(folder / RUN_FILE)), {"output": {"folder": str(folder)}})
     config = build_config(stored)
-    for section, values in build_config(merge(stored, given)).model_dump().items():
+    for section, values in build_config(override(stored, given)).model_dump().items():
         for key, value in values.items():
             before = getattr(getattr(config, section), key)
             if value != before:

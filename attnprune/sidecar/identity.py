@@ -105,7 +105,7 @@ def _completed(recorded: Mapping[str, Any], config_class: type) -> dict[str, Any
     try:
         return config_values(config_class(**recorded))
     except Exception:  # what this version's class does not take is compared as it was written
-        return config_values(config_class()) | recorded
+        return {**config_values(config_class()), **recorded}
 
 
 def _in_single_precision(value: Any) -> Any:

@@ -8,13 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from attnprune.attention.interface import gates_forced_open, gates_of
+from attnprune.data.blocks import Blocks
+from attnprune.runs.config import RunConfig
 
+CALIBRATION_BLOCKS = 16
 BIAS_LIMIT = 100.0
 MARGIN = 1e-3  # below the last score that stays open: equal scores stay open together, however they are rounded
 
 
+def starts_from_mass(config: RunConfig) -> bool:
+    """Whether a new run takes the first biases from the scores of its text."""
+    return bool(config.gate.initial_mass) and not config.model.init
+
+
 @torch.no_grad()
-def bias_for_mass(model: nn.Module, input_ids: Tensor, mass: float) -> Tensor:
+def calibrate(model: Any, config: RunConfig, blocks: Blocks) -> None:
+    """Set the gates' first biases from the scores of a few blocks, evenly spread over the text."""
+    rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
+    gates = gates_of(model)
+    ids = blocks.take(rows).input_ids.to(gates[0].bias.device)
+    for gate, bias in zip(gates, bias_for_mass(model, ids, config.gate.initial_mass), strict=True):
+        gate.bias.copy_(bias)
+
+
+@torch.no_grad()
+def bias_for_mass(model: Any, input_ids: Tensor, mass: float) -> Tensor:
     """Per head, the bias under which open gates keep `mass` of the softmax probability of the dense model.
 
     One threshold per head over all queries: the pairs with the highest scores that together hold `mass` of the
@@ -30,11 +48,17 @@ def bias_for_mass(model: nn.Module, input_ids: Tensor, mass: float) -> Tensor:
     hooks = [gate.register_forward_pre_hook(record, with_kwargs=True) for gate in gates]
     try:
         with gates_forced_open(model):
-            model(input_ids=input_ids, use_cache=False)
+            _decoder(model)(input_ids=input_ids, use_cache=False)  # nobody needs the logits, which are large
     finally:
         for hook in hooks:
             hook.remove()
     return torch.stack(found)
+
+
+def _decoder(model: Any) -> Any:
+    """The model without its output layer, adapters included."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
 
 
 def _threshold(query: Tensor, key: Tensor, visible: Tensor, mass: float, options: dict[str, Any]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from attnprune.files import append_line, reopen_lines
 from attnprune.training import checkpoints
+from attnprune.training.budget import MARGIN, Costs
 from attnprune.training.constraint import Multiplier
 
 
@@ -89,6 +92,36 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
+
+
+class Deadline(TrainerCallback):
+    """Ends a run with a time budget while there is still time to evaluate, export and publish.
+
+    The last step and the last evaluation, as long as they took here, say how much time has to be left; `costs` says it
+    until then. `at` is in the seconds of `clock`.
+    """
+
+    def __init__(self, at: float, costs: Costs, clock: Callable[[], float] = time.monotonic):
+        self.at, self.costs, self.clock = at, costs, clock
+        self._since = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._since = self.clock()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._since = self.clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = self.clock()
+        costs = self.costs = replace(self.costs, step=now - self._since)
+        self._since = now
+        left = costs.step + costs.checkpoint + costs.evaluation + costs.ending
+        if now + (1 + MARGIN) * left > self.at:
+            control.should_evaluate = True
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.costs = replace(self.costs, evaluation=self.clock() - self._since)
 
 
 class MetricsFile(TrainerCallback):

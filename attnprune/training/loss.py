@@ -16,6 +16,11 @@ from torch.nn import functional
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
+def chunk_tokens(device: str, vocabulary: int) -> int:
+    """Tokens whose logits exist at once, on a kind of device."""
+    return max(16, CHUNK_LOGITS[device] // vocabulary)
+
+
 class Head(NamedTuple):
     """A frozen output layer: logits = cap * tanh(x / cap) with x = scale * (hidden @ weight.T + bias), or x itself.
 
@@ -69,7 +74,7 @@ class _Distill(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wants_gradient else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = torch.zeros(3, len(hidden), dtype=wide, device=hidden.device)
-        chunk = max(16, CHUNK_LOGITS[hidden.device.type] // len(head.weight))
+        chunk = chunk_tokens(hidden.device.type, len(head.weight))
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
             logits = head.linear(hidden[part])

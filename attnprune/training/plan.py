@@ -1,34 +1,54 @@
-"""What a run is about to do: sizes, time and memory, measured on one real step."""
+"""What a run is about to do: sizes, time and memory, estimated first and then measured on one block.
+
+The micro-batch and, where a time is given, the steps are chosen here.
+"""
 
 from __future__ import annotations
 
-import math
-import resource
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks, Source
-from attnprune.measure import Reference, token_losses
+from attnprune.errors import AttnPruneError
+from attnprune.measure import BATCH_TOKENS, measure
 from attnprune.runs.config import RunConfig
-from attnprune.training.step import compares_with_base
+from attnprune.training.budget import DISK, MARGIN, Costs, steps_within
+from attnprune.training.calibration import CALIBRATION_BLOCKS, bias_for_mass, starts_from_mass
+from attnprune.training.loss import chunk_tokens
+from attnprune.training.machine import free_memory, held_memory, peak_bytes
+from attnprune.training.memory import Estimator, Memory, largest_divisor, shape_of
+from attnprune.training.scope import DenseBase
+from attnprune.training.step import MicroStep, compares_with_base
+from attnprune.units import duration, seconds, size
 
 MAX_PASSES = 20  # over the training text, without a warning
+SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that a run may take
+USEFUL_TOKENS = 2048  # at once on a CPU: with more the matmuls are no faster
+QUICK = 10.0  # seconds: what is sure to take less is measured at its real size
+OVERHEAD = 0.01  # seconds per step beside the micro-batches: optimiser, Trainer and its callbacks
+WARM = 1.0  # seconds: a first pass that took longer is no worse a measurement than a second
+CARDS = (24, 48, 80)  # GB of GPUs that people have
+CONTEXT = 1e9  # bytes that CUDA and its libraries take on a GPU
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is about to do, measured on one real forward and backward pass.
+    """What a run is about to do, measured on one real block.
 
     Attributes:
+        config: the run, with its micro-batch and number of steps.
         trainable, total: numbers of parameters (gate biases count as trainable).
         tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
-        seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, times 1000.
-        memory_bytes: peak memory of that pass plus optimiser state.
+        seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, and OVERHEAD, times 1000.
+        memory: of a step with one micro-batch, by what it is for.
+        limit_bytes: what the process may hold in all; None where the system does not tell.
+        fits: GB of a GPU -> blocks at once that fit (with bf16).
+        costs: what a run of some length takes; None without a time budget.
         sources: what each source of text gave, before some was held out.
         notes: choices made for the user and warnings, one line each.
     """
@@ -40,7 +60,10 @@ class Plan:
     train_tokens: int
     eval_tokens: int
     seconds_per_1000_steps: float
-    memory_bytes: int
+    memory: Memory
+    limit_bytes: int | None
+    fits: dict[int, int]
+    costs: Costs | None
     sources: tuple[Source, ...]
     notes: list[str]
 
@@ -50,44 +73,109 @@ class Plan:
         return self.tokens_per_step * self.config.train.steps / self.train_tokens
 
 
-def make_plan(
-    model: Any, reference: Reference, config: RunConfig, train: Blocks, held_out: Blocks, notes: list[str]
-) -> Plan:
-    """Time one real micro-batch (forward, base if needed, backward), add up what the run will need; leaves no trace."""
-    settings = config.train
-    micro = settings.micro_batch_size or settings.batch_size
-    device = next(model.parameters()).device
-    batch = train.take(torch.arange(min(micro, len(train))))
-    ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    seconds = 0.0
-    for _ in range(2):  # the first pass pays for warm-up
+@dataclass(frozen=True)
+class Clock:
+    """When the run began, as time.monotonic() has it, and the seconds that loading the base took."""
+
+    started: float
+    loading: float
+
+
+class _Steps:
+    """Real micro-batches that leave no trace, with their time and memory."""
+
+    def __init__(self, model: Any, base: DenseBase, config: RunConfig, train: Blocks):
+        self.model, self.config, self.train = model, config, train
+        self.step, self.draws = MicroStep(model, base, config), config.gate.estimator == "gumbel"
+        self.device = next(model.parameters()).device
+
+    def measured(self, blocks: int) -> tuple[float, int | None]:
+        """(seconds, peak bytes above what is held) of a micro-batch with this many blocks."""
+        taken: list[float] = []
+        was_training = self.model.training
+        self.model.train()
+        checkpointing = self.config.train.gradient_checkpointing
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            peak = peak_bytes(lambda: taken.append(self._run(blocks)), self.device)
+            if taken[0] < WARM or self.device.type == "cuda":
+                taken.append(self._run(blocks))
+        finally:
+            self.model.train(was_training)
+            if checkpointing:
+                self.model.gradient_checkpointing_disable()
+        return taken[-1], peak
+
+    def _run(self, blocks: int) -> float:
+        batch = self.train.take(torch.arange(blocks) % len(self.train))
+        coefficients = torch.ones(2, device=self.device)
+        seed = torch.zeros((), dtype=torch.int64, device=self.device) if self.draws else None
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1]
-            penalty = torch.stack([gate.last.penalty.sum() for gate in gates_of(model) if gate.last is not None]).sum()
-            if compares_with_base(config):
-                token_losses(reference(ids), labels)
-        (losses.mean() + 0.0 * penalty).backward()
-        if device.type == "cuda":
+        self.step(batch.input_ids.to(self.device), batch.labels.to(self.device), coefficients, seed)
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        model.zero_grad(set_to_none=True)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        taken = time.perf_counter() - start
+        self.model.zero_grad(set_to_none=True)
+        for gate in gates_of(self.model):
+            gate.last = None  # it holds the graph
+        return taken
+
+
+def make_plan(
+    model: Any,
+    reference: DenseBase,
+    config: RunConfig,
+    train: Blocks,
+    held_out: Blocks,
+    notes: list[str],
+    clock: Clock | None = None,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Estimate, measure one block, choose the micro-batch and (with `train.time`, which needs `clock`) the steps.
+
+    Raises:
+        AttnPruneError: the memory that is free does not hold one block, by the estimate.
+        InputError: `train.time` is too short.
+    """
+    config, notes = config.model_copy(deep=True), [*notes, *_text_notes(train.sources)]
+    settings, steps = config.train, _Steps(model, reference, config, train)
+    estimator, limit = _before(model, config, train.seq_len, steps.device)
+    on_note(f"measuring a step of one block of {train.seq_len} tokens (about {size(estimator.of(1).total)})")
+    taken, peak = steps.measured(1)
+    if peak is not None:
+        estimator = estimator.corrected(1, peak)
+    if settings.micro_batch_size == "auto":
+        settings.micro_batch_size = _micro_batch(estimator, limit, config, train.seq_len)
+    micro = settings.micro_batch_size or settings.batch_size
+    memory = estimator.of(micro)
+    too_much = limit is not None and memory.total > limit
+    if too_much:
+        notes.append(
+            f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
+            "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
+        )
+    step = _seconds(steps, micro, taken, measure_it=not too_much) * (settings.batch_size // micro) + OVERHEAD
+    costs = None
+    if settings.time is not None:
+        assert clock is not None
+        on_note("measuring an evaluation")
+        costs = _costs(model, reference, config, train, held_out, step, clock)
+        notes.append(_choose_steps(config, costs, clock))
     plan = Plan(
         config=config,
-        trainable=trainable,
-        total=sum(p.numel() for p in model.parameters()),
+        trainable=estimator.shape.trainable,
+        total=estimator.shape.parameters,
         tokens_per_step=settings.batch_size * train.seq_len,
         train_tokens=train.input_ids.numel(),
         eval_tokens=held_out.input_ids.numel(),
-        seconds_per_1000_steps=1000 * seconds * math.ceil(settings.batch_size / micro),
-        memory_bytes=peak + 8 * trainable,
+        seconds_per_1000_steps=1000 * step,
+        memory=memory,
+        limit_bytes=limit,
+        fits={card: _on_card(estimator, config).fits(SHARE["cuda"] * card * 1e9) for card in CARDS},
+        costs=costs,
         sources=train.sources,
-        notes=notes + _text_notes(train.sources),
+        notes=notes,
     )
     if plan.passes > MAX_PASSES and plan.sources:
         plan.notes.append(
@@ -95,6 +183,93 @@ def make_plan(
             "give more text (--data, several times if need be) or fewer --steps"
         )
     return plan
+
+
+def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -> tuple[Estimator, int | None]:
+    """(formulas for this model, bytes that the process may hold in all), before anything is allocated.
+
+    Raises:
+        AttnPruneError: not even one block is expected to fit.
+    """
+    shape = shape_of(model)
+    estimator = Estimator(
+        shape, config.train, seq_len, on_cpu=device.type == "cpu", bf16=config.train.precision == "bf16",
+        compares=compares_with_base(config),
+        chunk=chunk_tokens(device.type, shape.vocabulary) if config.train.step == "fast" else None,
+    )  # fmt: skip
+    free, held = free_memory(device), held_memory(device)
+    if free is None:
+        return estimator, None
+    one = estimator.of(1)
+    estimator = replace(estimator, process=max(0.0, held - one.weights - one.copied))
+    needed, limit = estimator.of(1).total, round(held + SHARE[device.type] * free)
+    if needed > limit and config.train.micro_batch_size == "auto":
+        raise AttnPruneError(
+            f"memory: a step of one block needs about {size(needed)}, and {size(limit)} can be had",
+            hint="use a smaller --seq-len, --gradient-checkpointing or another --scope; --micro-batch-size 1 tries it",
+        )
+    return estimator, limit
+
+
+def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq_len: int) -> int:
+    """The largest divisor of the batch that fits; on a CPU with no more tokens than make it faster."""
+    most = config.train.batch_size if limit is None else estimator.fits(limit)
+    if estimator.on_cpu:
+        most = min(most, USEFUL_TOKENS // seq_len)
+    return largest_divisor(config.train.batch_size, most)
+
+
+def _seconds(steps: _Steps, micro: int, one: float, measure_it: bool) -> float:
+    """Seconds of a micro-batch; from one block's where that is long: small tensors are slow for their size."""
+    if micro > 1 and measure_it and micro * one < QUICK:
+        return steps.measured(micro)[0]
+    return micro * one
+
+
+def _on_card(estimator: Estimator, config: RunConfig) -> Estimator:
+    """The formulas for a GPU: as they were measured on one, else uncorrected, in bf16."""
+    if not estimator.on_cpu:
+        return replace(estimator, process=CONTEXT)
+    bf16 = config.train.precision == "bf16" or config.model.device == "cpu"
+    chunk = None if estimator.chunk is None else chunk_tokens("cuda", estimator.shape.vocabulary)
+    return replace(estimator, on_cpu=False, bf16=bf16, chunk=chunk, process=CONTEXT, correction=1.0)
+
+
+def _costs(
+    model: Any, reference: DenseBase, config: RunConfig, train: Blocks, held_out: Blocks, step: float, clock: Clock
+) -> Costs:
+    """What the run's parts take, from one batch of an evaluation and one block of the gates' first values."""
+    rows = torch.arange(min(len(held_out), max(1, BATCH_TOKENS // held_out.seq_len)))
+    was_training = model.training
+    model.eval()
+    evaluation = _timed(lambda: measure(model, held_out.take(rows), reference=reference)) * len(held_out) / len(rows)
+    model.train(was_training)
+    start = 0.0
+    if starts_from_mass(config):
+        ids = train.take(torch.arange(1)).input_ids.to(next(model.parameters()).device)
+        start = _timed(lambda: bias_for_mass(model, ids, config.gate.initial_mass))
+        start *= min(CALIBRATION_BLOCKS, len(train))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Costs(step, evaluation, checkpoint=16 * trainable / DISK, loading=clock.loading, start=start)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _choose_steps(config: RunConfig, costs: Costs, clock: Clock) -> str:
+    """Replace the run's time by a number of steps; returns what was chosen and why."""
+    train, gone = config.train, time.monotonic() - clock.started
+    asked = seconds(train.time or "")
+    steps = steps_within(asked - gone, costs, train)
+    train.time = None
+    train.steps = steps
+    return (
+        f"time: {steps:,} steps in {duration(asked)}; {duration(gone)} are gone, evaluations take "
+        f"{duration(costs.evaluation)} each, the export {duration(costs.ending)}, {100 * MARGIN:.0f} % are left free"
+    )
 
 
 def _text_notes(sources: tuple[Source, ...]) -> list[str]:

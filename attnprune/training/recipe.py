@@ -1,6 +1,6 @@
 """The whole flow on one page: RunConfig in, Sidecar out.
 
-resolve -> load base -> data -> attach gates -> choose what trains (and where it starts) -> plan -> train -> export ->
+resolve -> load base -> data -> attach gates -> choose what trains -> plan -> where it starts -> train -> export ->
 measure the artefact.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,16 @@ from attnprune.sidecar.folder import Sidecar
 from attnprune.sidecar.identity import model_key
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
-from attnprune.training.calibration import bias_for_mass
-from attnprune.training.callbacks import MetricsFile, StopOnSignal
+from attnprune.training.calibration import calibrate, starts_from_mass
+from attnprune.training.callbacks import Deadline, MetricsFile, StopOnSignal
 from attnprune.training.export import export
-from attnprune.training.plan import Plan, make_plan
+from attnprune.training.plan import Clock, Plan, make_plan
 from attnprune.training.resolve import load_base, load_dtype, resolve
 from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
 from attnprune.training.trainer import SparsifyTrainer
-
-CALIBRATION_BLOCKS = 16
+from attnprune.units import seconds
 
 
 def sparsify(
@@ -49,6 +49,7 @@ def sparsify(
     callbacks: list[TrainerCallback] | None = None,
     on_plan: Callable[[Plan], bool] | None = None,
     on_note: Callable[[str], None] = lambda line: None,
+    started: float | None = None,
 ) -> Sidecar | None:
     """Post-train a model until its attention is sparse at the base's loss, and write the sidecar.
 
@@ -58,6 +59,7 @@ def sparsify(
         callbacks: transformers callbacks, e.g. a progress display.
         on_plan: called with the plan before the first step; return False to stop there (dry run).
         on_note: receives one-line notes.
+        started: when the time of `config.train.time` began to run, in seconds of time.monotonic(); None: now.
 
     Returns:
         The sidecar, or None when `on_plan` stopped the run. Its result says whether the constraint is met.
@@ -65,12 +67,13 @@ def sparsify(
     Raises:
         AttnPruneError: see its subclasses; the last sealed checkpoint stays in place.
     """
+    started = time.monotonic() if started is None else started
     config, notes = resolve(config)
     folder = Path(config.output.folder)
     if not resume:
         check_output(folder)
     with locked(folder):
-        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note)
+        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note, started)
 
 
 def _run(
@@ -81,6 +84,7 @@ def _run(
     callbacks: list[TrainerCallback],
     on_plan: Callable[[Plan], bool] | None,
     on_note: Callable[[str], None],
+    started: float,
 ) -> Sidecar | None:
     """`sparsify` with the folder held."""
     init = None
@@ -89,7 +93,10 @@ def _run(
         init = sidecar_to_start_from(config)
     if init is not None and config.model.dtype == "auto":
         config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    on_note(f"loading {config.model.name}")
+    loading = time.monotonic()
     base = load_base(config)
+    clock = Clock(started, time.monotonic() - loading)
     config, more = resolve(config, base)
     if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train
         base = load_base(config)
@@ -104,8 +111,9 @@ def _run(
     if init is not None:
         check_start(init, base.model)
         more.append(f"start: the gates and weights of {init.path}")
+    on_note(f"reading {config.data.described}")
     train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, model_key(base_entry))
-    attach_gates(base.model, config, train_blocks)
+    attach_gates(base.model, config)
     model, reference = make_trainable(base.model, config)
     more += settle_step(model, config)
     run_facts = {
@@ -117,14 +125,24 @@ def _run(
     if init is not None:
         start_from(model, init, config)
         run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
-    plan = make_plan(model, reference, config, train_blocks, held_out, notes + more)
+    deadline = None if config.train.time is None else started + seconds(config.train.time)
+    plan = make_plan(model, reference, config, train_blocks, held_out, notes + more, clock, on_note)
     if on_plan is not None and not on_plan(plan):
         return None
+    config = plan.config
+    if deadline is not None and plan.costs is not None:
+        callbacks = [*callbacks, Deadline(deadline, plan.costs)]
     try:
         checkpoint = _start(folder, config, run_facts, resume, on_note)
+        if checkpoint is None and starts_from_mass(config):
+            on_note("finding the gates' first biases from scores")
+            calibrate(model, config, train_blocks)
         trainer = _train(
             model, config, train_blocks, held_out, reference, folder, init is not None, checkpoint, callbacks
         )
+        if trainer.state.global_step < config.train.steps:
+            on_note(f"time: ended at step {trainer.state.global_step:,} of {config.train.steps:,}")
+            config.train.steps = trainer.state.global_step  # what the result says; run.toml keeps what was planned
         trainer.load_best()
         trainer.model.cpu()  # makes room on a GPU
         with temporary_folder(folder / CHECKPOINTS) as staging:
@@ -144,19 +162,13 @@ def _run(
         raise failure from error
 
 
-def attach_gates(model: Any, config: RunConfig, blocks: Blocks) -> None:
+def attach_gates(model: Any, config: RunConfig) -> None:
     """Attach gates with the run's temperatures and initial biases."""
     settings = config.gate
     gates = attach(model, bias=settings.bias_init)
     for gate in gates:
         gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
         gate.deterministic = config.train.deterministic
-    if settings.initial_mass and not config.model.init:
-        rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
-        ids = blocks.take(rows).input_ids.to(model.device)
-        for gate, bias in zip(gates, bias_for_mass(model, ids, settings.initial_mass), strict=True):
-            with torch.no_grad():
-                gate.bias.copy_(bias)
 
 
 def _describe_state(error: AttnPruneError, folder: Path) -> None:
@@ -224,8 +236,7 @@ def _train(
     set_seed(config.train.seed)
     with stopper, quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step < config.train.steps:
-            assert stopper.received is not None  # nothing else ends training early
+        if stopper.received is not None and trainer.state.global_step < config.train.steps:
             raise InterruptedRunError(
                 f"interrupted: saved checkpoint-{trainer.state.global_step}",
                 stopper.received,

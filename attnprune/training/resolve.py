@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO, output_folder
 from attnprune.sidecar import bases
+from attnprune.training.machine import WORTH_IT, bfloat16_flags, bfloat16_gain
 
 DEFAULT_SEQ_LEN = 512
 SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
@@ -25,8 +27,6 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     model.device = bases.pick_device(model.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes: training runs on one process", hint="leave out torchrun")
-    if train.precision == "auto":
-        train.precision = "bf16" if model.device == "cuda" else "fp32"
     if "auto" in text.sources:
         text.source = [DEFAULT_HUB_DATASET if source == "auto" else source for source in text.sources]
         notes.append(f"data: {DEFAULT_HUB_DATASET}, because general web text is closest to what models were trained on")
@@ -42,7 +42,10 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     if train.scope == "auto":
         train.scope = "full" if size < SMALL_MODEL else "lora"
         notes.append(f"scope: {train.scope}, for a model of {size:,} parameters")
-    if train.precision == "bf16" and model.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if train.precision == "auto":
+        train.precision, why = _precision(base.model, size, model.device)
+        notes += [f"precision: {train.precision}, {why}"] if why else []
+    elif train.precision == "bf16" and model.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         notes.append("precision: this processor has no bf16 instructions; fp32 is many times faster")
     context = bases.context_length(base.model) or DEFAULT_SEQ_LEN
     if text.seq_len == 0:
@@ -51,6 +54,28 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     if not 2 <= text.seq_len <= context:
         raise InputError(f"data.seq_len: {text.seq_len} is not within 2 and the model's context of {context}")
     return config, notes
+
+
+def _precision(model: Any, size: int, device: str) -> tuple[Literal["fp32", "bf16"], str]:
+    """(precision, why): bf16 on CUDA, and on a processor that is measured to be faster in it with this model's shapes.
+
+    Small models stay in fp32 without a measurement, so that their runs do not depend on the machine.
+    """
+    if device == "cuda":
+        return "bf16", ""
+    if size < SMALL_MODEL:
+        return "fp32", ""
+    flags = bfloat16_flags()
+    if not flags or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "fp32", "this processor has no bf16 instructions"
+    embedding = model.get_input_embeddings().weight.shape
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p.shape != embedding]
+    columns, inner = max(matrices, key=lambda p: p.numel()).shape
+    gain = bfloat16_gain(DEFAULT_SEQ_LEN, inner, columns)
+    why = (
+        f"bf16 takes {1 / gain:.2g} times as long as fp32 for a {columns} x {inner} matrix ({', '.join(sorted(flags))})"
+    )
+    return "bf16" if gain >= WORTH_IT else "fp32", why
 
 
 def load_dtype(config: RunConfig) -> torch.dtype:

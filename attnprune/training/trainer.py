@@ -293,6 +293,7 @@ def _checkpointing(on: bool) -> dict[str, Any]:
 
 def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
+    assert train.micro_batch_size != "auto"  # the plan has chosen
     micro = train.micro_batch_size or train.batch_size
     on_cpu = config.model.device == "cpu"
     warmup = min(train.warmup_steps, train.steps // 10)

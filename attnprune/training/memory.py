@@ -1,0 +1,166 @@
+"""How much memory a training step needs, estimated from the model's shape before anything is allocated.
+
+For blocks of T tokens, with width d, MLP width f, query width q and key width k (heads x head size), V words, and
+e = 4 bytes per number, or 2 under bf16 autocast:
+
+- weights: every parameter; the frozen copy of scopes attn and full once more;
+- optimiser: gradients, AdamW's two moments (8 bytes; 2 with adamw8bit) and, on a CPU, the best state, of what trains;
+- casts (bf16 from fp32 weights): 2 bytes per parameter, kept from forward to backward;
+- activations per token and layer, what autograd keeps: e (3 f + 2 q + 2 k) + 8 d for MLP, attention and the two norms
+  (in fp32); + 2 e d where the attention's matrices train; + e (f + d) + 8 d where everything trains. With
+  checkpointing 4 d, and all of it for one layer;
+- attention's own: one bool per pair of the mask, and on a CPU the chunk of scores that is worked on;
+- logits per token: 28 V bytes with a base to compare with (logits, log-probabilities and gradients of both models),
+  20 V without. A step that computes them in chunks holds one chunk's.
+
+The coefficients are what `torch.autograd.graph.saved_tensors_hooks` counted on a Llama (within 15 %); those of the
+logits give the 29 GiB that an H200 took for 32 blocks of 512 tokens. One measured step then corrects what a step takes
+(on a CPU by 1.3 for SmolLM2-135M, the same for 1, 2 and 4 blocks of 256: what is freed is not all used again).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnprune.attention.chunked import CHUNK_ELEMENTS
+from attnprune.runs.config import TrainConfig
+
+LOGIT_BYTES = {True: 28, False: 20}  # per token and word; True: the base runs as well
+WORKING_COPIES = 8  # fp32 arrays of one chunk of scores, on a CPU
+MOST_BLOCKS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need to know of a model.
+
+    Attributes:
+        layers, width, mlp, heads, query, key, vocabulary: sizes; `query` and `key` are heads x head size.
+        weights: bytes of all parameters.
+        parameters, trainable: numbers of parameters, in all and of those that train.
+    """
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    query: int
+    key: int
+    vocabulary: int
+    weights: int
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step by what they are for; `process`: libraries, text, and the device's context."""
+
+    weights: float
+    copied: float
+    optimizer: float
+    casts: float
+    activations: float
+    attention: float
+    logits: float
+    process: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """What comes and goes with a step, beside the gradients."""
+        return self.casts + self.activations + self.attention + self.logits
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.copied + self.optimizer + self.step + self.process
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """The formulas with everything but the number of blocks filled in.
+
+    Attributes:
+        on_cpu: chunked attention, and the best state beside the model.
+        bf16: computing under autocast.
+        compares: the base runs at every step.
+        chunk: tokens whose logits exist at once; None: all.
+        process: bytes that are neither weights nor the step's.
+        correction: a measured step relative to these formulas.
+    """
+
+    shape: Shape
+    train: TrainConfig
+    seq_len: int
+    on_cpu: bool
+    bf16: bool
+    compares: bool
+    chunk: int | None = None
+    process: float = 0.0
+    correction: float = 1.0
+
+    def of(self, blocks: int) -> Memory:
+        """The memory of a step with this many blocks at once."""
+        s, train, tokens = self.shape, self.train, blocks * self.seq_len
+        moments = 2 if train.optimizer == "adamw8bit" else 8
+        counted = tokens if self.chunk is None else min(tokens, self.chunk)
+        layer = self._activations()
+        kept = 4 * s.width * s.layers + layer if train.gradient_checkpointing else layer * s.layers
+        scores = min(CHUNK_ELEMENTS, tokens * self.seq_len * s.heads)
+        working = 4 * WORKING_COPIES * scores if self.on_cpu else 0
+        return Memory(
+            weights=s.weights,
+            copied=s.weights if train.scope in ("attn", "full") else 0,
+            optimizer=s.trainable * (4 + moments + (4 if self.on_cpu else 0)),
+            casts=self.correction * (2 * s.parameters if self.bf16 and s.weights > 3 * s.parameters else 0),
+            activations=self.correction * tokens * kept,
+            attention=self.correction * (working + tokens * self.seq_len),
+            logits=self.correction * counted * s.vocabulary * LOGIT_BYTES[self.compares],
+            process=self.process,
+        )
+
+    def _activations(self) -> float:
+        """Bytes per token that one layer keeps for its backward pass."""
+        s, e = self.shape, 2 if self.bf16 else 4
+        kept = e * (3 * s.mlp + 2 * s.query + 2 * s.key) + 8 * s.width
+        if self.train.scope != "gates":
+            kept += 2 * e * s.width
+        if self.train.scope == "full":
+            kept += e * (s.mlp + s.width) + 8 * s.width
+        return kept
+
+    def fits(self, available: float) -> int:
+        """The most blocks at once within `available` bytes; 0 if not even one."""
+        return bisect_right(range(1, MOST_BLOCKS), available, key=lambda blocks: self.of(blocks).total)
+
+    def corrected(self, blocks: int, measured: float) -> Estimator:
+        """With the correction that a measured step asks for: bytes above what was held, gradients included."""
+        ratio = measured / (self.of(blocks).step + 4 * self.shape.trainable)
+        # Resident memory of small tensors says too little: it may raise an estimate, not lower it.
+        return replace(self, correction=max(1.0, ratio) if self.on_cpu else ratio)
+
+
+def shape_of(model: Any) -> Shape:
+    """The shape of a gated model, with adapters or without."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    return Shape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        mlp=mlp,
+        heads=heads,
+        query=heads * head,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        vocabulary=config.vocab_size,
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def largest_divisor(count: int, limit: int) -> int:
+    """The largest divisor of `count` that is at most `limit`, and at least 1."""
+    return max(n for n in range(1, max(1, min(count, limit)) + 1) if count % n == 0)

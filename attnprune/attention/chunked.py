@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnprune.attention import gates
+from attnprune.attention.spans import KnownMask
 from attnprune.attention.sparse import attend
 
 # Rows and scores computed at once (measured on CPU): with fewer rows the matmuls are slow, with more a block computes
@@ -58,6 +59,7 @@ class GateSettings:
         on_chunk: called with (query slice, key slice, open-and-visible bool [N, H, C, K]) for every block, for
             statistics; it must not keep the tensor. A block may hold only N of the B sequences.
         deterministic: the kernels' backward pass without atomics (chunked is always deterministic).
+        mask: what is known of `visible`, for the kernels.
     """
 
     temperature: float = 1.0
@@ -65,6 +67,7 @@ class GateSettings:
     noise_seed: int | None = None
     on_chunk: OnChunk | None = None
     deterministic: bool = True
+    mask: KnownMask | None = None
 
 
 class GatedOutput(NamedTuple):

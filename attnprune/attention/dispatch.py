@@ -151,17 +151,19 @@ def _kernels(
         visible = visible.expand(query.shape[0], *visible.shape[1:])
         output, open_edges = ops.decode(query, key, value, bias, visible, scaling)
         return GatedOutput(output, torch.zeros_like(bias), open_edges, visible.sum())
-    spans = spans_for(visible, query.shape[0])
+    known = settings.mask
+    spans = spans_for(visible, query.shape[0]) if known is None else known.spans
     if spans is None:
         return None
+    visible_edges = spans.visible_edges if known is None else known.visible_edges
     if not training:
         output, open_edges = ops.prefill(query, key, value, bias, spans.rows, scaling)
-        return GatedOutput(output, torch.zeros_like(bias), open_edges, spans.visible_edges)
+        return GatedOutput(output, torch.zeros_like(bias), open_edges, visible_edges)
     output, _, penalty, open_edges = ops.gated_attention(
         query, key, value, bias, *spans, scaling, settings.temperature, settings.slope_temperature,
         settings.noise_seed, settings.deterministic,
     )  # fmt: skip
-    return GatedOutput(output, penalty, open_edges, spans.visible_edges)
+    return GatedOutput(output, penalty, open_edges, visible_edges)
 
 
 def _reference(

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -25,6 +26,7 @@ from attnprune.attention.dispatch import gated_attention
 from attnprune.attention.dropout import restore, switch_off
 from attnprune.attention.gates import mix_seed
 from attnprune.attention.reference import gated_attention_reference
+from attnprune.attention.spans import KnownMask
 from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
 
 NAME = "attnprune"
@@ -82,6 +84,7 @@ class Gate(nn.Module):
         noise_seed: None for the `threshold` estimator; for `gumbel` the seed of this micro-step.
         deterministic: the kernels' backward pass without atomics.
         on_chunk: statistics hook, see `GateSettings`.
+        mask: what the caller knows of the mask of every call until it is None again; see `KnownMask`.
         last: `GatedOutput` counts of the last forward: penalty [H] with gradient, open_edges [H], visible_edges.
     """
 
@@ -98,6 +101,7 @@ class Gate(nn.Module):
         self.on_chunk: OnChunk | None = None
         self.last: GatedOutput | None = None
         self.return_pattern = False
+        self.mask: KnownMask | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}  # it may hold a graph, which cannot be copied
@@ -124,6 +128,9 @@ class Gate(nn.Module):
         return_pattern: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Gated attention. Shapes as in `gated_attention`; the pattern [B, H, Q, K] is computed only on request."""
+        if self._is_plain(softcap, sinks, return_pattern):
+            self.last = None
+            return _causal_attention(query, key, value, scaling), None
         bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
         has_slope = self.training if self.straight_through is None else self.straight_through
@@ -134,6 +141,7 @@ class Gate(nn.Module):
             noise_seed=mix_seed(self.noise_seed, self.layer) if use_noise and self.noise_seed is not None else None,
             on_chunk=self.on_chunk,
             deterministic=self.deterministic,
+            mask=self.mask,
         )
         options = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         result = gated_attention(query, key, value, bias, visible, settings=settings, **options)
@@ -145,6 +153,18 @@ class Gate(nn.Module):
             pattern = gated_attention_reference(*wide, bias, visible, slope_temperature=slope, **options)[1]
             pattern = pattern.to(query.dtype)
         return result.output, pattern
+
+    def _is_plain(self, softcap: float | None, sinks: Tensor | None, return_pattern: bool) -> bool:
+        """Whether the open gates of a known mask are causal attention as every library has it; nothing is counted."""
+        known_causal = self.mask is not None and self.mask.is_causal
+        special = softcap is not None or sinks is not None or return_pattern or self.on_chunk is not None
+        return self.forced_open and known_causal and not special
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings are wider
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
 
 
 def _visible(mask: Tensor | None, batch: int, pairs: tuple[int, int]) -> Tensor:
@@ -281,6 +301,8 @@ def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
     if len(found) != layers or len({id(module) for module, _ in found}) != layers:
         raise SelfCheckError(f"{config.model_type}: gated attention ran {len(found)} times for {layers} layers")
     real = inputs["attention_mask"].bool()
+    if not bool(eager[real].isfinite().all()):
+        raise InputError(f"{config.model_type}: the model's own logits are not finite")
     difference = (ours - eager)[real].abs().max().item()
     tolerance = HALF_PROBE_TOLERANCE if model.dtype in (torch.float16, torch.bfloat16) else PROBE_TOLERANCE
     allowed = tolerance * max(1.0, eager[real].abs().max().item())
@@ -305,7 +327,7 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
 
     Raises:
         UnsupportedModelError: the family is not on the allow-list.
-        InputError: a bias of another shape, or not finite.
+        InputError: a bias of another shape, or not finite; a model whose own logits are not.
         SelfCheckError: open gates do not reproduce eager attention; the model is left as it was.
     """
     if gates_of(model):

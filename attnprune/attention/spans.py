@@ -31,6 +31,27 @@ class Spans(NamedTuple):
         return ((self.rows[..., 1] - self.rows[..., 0]) * self.rows[..., 2]).sum(dtype=torch.int64)
 
 
+class KnownMask(NamedTuple):
+    """A layer's mask where the caller knows it beforehand: then nothing about it is asked of the device.
+
+    spans: its intervals, None if it is not made of them; visible_edges: as `Spans.visible_edges`; is_causal: whether
+    it hides later keys and nothing else.
+    """
+
+    spans: Spans | None
+    visible_edges: Tensor
+    is_causal: bool
+
+    @classmethod
+    def of(cls, visible: Tensor, batch: int) -> KnownMask:
+        """Look at the mask [1, 1, T, T] that `batch` equal rows share. Synchronises with the device."""
+        spans = spans_of(visible)
+        if spans is not None:
+            spans = Spans(*(part.expand(batch, *part.shape[1:]).contiguous() for part in spans))
+        is_causal = torch.equal(visible[0, 0], torch.ones_like(visible[0, 0]).tril())
+        return cls(spans, visible.sum(dtype=torch.int64) * batch, is_causal)
+
+
 def spans_of(visible: Tensor, counted: Tensor | None = None) -> Spans | None:
     """The intervals of `visible` (bool [B, 1, Q, K]), or None if it is not made of intervals.
 

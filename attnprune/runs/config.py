@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]  # beyond, fp32 and the kernels' bounds decide the slope
 Count = Annotated[int, Field(ge=1)]
+Switch = Literal["auto", "on", "off"]
 
 
 class Section(BaseModel):
@@ -154,6 +155,11 @@ class TrainConfig(Section):
     max_grad_norm: Positive = Field(default=1.0, description="gradient clipping")
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="rank of the adapters (scope lora)")
     optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
+    step: Literal["auto", "fast", "plain"] = Field(
+        default="auto", description="fast: never waits for the device, no whole logits; plain: any model"
+    )
+    compile: Switch = Field(default="auto", description="compiled decoder layers; auto: tried on CUDA")
+    cuda_graph: Switch = Field(default="auto", description="the step as a CUDA graph; auto: tried on CUDA")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16: autocast; auto: bf16 on CUDA")
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
     deterministic: bool = Field(

@@ -101,7 +101,8 @@ def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
         raise InputError(f"{folder}: this run has finished", hint=f"attnprune inspect {folder}")
     if not (folder / RUN_FILE).exists() or not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: nothing to resume")
-    stored = merge(read_toml(folder / RUN_FILE), {"output": {"folder": str(folder)}})
+    unnamed = {"train": {"step": "plain"}}  # what a run of a release without the other one goes on with
+    stored = merge(merge(unnamed, read_toml(folder / RUN_FILE)), {"output": {"folder": str(folder)}})
     config = build_config(stored)
     for section, values in build_config(merge(stored, given)).model_dump().items():
         for key, value in values.items():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from attnprune.errors import AttnPruneError
 from attnprune.files import append_line, reopen_lines
 from attnprune.training import checkpoints
 from attnprune.training.constraint import Multiplier
@@ -53,13 +54,14 @@ class Seal(TrainerCallback):
             checkpoints.rotate(Path(str(args.output_dir)), keep=2)
 
 
-class FiniteGradients(TrainerCallback):
-    """Stops the run before a non-finite gradient reaches the weights."""
+class BeforeOptimizer(TrainerCallback):
+    """Calls `look` with the norm of all gradients (a scalar on the device) before each optimiser step."""
+
+    def __init__(self, look: Callable[[Tensor], None]):
+        self.look = look
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(grads).isfinite():
-            raise AttnPruneError(f"training: non-finite gradient at step {state.global_step + 1}")
+        self.look(torch.nn.utils.get_total_norm([p.grad for p in kwargs["model"].parameters() if p.grad is not None]))
 
 
 class StopOnSignal(TrainerCallback):

@@ -71,9 +71,10 @@ class Multiplier:
         return asdict(self)
 
 
-def lagrangian(objective: Any, violation: Any, multiplier: float) -> Any:
-    """`(objective + multiplier * violation) / (1 + multiplier)`: its gradient keeps one scale for any multiplier."""
-    return (objective + multiplier * violation) / (1 + multiplier)
+def lagrangian_weights(multiplier: float) -> tuple[float, float]:
+    """Weights of objective and violation in `(objective + multiplier * violation) / (1 + multiplier)`, whose gradient
+    keeps one scale for any multiplier."""
+    return 1 / (1 + multiplier), multiplier / (1 + multiplier)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks, Source
 from attnprune.measure import Reference, token_losses
 from attnprune.runs.config import RunConfig
-from attnprune.training.trainer import compares_with_base
+from attnprune.training.step import compares_with_base
 
 MAX_PASSES = 20  # over the training text, without a warning
 

@@ -22,7 +22,6 @@ from attnprune.data.blocks import Blocks
 from attnprune.data.texts import load_blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.files import locked, temporary_folder, write_atomic
-from attnprune.measure import Reference
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
 from attnprune.sidecar import bases, format
@@ -35,8 +34,9 @@ from attnprune.training.callbacks import MetricsFile, StopOnSignal
 from attnprune.training.export import export
 from attnprune.training.plan import Plan, make_plan
 from attnprune.training.resolve import load_base, load_dtype, resolve
-from attnprune.training.scope import make_trainable
+from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
+from attnprune.training.step import settle_step
 from attnprune.training.trainer import SparsifyTrainer
 
 CALIBRATION_BLOCKS = 16
@@ -107,6 +107,7 @@ def _run(
     train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, model_key(base_entry))
     attach_gates(base.model, config, train_blocks)
     model, reference = make_trainable(base.model, config)
+    more += settle_step(model, config)
     run_facts = {
         "train": train_blocks.fingerprint,
         "held_out": held_out.fingerprint,
@@ -206,7 +207,7 @@ def _train(
     config: RunConfig,
     train_blocks: Blocks,
     held_out: Blocks,
-    reference: Reference,
+    reference: DenseBase,
     folder: Path,
     from_sidecar: bool,
     checkpoint: Path | None,

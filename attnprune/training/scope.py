@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
 from attnprune.errors import AttnPruneError
-from attnprune.measure import Reference
 from attnprune.runs.config import RunConfig
 
 
@@ -34,10 +34,53 @@ def projection_names(model: nn.Module) -> list[str]:
     ]
 
 
-def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
-    """Freeze all but the scope's parameters and the gates; return (model to train, dense base as a function).
+class DenseBase:
+    """The dense base beside the model that trains: a frozen copy, or the same model with adapters off and gates open.
 
-    With scope gates or lora the base is the same model with adapters off and gates open; otherwise a frozen copy.
+    Calling it maps token ids [B, T] to logits [B, T, V], without gradient.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._adapters = [module for module in model.modules() if isinstance(module, _tuner_layer())]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        with self.active():
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make `model` the base inside the block, and compute no gradients.
+
+        PEFT's own context looks through all parameters of the model every time, longer than a layer takes.
+        """
+        for layer in self._adapters:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad(), gates_forced_open(self.model):
+                yield
+        finally:
+            for layer in self._adapters:
+                layer._disable_adapters = False
+
+
+def _tuner_layer() -> tuple[type, ...]:
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return ()
+    return (BaseTunerLayer,)
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model below PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def make_trainable(model: Any, config: RunConfig) -> tuple[Any, DenseBase]:
+    """Freeze all but the scope's parameters and the gates; return (model to train, its dense base).
+
+    With scope gates or lora the base is the same model; otherwise it is a frozen copy.
     """
     scope = config.train.scope
     copied = None
@@ -52,14 +95,7 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, Reference]:
     if scope == "lora":
         model = _add_lora(model, config)
     _switch_off_dropout(model)
-
-    def reference(ids: Tensor) -> Tensor:
-        target = copied if copied is not None else model
-        adapters_off = model.disable_adapter() if scope == "lora" else nullcontext()
-        with torch.no_grad(), adapters_off, gates_forced_open(target):
-            return target(input_ids=ids, use_cache=False).logits
-
-    return model, reference
+    return model, DenseBase(causal_lm(model) if copied is None else copied)
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from attnprune.attention.gates import mix_seed
-from attnprune.attention.interface import Gate, gates_of
+from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
-from attnprune.measure import Reference, Report, kl_divergence, mean_loss, measure, token_losses
+from attnprune.measure import Report, mean_loss, measure
 from attnprune.runs.config import RunConfig
-from attnprune.training.callbacks import DualState, FiniteGradients, Seal
-from attnprune.training.constraint import Constraint, Multiplier, lagrangian
+from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
+from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
+from attnprune.training.graph import Step, fastest
 from attnprune.training.restoring import BEST_FILE, MODEL_FILE, StrictResume, check_contents, reading
+from attnprune.training.scope import DenseBase
+from attnprune.training.step import TERMS, MicroStep, compares_with_base
 
 DENSITY_WAY = 0.2  # share of the steps in which the density limit falls to its target
 DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
@@ -37,7 +40,7 @@ class SparsifyTrainer(StrictResume):
 
     Args:
         config: the resolved run.
-        reference: token ids -> logits of the unchanged base model, without gradient.
+        reference: the unchanged base model.
         callbacks: progress displays and the like.
         from_sidecar: the model starts sparse: its state is the first candidate for the best one, and the falling limit
             of a density-first run starts at its density instead of 1.
@@ -51,7 +54,7 @@ class SparsifyTrainer(StrictResume):
         config: RunConfig,
         train: Blocks,
         held_out: Blocks,
-        reference: Reference,
+        reference: DenseBase,
         callbacks: list[TrainerCallback],
         from_sidecar: bool = False,
     ):
@@ -70,14 +73,17 @@ class SparsifyTrainer(StrictResume):
             args=_training_arguments(config, eval_on_start=from_sidecar),
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[dual, FiniteGradients(), *callbacks, Seal()],
+            callbacks=[dual, BeforeOptimizer(self._look), *callbacks, Seal()],
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         # Now, not in the first step, where it would add to the memory of the training graph.
         needed = not (compares_with_base(config) and config.constraint.paired)
-        self._mean_base_loss = mean_loss(reference, held_out, self.args.device) if needed else math.nan
+        mean = mean_loss(reference, held_out, self.args.device) if needed else None
+        self._micro_step = MicroStep(model, reference, config, mean)
+        self._step: Step | None = None  # the fastest way to run it, known after the first batch
+        self._seen: list[Tensor] = []  # stats of this step's micro-batches, on the device
 
     @property
     def dual(self) -> DualState:
@@ -99,80 +105,73 @@ class SparsifyTrainer(StrictResume):
                     "lr": train.gate_learning_rate,
                 },
             ]
-            self.optimizer = _optimizer_class(train.optimizer)(
-                [group for group in groups if group["params"]], lr=train.learning_rate, betas=(0.9, train.adam_beta2)
-            )
+            groups = [group for group in groups if group["params"]]
+            options: dict[str, Any] = {"lr": train.learning_rate, "betas": (0.9, train.adam_beta2)}
+            if train.optimizer == "adamw" and self.args.device.type == "cuda":
+                options["fused"] = True  # one kernel for all parameters
+            self.optimizer = _optimizer_class(train.optimizer)(groups, **options)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The Lagrangian of one micro-batch; what it observed moves the multiplier at the end of the step."""
-        dual, gates = self.dual, gates_of(model)
-        if self.config.gate.estimator == "gumbel":
-            seed = mix_seed(self.config.train.seed, self.state.global_step, len(dual.observed))
-            for gate in gates:
-                gate.noise_seed = seed
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        # Autocast only here: evaluation is in full precision, like the artefact that is measured in the end.
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            logits = model(input_ids=ids, use_cache=False).logits
-            penalty, density = _edges(gates)  # before the reference, which may run the same gates forced open
-        log_p, losses = token_losses(logits, labels)
-        loss = losses.mean()
-        base_loss, kl = self._compare(ids, labels, log_p)
-        gap = loss - base_loss
-        if dual.start_density is None:
-            dual.start_density = float(density)
-        constraint = self._current_constraint()
-        share = 1.0 if constraint.kind == "kl" else self.config.train.distill
-        damage = gap if kl is None else share * kl + (1 - share) * gap
-        total = self._lagrangian(penalty, damage, constraint)
-        observed = {
-            "train_loss": loss.item(),
-            "base_loss": base_loss.item(),
-            "gap": gap.item(),
-            "penalty": penalty.item(),
-            "density": float(density),
-        }
-        if kl is not None:
-            observed["kl"] = kl.item()
-        value = constraint.value(loss_gap=gap.item(), kl=observed.get("kl", math.nan), density=float(density))
-        observed["violation"] = constraint.violation(value)
-        for term, number in observed.items():
-            if not math.isfinite(number):
-                raise AttnPruneError(f"training: non-finite {term} at step {self.state.global_step + 1}")
-        dual.observed.append(observed)
-        self._latest = {**observed, "multiplier": dual.multiplier.value}
-        return (total, None) if return_outputs else total
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Forward, base, loss and backward of one micro-batch; what it saw stays on the device until the step ends."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        share = 1 / self.current_gradient_accumulation_steps
+        coefficients = [share * weight for weight in self._coefficients()]
+        device = inputs["input_ids"].device
+        given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, torch.float32, device), self._seed(device))
+        if self._step is None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._step = fastest(self._micro_step, trained, given, self.config.train)
+        self._seen.append(self._step(*given))
+        return self._seen[-1][0]
 
-    def _compare(self, ids: Tensor, labels: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The base's loss on a batch, and KL(base || sparse), nats per token.
+    def _seed(self, device: torch.device) -> Tensor | None:
+        if self.config.gate.estimator != "gumbel":
+            return None
+        return _sent(mix_seed(self.config.train.seed, self.state.global_step, len(self._seen)), torch.int64, device)
 
-        A run that needs neither is spared a third of its time and gets the base's mean held-out loss and no KL.
-        """
-        if not compares_with_base(self.config):
-            return torch.tensor(self._mean_base_loss), None
-        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
-        with torch.no_grad(), autocast:
-            base_logits = self.reference(ids)
-        with torch.no_grad():
-            base_log_p, base_losses = token_losses(base_logits, labels)
-        kl = kl_divergence(base_log_p, log_p).mean()
-        paired = self.config.constraint.paired
-        return base_losses.mean() if paired else torch.tensor(self._mean_base_loss), kl
-
-    def _lagrangian(self, penalty: Tensor, damage: Tensor, constraint: Constraint) -> Tensor:
-        """Edges and damage against each other; both are relative, so a multiplier of about 1 suits any limit.
-
-        The logarithm asks for the same relative saving at every density: the pressure does not fade with the edges.
-        """
+    def _coefficients(self) -> tuple[float, float]:
+        """Weights of edges and damage in the Lagrangian. Both terms are relative, so a multiplier of about 1 suits any
+        limit; the logarithm of the edges asks for the same relative saving at every density."""
         multiplier = self.dual.multiplier.value
-        log_edges = penalty.clamp(min=1e-9).log()
-        if constraint.kind == "density":
-            return lagrangian(damage, log_edges, multiplier * self.config.constraint.tolerance)
-        if self.state.global_step >= self._pressure_steps:  # the damage alone: the run ends inside the feasible set
-            return damage
-        edges = log_edges if self.config.gate.penalty == "log" else penalty
-        return lagrangian(edges, damage, multiplier / constraint.limit)
+        if self.constraint.kind == "density":
+            damage, edges = lagrangian_weights(multiplier * self.config.constraint.tolerance)
+        elif self.state.global_step >= self._pressure_steps:
+            damage, edges = 1.0, 0.0  # the run ends inside the feasible set
+        else:
+            edges, damage = lagrangian_weights(multiplier / self._current_constraint().limit)
+        return edges, damage
+
+    def _look(self, norm: Tensor) -> None:
+        """Read what the micro-steps saw and check it, in one transfer, before anything reaches the weights.
+
+        Raises:
+            AttnPruneError: a number is not finite.
+        """
+        numbers = torch.cat([*self._seen, norm.detach().float().reshape(1)]).tolist()
+        self._seen = []
+        dual, terms, number = self.dual, len(TERMS), self.state.global_step + 1
+        for first in range(0, len(numbers) - 1, terms):
+            observed = dict(zip(TERMS, numbers[first : first + terms], strict=True))
+            del observed["lagrangian"]  # Trainer logs it
+            if not self._micro_step.compares:
+                del observed["kl"]
+            observed["gap"] = observed["train_loss"] - observed["base_loss"]
+            if dual.start_density is None:
+                dual.start_density = observed["density"]
+            constraint = self._current_constraint()
+            value = constraint.value(
+                loss_gap=observed["gap"], kl=observed.get("kl", math.nan), density=observed["density"]
+            )
+            observed["violation"] = constraint.violation(value)
+            for term, found in observed.items():
+                if not math.isfinite(found):
+                    raise AttnPruneError(f"training: non-finite {term} at step {number}")
+            dual.observed.append(observed)
+            self._latest = {**observed, "multiplier": dual.multiplier.value}
+        if not math.isfinite(numbers[-1]):
+            raise AttnPruneError(f"training: non-finite gradient at step {number}")
 
     def _current_constraint(self) -> Constraint:
         """The constraint of this step.
@@ -272,21 +271,9 @@ def constraint_of(config: RunConfig) -> Constraint:
     return Constraint(c.kind, c.target_density if c.kind == "density" else c.tolerance)
 
 
-def compares_with_base(config: RunConfig) -> bool:
-    """Whether the base runs at every training step: to be learned from, or as the other side of the constraint."""
-    constraint = config.constraint
-    return config.train.distill > 0 or constraint.kind == "kl" or (constraint.kind == "loss" and constraint.paired)
-
-
-def _edges(gates: list[Gate]) -> tuple[Tensor, Tensor]:
-    """(smooth, hard) share of open edges of the last forward, over all heads of all layers."""
-    counts = [gate.last for gate in gates if gate.last is not None]
-    visible = torch.stack([c.visible_edges * len(c.penalty) for c in counts]).sum()
-    penalty = torch.stack([c.penalty.sum() for c in counts]).sum() / visible
-    density = torch.stack([c.open_edges.sum() for c in counts]).sum() / visible
-    if not penalty.requires_grad:  # reentrant activation checkpointing would train without any pressure on the gates
-        raise AttnPruneError("training: the edge penalty has no gradient; use non-reentrant activation checkpointing")
-    return penalty, density
+def _sent(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a tensor on the device, without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:

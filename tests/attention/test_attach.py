@@ -201,6 +201,16 @@ def test_a_sparsified_model_type_is_refused(tiny_llama):
         attach(model)
 
 
+def test_a_model_whose_own_logits_are_not_finite_is_bad_input(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(3e38)  # finite numbers, as a reader of files checks them
+    state = snapshot(model)
+    with pytest.raises(InputError, match="llama: the model's own logits are not finite"):
+        attach(model)
+    assert not gates_of(model)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_model_that_never_calls_us_is_refused_and_left_unchanged(monkeypatch, tokens):
     config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()

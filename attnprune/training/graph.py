@@ -1,0 +1,183 @@
+"""The micro-step as a CUDA graph, and the trial that a faster way of running it must pass before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnprune.errors import AttnPruneError
+from attnprune.runs.config import TrainConfig
+from attnprune.training.compiled import CompiledLayers
+from attnprune.training.step import MicroStep
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(ids, labels, coefficients, seed) -> stats, see `MicroStep`."""
+
+# Compiled layers round elsewhere, and an edge at its threshold then opens or closes; a graph replays the same kernels.
+_COMPILED_TOLERANCE = {"bf16": 0.15, "fp32": 1e-2}
+_GRAPH_TOLERANCE = 1e-3
+_WARM_UP = 3  # micro-steps before the recording: they compile, and fill every cache
+
+
+class Trace(NamedTuple):
+    """What one micro-step did: its stats and the gradients it added."""
+
+    stats: Tensor
+    gradients: list[Tensor]
+
+    def differs(self, other: Trace, tolerance: float) -> str | None:
+        """How this one differs from `other`, beyond a relative tolerance; None if it does not."""
+        if not torch.allclose(self.stats, other.stats, rtol=tolerance, atol=tolerance * 1e-2):
+            return f"stats {_numbers(self.stats)}, not {_numbers(other.stats)}"
+        ours, theirs = torch.nn.utils.get_total_norm(self.gradients), torch.nn.utils.get_total_norm(other.gradients)
+        apart = torch.nn.utils.get_total_norm([a - b for a, b in zip(self.gradients, other.gradients, strict=True)])
+        if not bool(apart <= tolerance * theirs):
+            return f"gradients differ by {float(apart):.2g} of {float(ours):.2g}"
+        return None
+
+
+class RecordedStep:
+    """A micro-step recorded once and replayed: nothing is launched one by one, and the host is free meanwhile.
+
+    The gradients keep their memory, since every replay adds to the same addresses. A batch of another shape (the end
+    of an epoch) runs unrecorded.
+
+    Args:
+        step: the micro-step.
+        trained: the parameters that it gives gradients.
+        inputs: of the first call; they are copied.
+        record: (function of nothing) -> replay function; for tests without CUDA.
+    """
+
+    def __init__(
+        self, step: Step, trained: list[nn.Parameter], inputs: tuple[Tensor | None, ...],
+        record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]],
+    ):  # fmt: skip
+        self._step, self._trained = step, trained
+        self._inputs = tuple(None if value is None else value.clone() for value in inputs)
+        found = [parameter.grad for parameter in trained]
+        self._gradients = [torch.zeros_like(parameter) for parameter in trained]
+        self._attach()
+        try:
+            self._replay = record(lambda: self._step(*self._inputs))  # pyright: ignore[reportArgumentType]
+        finally:
+            torch._foreach_zero_(self._gradients)
+            for parameter, gradient in zip(trained, found, strict=True):
+                parameter.grad = gradient
+
+    def __call__(self, ids: Tensor, labels: Tensor, coefficients: Tensor, seed: Tensor | None = None) -> Tensor:
+        if self._trained[0].grad is not self._gradients[0]:
+            self._take_over()
+        if ids.shape != self._inputs[0].shape:  # pyright: ignore[reportOptionalMemberAccess]
+            return self._step(ids, labels, coefficients, seed)
+        for static, value in zip(self._inputs, (ids, labels, coefficients, seed), strict=True):
+            if static is not None and value is not None:
+                static.copy_(value, non_blocking=True)
+        return self._replay().clone()  # the next replay writes over it
+
+    def _attach(self) -> None:
+        for parameter, gradient in zip(self._trained, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _take_over(self) -> None:
+        """Continue with the gradients that are there: none at the start of a step, where Trainer has dropped them."""
+        found = [parameter.grad for parameter in self._trained]
+        torch._foreach_zero_(self._gradients)
+        for mine, other in zip(self._gradients, found, strict=True):
+            if other is not None:
+                mine.add_(other)
+        self._attach()
+
+
+def record_cuda(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record `function` as a CUDA graph; calling the result replays it and returns the same tensor every time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def fastest(
+    step: MicroStep, trained: list[nn.Parameter], inputs: tuple[Tensor | None, ...], settings: TrainConfig,
+    record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = record_cuda,
+) -> Step:  # fmt: skip
+    """The fastest way to run `step` that does the same on `inputs`, the first batch of a run.
+
+    A way that was left to `auto` and fails or differs is left out with a warning.
+
+    Raises:
+        AttnPruneError: one that was asked for fails or differs.
+    """
+    if _wants(settings.compile, trained[0].device, step, settings):
+        plain = trace(step, trained, inputs)
+        models = {step.core, step.base.model}
+        tolerance = _COMPILED_TOLERANCE["bf16" if step.amp else "fp32"]
+        try:
+            step.layers = CompiledLayers(*models)
+            problem = trace(step, trained, inputs).differs(plain, tolerance)
+        except Exception as error:  # whatever the compiler raises
+            problem = _first_line(error)
+        if problem is not None:
+            step.layers = None
+            _leave_out("compile", settings.compile, problem)
+    if not _wants(settings.cuda_graph, trained[0].device, step, settings):
+        return step
+    plain = trace(step, trained, inputs)
+    try:
+        recorded = RecordedStep(step, trained, inputs, record)
+        problem = trace(recorded, trained, inputs).differs(plain, _GRAPH_TOLERANCE)
+    except Exception as error:  # a wait for the device inside the step, or memory
+        problem, recorded = _first_line(error), None
+    if problem is None and recorded is not None:
+        return recorded
+    _leave_out("cuda_graph", settings.cuda_graph, problem or "")
+    return step
+
+
+def _wants(setting: str, device: torch.device, step: MicroStep, settings: TrainConfig) -> bool:
+    """Whether a way is to be tried: asked for, or left to `auto` on a GPU that runs the fast step."""
+    possible = device.type == "cuda" and step.head is not None and not settings.gradient_checkpointing
+    return setting == "on" or (setting == "auto" and possible)
+
+
+def trace(step: Step, trained: list[nn.Parameter], inputs: tuple[Tensor | None, ...]) -> Trace:
+    """Run one micro-step and take its gradients back out."""
+    found = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    stats = step(*inputs)  # pyright: ignore[reportArgumentType]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.grad = gradient
+    return Trace(stats.clone(), gradients)
+
+
+def _leave_out(name: str, setting: str, problem: str) -> None:
+    if setting == "on":
+        raise AttnPruneError(f"train.{name}: {problem}")
+    log.warning("train.%s is left out: %s", name, problem)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _numbers(stats: Any) -> str:
+    return ", ".join(f"{value:.4g}" for value in stats.tolist())

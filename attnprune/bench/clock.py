@@ -94,29 +94,51 @@ def timing_of(taken: list[float]) -> Timing:
     return Timing(median_ms=median, low_ms=low, high_ms=high, repeats=len(taken))
 
 
-def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Memory that one run needs above what is held before it; None where it cannot be measured.
+class Memory:
+    """Memory of this process above what it held when this was made; numbers are None where they cannot be measured.
 
     CUDA: the allocator's peak. Linux: the peak of the resident memory (VmHWM, reset through /proc/self/clear_refs)
     after freed memory went back to the system, so it includes what PyTorch's libraries allocate, in pages.
     """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = self._restarted()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._restarted()
+
+    def peak(self) -> int | None:
+        """Bytes of the largest peak since the (re)start above what was held at first."""
+        if self._before is None:
+            return None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return max(0, _resident("VmHWM") - self._before)
+
+    def _restarted(self) -> int | None:
+        """Reset the peak; returns what is held."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            (_PROCESS / "clear_refs").write_text("5")
+            return _resident("VmRSS")
+        except (OSError, AttributeError):  # another system
+            return None
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Memory that one run needs above what is held before it; None where it cannot be measured."""
     run()  # what stays allocated after a first run (libraries, caches) is not the run's
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        (_PROCESS / "clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        run()
-        return max(0, _resident("VmHWM") - before)
-    except (OSError, AttributeError):  # another system
-        return None
+    memory = Memory(device)
+    run()
+    return memory.peak()
 
 
 def _resident(field: str) -> int:

@@ -122,6 +122,8 @@ def measure(case: Case, providers: list[str], repeats: int) -> list[Row]:
             row.error = error_of(provider, case)
             runs[provider] = step(attend(provider, case), case)
             row.peak_bytes = clock.peak_bytes(runs[provider], device)
+        except TimeoutError:  # a caller's, for all providers together
+            raise
         except Exception as problem:  # whatever a provider raises is the answer to whether it runs here
             runs.pop(provider, None)
             row.status, row.note = "could not run", first_sentence(problem)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from attnprune.attention.interface import detach
@@ -139,8 +140,12 @@ class OnlyTrain(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-def train(setting: Setting, mode: str, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
+def train(
+    setting: Setting, mode: str, steps: int, callbacks: list[TrainerCallback], ids: Tensor | None = None
+) -> Trainer:
     """Train for some steps by one of the MODES; returns the trainer, with its model.
+
+    `ids` [blocks x steps, T] on the CPU are the text; without them it is random.
 
     Raises:
         InputError, AttnPruneError: the mode cannot run this model on this device.
@@ -148,8 +153,9 @@ def train(setting: Setting, mode: str, steps: int, callbacks: list[TrainerCallba
     with tempfile.TemporaryDirectory() as folder, quiet():
         config = setting.config(mode, steps, Path(folder))
         model = setting.build(config)
-        ids = random_tokens(model, setting.blocks * steps, setting.seq_len, setting.seed, torch.device("cpu"))
-        blocks = Blocks(ids, ids.clone(), "random")
+        if ids is None:
+            ids = random_tokens(model, setting.blocks * steps, setting.seq_len, setting.seed, torch.device("cpu"))
+        blocks = Blocks(ids, ids.clone(), "ids")
         attach_gates(model, config, blocks)
         model, base = make_trainable(model, config)
         callbacks = [OnlyTrain(), *callbacks]
@@ -229,6 +235,8 @@ def measure(setting: Setting, mode: str, repeats: int, bound: MatmulBound, produ
     try:
         watch = Watch(repeats, setting.device)
         trainer = train(setting, mode, watch.steps, [watch])
+    except TimeoutError:  # a caller's, for all modes together
+        raise
     except Exception as problem:  # whatever a mode raises is the answer to whether it runs here
         row.status, row.note = "could not run", first_sentence(problem)
         return row

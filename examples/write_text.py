@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("model", help="Hub id, folder or .gguf file")
     parser.add_argument("--rows", type=int, default=8192, help="texts to write")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of each")
-    parser.add_argument("--rows-at-once", type=int, default=0, help="0: 8 on a CPU, 4 GiB of them on CUDA")
+    parser.add_argument("--rows-at-once", type=int, default=0, help="0: at most 32 on a CPU, 4 GiB of them on CUDA")
     parser.add_argument("--with", dest="others", type=Path, action="append", default=[], help="text file behind them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

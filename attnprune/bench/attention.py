@@ -19,7 +19,7 @@ from attnprune.attention.reference import gated_attention_reference
 from attnprune.bench import clock
 from attnprune.bench.cases import NOISE_SEED, Case
 from attnprune.bench.providers import GATED, PROVIDERS, SDPA, attend, step
-from attnprune.bench.record import Row
+from attnprune.bench.record import Row, first_sentence
 from attnprune.errors import InputError
 
 CHECKED_ELEMENTS = 2**22  # scores of the fp64 definition held at once
@@ -122,9 +122,11 @@ def measure(case: Case, providers: list[str], repeats: int) -> list[Row]:
             row.error = error_of(provider, case)
             runs[provider] = step(attend(provider, case), case)
             row.peak_bytes = clock.peak_bytes(runs[provider], device)
+        except TimeoutError:  # a caller's, for all providers together
+            raise
         except Exception as problem:  # whatever a provider raises is the answer to whether it runs here
             runs.pop(provider, None)
-            row.status, row.note = "could not run", _first_sentence(problem)
+            row.status, row.note = "could not run", first_sentence(problem)
             continue
         if row.error is not None and not row.error <= ALLOWED[case.query.dtype]:
             runs.pop(provider)
@@ -134,11 +136,6 @@ def measure(case: Case, providers: list[str], repeats: int) -> list[Row]:
         rows[provider].ps_per_score = 1e9 * timing.median_ms / case.scores
     _compare(rows, case)
     return list(rows.values())
-
-
-def _first_sentence(problem: Exception) -> str:
-    text = getattr(problem, "message", None) or str(problem).splitlines()[0].split(". ")[0]
-    return text[:200] or type(problem).__name__
 
 
 def _compare(rows: dict[str, Row], case: Case) -> None:

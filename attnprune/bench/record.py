@@ -35,7 +35,7 @@ class Timing(_Strict):
 class Row(_Strict):
     """One implementation in one configuration."""
 
-    suite: Literal["train", "prefill", "decode", "train step", "generate"]
+    suite: Literal["train", "prefill", "decode", "train step", "generate", "step"]
     provider: str
     configuration: str = Field(description="the same for rows that were measured side by side")
     status: Literal["ok", "wrong", "could not run"]
@@ -52,6 +52,15 @@ class Row(_Strict):
         default=None, description="time of the fastest SDPA / time of this; > 1: faster"
     )
     ratio_to_eager: float | None = Field(default=None, description="time of eager / time of this")
+    ratio_to_trainer: float | None = Field(default=None, description="time of transformers' Trainer / time of this")
+    operators: int | None = Field(default=None, description="operators that the host dispatched in one step")
+    waits: int | None = Field(default=None, description="times that the host waited for the device in one step")
+    kernels: int | None = Field(default=None, description="kernels that the device ran in one step (CUDA)")
+    launches: int | None = Field(default=None, description="launches of kernels and graphs in one step (CUDA)")
+    matmul_flops: int | None = Field(default=None, description="of the matrix products of one step, attention left out")
+    matmul_share: float | None = Field(
+        default=None, description="time of these products alone on this device / time of the step"
+    )
     floor_share: float | None = Field(default=None, description="issue limit of the kernel / time of this, on an H100")
 
 
@@ -64,3 +73,9 @@ class Record(_Strict):
     machine: Machine
     rows: list[Row]
     left_out: list[str] = Field(description="configurations that the time budget did not reach")
+
+
+def first_sentence(problem: Exception) -> str:
+    """What went wrong, short enough for a row's note."""
+    text = getattr(problem, "message", None) or (str(problem).splitlines() or [""])[0].split(". ")[0]
+    return text[:200] or type(problem).__name__

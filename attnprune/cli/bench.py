@@ -1,4 +1,4 @@
-"""attnprune bench attention | train | generate"""
+"""attnprune bench attention | train | step | generate"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import out
 
 if TYPE_CHECKING:
-    from attnprune.bench.record import Row
+    from attnprune.bench.record import Record, Row
 
 app = typer.Typer(
     name="bench", help="Time the attention or a model, implementations side by side.", no_args_is_help=True
@@ -119,6 +119,52 @@ def train(
     _finish(bench_train(dense, gated, ids, repeats), [], where, seed, out_file)
 
 
+@app.command("step")
+def step(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id, folder or .gguf file. Default: random, of the shape below.")
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", help="Without --model.", min=1)] = 30,
+    width: Annotated[int, typer.Option("--width", help="Without --model: a multiple of 64.", min=64)] = 576,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", help="Without --model.", min=2)] = 49_152,
+    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of a step.", min=1)] = 16,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a block.", min=2)] = 512,
+    scope: Annotated[str, typer.Option("--scope", help="gates, lora, attn or full.")] = "lora",
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1)] = 64,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16; auto: bf16 on CUDA.")] = "auto",
+    mode: Annotated[
+        list[str] | None,
+        typer.Option("--mode", help="Only these (repeatable): trainer, plain, fast, graph, compiled. Default: all."),
+    ] = None,
+    repeats: Repeats = 10,
+    time_budget: Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")] = 600.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out_file: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """An optimiser step of sparsify, by each way it has, against transformers' Trainer without gates."""
+    out.configure(json=as_json, quiet=quiet)
+    _check_out(out_file)
+    from attnprune.bench import step as bench
+    from attnprune.bench.setup import device_named
+    from attnprune.report import benchmark
+
+    where = device_named(device)
+    shape = bench.Shape(layers, width, vocabulary)
+    setting = bench.Setting(where, model, shape, blocks, seq_len, scope, lora_rank, precision, seed)
+    done: list[Row] = []
+
+    def on_row(row: Row) -> None:
+        done.append(row)
+        out.note(benchmark.line(row))
+        _write(done, [], where, seed, out_file)  # a run that is cut short keeps what it measured
+
+    rows, left_out = bench.run(setting, mode or list(bench.MODES), repeats, time_budget, on_row)
+    _finish(rows, left_out, where, seed, out_file)
+
+
 @app.command("generate")
 def generate(
     model: Annotated[str, typer.Argument(metavar="SIDECAR")],
@@ -156,17 +202,24 @@ def _check_out(file: Path | None) -> None:
     check_writable(file.parent)
 
 
-def _finish(rows: list[Row], left_out: list[str], device: Any, seed: int, file: Path | None) -> None:
-    """Print and write the record; exit code 4 if an implementation computed something else."""
+def _write(rows: list[Row], left_out: list[str], device: Any, seed: int, file: Path | None) -> Record:
+    """The record of these rows, written if there is a file for it."""
     from attnprune.bench.clock import machine
     from attnprune.bench.record import Record
     from attnprune.files import write_atomic
-    from attnprune.report import benchmark
 
     command = "attnprune " + " ".join(sys.argv[1:])
     record = Record(command=command, seed=seed, machine=machine(device), rows=rows, left_out=left_out)
     if file is not None:
         write_atomic(file, record.model_dump_json(indent=1) + "\n")
+    return record
+
+
+def _finish(rows: list[Row], left_out: list[str], device: Any, seed: int, file: Path | None) -> None:
+    """Print and write the record; exit code 4 if an implementation computed something else."""
+    from attnprune.report import benchmark
+
+    record = _write(rows, left_out, device, seed, file)
     out.result(record.model_dump(mode="json"), *benchmark.render(record))
     if any(row.status == "wrong" for row in rows):
         from attnprune.errors import VerificationError

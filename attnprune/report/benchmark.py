@@ -30,11 +30,29 @@ COLUMNS: dict[str, Callable[[Row], object]] = {
     "ms (20-80 %)": lambda row: row.timing and _milliseconds(row.timing),
     "vs SDPA": lambda row: row.ratio_to_sdpa and f"{row.ratio_to_sdpa:.2f}x",
     "vs eager": lambda row: row.ratio_to_eager and f"{row.ratio_to_eager:.2f}x",
+    "vs Trainer": lambda row: row.ratio_to_trainer and f"{row.ratio_to_trainer:.2f}x",
     "memory": lambda row: None if row.peak_bytes is None else size(row.peak_bytes),
     "tokens/s": lambda row: row.tokens_per_second and f"{row.tokens_per_second:,.0f}",
+    "of bound": lambda row: row.matmul_share and percent(row.matmul_share),
+    "kernels": lambda row: _count(row.kernels),
+    "launches": lambda row: _count(row.launches),
+    "ops": lambda row: _count(row.operators),
+    "waits": lambda row: _count(row.waits),
     "density": lambda row: row.density and percent(row.density),
     "error": lambda row: None if row.error is None else f"{row.error:.0e}",
 }
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def line(row: Row) -> str:
+    """A row as one line, for the moment that it is measured."""
+    if row.timing is None:
+        return f"{row.provider} {row.status}: {row.note}"
+    found = {name: read(row) for name, read in COLUMNS.items()}
+    return f"{row.provider}: " + ", ".join(f"{name} {value}" for name, value in found.items() if value)
 
 
 def _milliseconds(timing: Timing) -> str:

@@ -74,29 +74,50 @@ def held_memory(device: torch.device) -> int:
         return 0
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Memory that one run needs above what is held before it; None where it cannot be measured.
+class PeakMemory:
+    """Peak memory of this process above what it held when this was made; None where it cannot be measured.
 
     CUDA: the allocator's peak. Linux: the peak of the resident memory (VmHWM, reset through /proc/self/clear_refs)
     after freed memory went back to the system, so it includes what PyTorch's libraries allocate, in pages.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-    except (OSError, AttributeError):  # another system
-        run()
-        return None
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = self._restarted()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._restarted()
+
+    def peak(self) -> int | None:
+        """Bytes of the largest peak since the (re)start above what was held at first."""
+        if self._before is None:
+            return None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return max(0, _resident("VmHWM") - self._before)
+
+    def _restarted(self) -> int | None:
+        """Reset the peak; returns what is held."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            return _resident("VmRSS")
+        except (OSError, AttributeError):  # another system
+            return None
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that one run needs above what is held before it; None where it cannot be measured."""
+    memory = PeakMemory(device)
     run()
-    return max(0, _resident("VmHWM") - before)
+    return memory.peak()
 
 
 def _resident(field: str) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from attnprune.data.sampling import _SAMPLING_BYTES, rows_that_fit, sample, self_written
+from attnprune.data import drawing, sampling
+from attnprune.data.sampling import pieces_of, rows_that_fit, sample, self_written
 from attnprune.errors import AttnPruneError
 from tests.helpers.factory import refused
 from tests.helpers.texts import StartTokens
@@ -69,20 +73,26 @@ def test_self_written_text_is_deterministic_for_a_seed(writer, tmp_path):
 
 
 def test_rows_can_be_written_together(writer):
-    written = [sample(writer, StartTokens(), 12, 8, 0, at_once) for at_once in (0, 8, 12)]
-    assert torch.equal(written[0], written[1])  # eight at a time on a CPU
-    assert written[2].shape == (12, 8)
+    written = [sample(writer, StartTokens(), 60, 8, 0, at_once) for at_once in (0, 30, 60)]
+    assert torch.equal(written[0], written[1])  # at most 32 at a time on a CPU, in pieces of one size
+    assert written[2].shape == (60, 8)
     assert not torch.equal(written[0], written[2])
+    assert len(written[0].unique(dim=0)) == 60  # no piece repeats another
 
 
-def test_on_cuda_as_many_rows_are_sampled_as_fit(writer):
-    assert rows_that_fit(writer, 8) == 8
+def test_pieces_are_of_one_size_and_waste_little():
+    assert [pieces_of(rows, 8) for rows in (1, 8, 9, 20, 800, 801)] == [1, 8, 5, 7, 8, 8]
+
+
+def test_as_many_rows_are_sampled_as_fit(writer):
+    assert rows_that_fit(writer, 8) == 32
     cache = writer(torch.zeros(1, 8, dtype=torch.int64), use_cache=True).past_key_values
     cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     on_cuda = SimpleNamespace(config=writer.config, dtype=writer.dtype, device=torch.device("cuda"))
     rows, logits = rows_that_fit(on_cuda, 8), 16 * writer.config.vocab_size
-    assert rows * (cached + logits) <= _SAMPLING_BYTES < (rows + 1) * (cached + logits)
+    assert rows * (cached + logits) <= sampling._CUDA_BYTES < (rows + 1) * (cached + logits)
     assert rows_that_fit(on_cuda, 10**9) == 8
+    assert rows_that_fit(writer, 10**9) == 8
 
 
 def test_self_written_text_leaves_the_global_generators_alone(writer, tmp_path):
@@ -94,11 +104,22 @@ def test_self_written_text_leaves_the_global_generators_alone(writer, tmp_path):
     assert states() == before
 
 
+def no_drawing(*arguments):
+    pytest.fail("drawn again")
+
+
 def test_self_written_text_is_read_from_the_cache(writer, tmp_path, monkeypatch):
     first = write(writer, tmp_path)
-    monkeypatch.setattr(writer, "generate", lambda *args, **options: pytest.fail("generated again"))
+    monkeypatch.setattr(sampling, "writer", no_drawing)
     assert write(writer, tmp_path).fingerprint == first.fingerprint
     assert torch.equal(write(writer, tmp_path).labels, first.labels)
+
+
+def test_text_of_other_random_numbers_is_another_file(writer, tmp_path, monkeypatch):
+    write(writer, tmp_path)
+    monkeypatch.setattr(sampling, "DRAWS", sampling.DRAWS - 1)
+    write(writer, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"seq_len": 16}, {"tokens": 80}, {"key": "another"}])
@@ -108,11 +129,80 @@ def test_the_cache_keeps_different_requests_apart(writer, tmp_path, change):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_interrupted_generation_leaves_no_cache_file(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "generate", lambda *args, **options: 1 / 0)
+def stop_after(monkeypatch, pieces):
+    """The next drawing fails behind this many pieces; returns the list of the seeds that are drawn."""
+    make, seeds = drawing.writer, []
+
+    def writer(*arguments):
+        write = make(*arguments)
+
+        def counted(seed):
+            if len(seeds) == pieces:
+                raise ZeroDivisionError
+            seeds.append(seed)
+            return write(seed)
+
+        return counted
+
+    monkeypatch.setattr(sampling, "writer", writer)
+    return seeds
+
+
+def test_a_drawing_that_fails_at_once_leaves_nothing(writer, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 0)
     with pytest.raises(ZeroDivisionError):
         write(writer, tmp_path)
-    assert not list(tmp_path.glob("*"))
+    assert not list(tmp_path.iterdir())
+
+
+TORN = {
+    "whole": lambda content: content,
+    "cut": lambda content: content[:-5],
+    "NULs": lambda content: content[:-40] + bytes(40),
+    "half a piece more": lambda content: content + content[:700],
+}
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_an_interrupted_drawing_goes_on_where_it_stopped(writer, tmp_path, monkeypatch, torn):
+    whole = write(writer, tmp_path / "whole", tokens=8 * 32 * 5)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(ZeroDivisionError):
+            write(writer, tmp_path / "torn", tokens=8 * 32 * 5)
+    [part] = (tmp_path / "torn").iterdir()
+    assert part.suffix == ".part"  # never taken for the whole text
+    part.write_bytes(TORN[torn](part.read_bytes()))
+    drawn = stop_after(monkeypatch, 9)
+    assert torch.equal(write(writer, tmp_path / "torn", tokens=8 * 32 * 5).input_ids, whole.input_ids)
+    assert len(drawn) == (3 if torn in ("cut", "NULs") else 2)
+    [file] = (tmp_path / "torn").iterdir()
+    assert torch.equal(load_file(file)["input_ids"], whole.input_ids)
+
+
+def test_a_second_process_waits_for_the_first_and_takes_its_text(tmp_path):
+    program = (
+        "import sys, torch; from pathlib import Path; from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from attnprune.data.sampling import self_written; from tests.helpers.texts import StartTokens\n"
+        "torch.manual_seed(0); torch.set_num_threads(1)\n"
+        "config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,"
+        " num_attention_heads=2, max_position_embeddings=64)\n"
+        "model = LlamaForCausalLM(config).eval()\n"
+        "blocks = self_written(model, StartTokens(), 64, 64 * 32 * 4, 0, Path(sys.argv[1]), 'key')\n"
+        "print(blocks.fingerprint)"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    printed = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(printed) == 1
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_one_line(writer, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    refused(lambda: write(writer, tmp_path / "cache"), "cache")
 
 
 @pytest.mark.parametrize("keep", [0, 100, 300])
@@ -129,7 +219,12 @@ def test_a_damaged_cache_file_is_never_a_crash(writer, tmp_path, keep):
     [{"repetition_penalty": 50.0}, {"no_repeat_ngram_size": 1}, {"min_p": 0.9}, {"suppress_tokens": [3, 4, 5]}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_the_checkpoints_own_generation_settings_do_not_bend_the_distribution(writer, tmp_path, monkeypatch, settings):
+@pytest.mark.parametrize("way", ["fast", "generate"])
+def test_the_checkpoints_own_generation_settings_do_not_bend_the_distribution(
+    writer, tmp_path, monkeypatch, settings, way
+):
+    if way == "generate":
+        monkeypatch.setattr(drawing, "obstacle", lambda model, seq_len: "as a test asks")
     plain = write(writer, tmp_path / "plain")
     for name, value in settings.items():
         monkeypatch.setattr(writer.generation_config, name, value)

@@ -5,7 +5,7 @@ nothing of the size of the vocabulary is made.
 """
 
 # Triton turns Python arguments into constants, which pyright cannot know:
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch

@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""
-        return _capped(self.linear(hidden.to(self.weight.dtype)) * self.scale, self.softcap)
+        return _scaled(self.linear(hidden.to(self.weight.dtype)), self)
 
 
 class Distilled(NamedTuple):
@@ -79,9 +79,11 @@ class _Distill(torch.autograd.Function):
             part = slice(first, first + chunk)
             logits = head.linear(hidden[part])
             base_logits = None if base_hidden is None else head.linear(base_hidden[part])
-            _rows(logits, base_logits, labels[part], rows[:, part], share, head, gradient=wants_gradient)
+            slope = _rows(logits, base_logits, labels[part], rows[:, part], share, head)
             if gradient is not None:
-                torch.mm(logits, head.weight, out=gradient[part])
+                torch.mm(slope, head.weight, out=gradient[part])
+        if gradient is not None:
+            gradient.mul_((labels >= 0)[:, None])
         count = (labels >= 0).sum().clamp(min=1)
         kl, loss, base_loss = (rows.sum(1) / count).unbind(0)
         ctx.save_for_backward(gradient, count)
@@ -94,34 +96,36 @@ class _Distill(torch.autograd.Function):
         return (gradient * (gradients[0] / count)).to(gradient.dtype), None, None, None, None
 
 
-def _rows(
-    logits: Tensor, base_logits: Tensor | None, labels: Tensor, out: Tensor, share: float, head: Head, *, gradient: bool
-) -> None:
-    """Write KL, loss and base loss of each row into `out` [3, N]; with `gradient` the raw logits [N, V] become
-    d(share * KL + (1 - share) * loss) / d raw logits. Raw base logits are overwritten."""
+def _rows(logits: Tensor, base_logits: Tensor | None, labels: Tensor, out: Tensor, share: float, head: Head) -> Tensor:
+    """Write KL, loss and base loss of each row into `out` [3, N]; return d(share * KL + (1 - share) * loss) / d logits.
+
+    `logits` and `base_logits` [N, V] are raw, and are overwritten. Slopes of rows that do not count mean nothing.
+    """
     if logits.is_cuda and base_logits is not None:
         from attnprune.attention.kernels.loss import distill_rows
 
-        options = {"share": share, "scale": head.scale, "softcap": head.softcap, "gradient": gradient}
+        options = {"share": share, "scale": head.scale, "softcap": head.softcap, "gradient": True}
         distill_rows(logits, base_logits, labels, out, **options)
-        return
+        return logits
     counted, at = labels >= 0, labels.clamp(min=0)[:, None]
-    scaled = _capped(logits.to(out.dtype) * head.scale, head.softcap)
+    scaled = _scaled(logits.to(out.dtype), head)
     log_p = scaled.log_softmax(-1)
     out[1] = (-log_p.gather(1, at).squeeze(1)).where(counted, 0)
-    target: Tensor | float = 0.0
+    target: Tensor | None = None
     if base_logits is not None:
-        log_base = _capped(base_logits.to(out.dtype) * head.scale, head.softcap).log_softmax(-1)
-        target = log_base.exp()
-        out[0] = (target * (log_base - log_p)).sum(-1).where(counted, 0)
+        log_base = _scaled(base_logits.to(out.dtype), head).log_softmax(-1)
         out[2] = (-log_base.gather(1, at).squeeze(1)).where(counted, 0)
-    if gradient:
-        slope = log_p.exp_().sub_(target, alpha=share)
-        slope.scatter_add_(1, at, torch.full_like(at, share - 1.0, dtype=slope.dtype))
-        if head.softcap is not None:
-            slope.mul_(1 - (scaled / head.softcap) ** 2)
-        logits.copy_(slope.mul_(head.scale * counted[:, None]))
+        target = log_base.exp()
+        out[0] = log_base.sub_(log_p).mul_(target).sum(-1).where(counted, 0)
+    slope = log_p.exp_()
+    if target is not None:
+        slope.sub_(target, alpha=share)
+    slope.scatter_add_(1, at, torch.full_like(at, share - 1.0, dtype=slope.dtype))
+    if head.softcap is not None:
+        slope.mul_(1 - (scaled / head.softcap) ** 2)
+    return (slope if head.scale == 1 else slope.mul_(head.scale)).to(logits.dtype)
 
 
-def _capped(x: Tensor, softcap: float | None) -> Tensor:
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+def _scaled(raw: Tensor, head: Head) -> Tensor:
+    x = raw if head.scale == 1 else raw * head.scale  # no pass over memory for nothing
+    return x if head.softcap is None else head.softcap * torch.tanh(x / head.softcap)

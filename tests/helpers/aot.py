@@ -166,7 +166,7 @@ def training_cases() -> list[Case]:
                 "SINGLE": name == "single",
                 "FAST": True,
                 "PRECISION": "ieee",
-            }
+            } | ({} if noise else {"SEED": None})  # as it is launched
             label = f"{name} d={width}{' noise' if noise else ''} sm_{capability}"
             pointers = POINTERS | {"DQ": "fp32"} if name == "single" else POINTERS
             scores = tile.queries * tile.keys

@@ -31,10 +31,12 @@ try:
     from attnprune.training import recipe
     from attnprune.data.sampling import sample
     from attnprune.sidecar import bases
+    NEW = True
 except ImportError:  # before the house was rebuilt
     from attnprune import recipe, runtime as bases
     from attnprune.config import build_config
     from attnprune.data import sample
+    NEW = False
 from transformers import TrainerCallback
 class Done(BaseException): pass
 class Clock(TrainerCallback):
@@ -53,7 +55,7 @@ STEP = """
 steps({"model": {"name": MODEL, "device": "cpu"}, "data": {"source": DATA, "seq_len": 256, "eval_tokens": 512},
        "gate": {"initial_mass": 0.0}, "output": {"folder": OUT},
        "train": {"scope": "lora", "lora_rank": 64, "steps": 1000, "batch_size": 2, "micro_batch_size": 2,
-                 "eval_every": 1000, "save_every": 1000, "precision": PRECISION}}, 6, 2)
+                 "eval_every": 1000, "save_every": 1000, "precision": PRECISION, **(COMPILE if NEW else {})}}, 6, 2)
 """
 DEMO = """
 steps({"model": {"name": "demo", "device": "cpu"}, "data": {"source": "task"}, "output": {"folder": OUT},
@@ -68,14 +70,15 @@ sample(base.model, base.tokenizer, 32, 64, 0)
 print(json.dumps([(time.perf_counter() - start) / (32 * 63)]))
 """
 PROBES = {
-    "training step, 2 x 256 tokens, fp32": (STEP, {"PRECISION": "fp32"}),
-    "training step, 2 x 256 tokens, bf16": (STEP, {"PRECISION": "bf16"}),
+    "training step, 2 x 256 tokens, fp32": (STEP, {"PRECISION": "fp32", "COMPILE": {}}),
+    "training step, 2 x 256 tokens, fp32, compiled layers": (STEP, {"PRECISION": "fp32", "COMPILE": {"compile": "on"}}),
+    "training step, 2 x 256 tokens, bf16": (STEP, {"PRECISION": "bf16", "COMPILE": {}}),
     "demo, one step": (DEMO, {}),
     "self-written text, one token": (TEXT, {}),
 }
 
 
-def probe(source: Path, code: str, names: dict[str, str], limit: float) -> list[float] | str:
+def probe(source: Path, code: str, names: dict[str, object], limit: float) -> list[float] | str:
     """Seconds that a fresh process of a release measured, or what it said at its end."""
     head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
     command = [sys.executable, "-c", head + IMPORTS + code]

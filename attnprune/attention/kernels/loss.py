@@ -1,4 +1,4 @@
-"""KL(base || student), both cross-entropies and the gradient of the student's logits, in one kernel over rows.
+"""KL(base || student), both cross-entropies and the gradient of the student's logits: one kernel over rows of logits.
 
 Logits are read twice, the second time mostly from the L2 cache, and the gradient takes the place of the student's:
 nothing of the size of the vocabulary is made.
@@ -33,7 +33,7 @@ def tanh(x):
 
 @triton.jit
 def load_logits(ROW, n, vocabulary, scale, cap, CAPPED: tl.constexpr):
-    """Logits n of a row, scaled and capped; LOWEST past the end. With a cap, `scale` makes tanh's units of raw ones."""
+    """Logits n of a row, scaled and capped; LOWEST past the end. With a cap, raw * scale is what tanh sees."""
     inside = n < vocabulary
     x = tl.load(ROW + n, mask=inside, other=0.0).to(tl.float32) * scale
     if CAPPED:
@@ -62,7 +62,7 @@ def distill_kernel(
     S, T, LABELS, OUT, vocabulary, rows, s_stride, t_stride, share, scale, cap,
     CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows). See `distill_rows`: S student, T base. Every lane keeps its own maximum; they meet at the end."""
+    """See `distill_rows`; S student, T base. Grid (rows). Each lane keeps its own maximum: one reduction at the end."""
     row = tl.program_id(0).to(tl.int64)
     S += row * s_stride
     T += row * t_stride

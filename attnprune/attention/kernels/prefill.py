@@ -2,9 +2,11 @@
 
 A row (one query of one head) without an open edge outputs 0 and needs no softmax. So a first pass finds the rows that
 have one (`scan_kernel`: scores and their maximum, no exponential, no values), `compact_kernel` lists them, and a second
-pass works on those alone (`attend_kernel`). It knows the row maximum already, so its sums are never rescaled, and it
-reads the values of a tile only if a gate in it is open. Since z grows with the score, the largest score of a row tells
-whether the tile has an open gate for it: closed tiles cost one comparison per score.
+pass works on those alone (`attend_kernel`). It knows the row maximum already, so its sums are never rescaled.
+
+Wide heads (and fp32) also branch in each tile: since z grows with the score, the largest score of a row tells whether
+the tile has an open gate for it, and the values of a tile without one are not read. Where a tile's matmul is small the
+wait of all warps for that one answer costs more than it saves, even if every tile is closed.
 
 Masks come as the intervals of `spans.py`; tiles inside all intervals of a block run without a mask.
 """
@@ -30,20 +32,24 @@ COMPACTED = 1024  # rows that `compact_kernel` takes at once
 
 
 class Tile(NamedTuple):
-    """Launch settings of both passes: BM queries x BN keys; `registers` caps those of a thread."""
+    """Launch settings of both passes: BM queries x BN keys; `registers` caps those of a thread.
+
+    branches: leave out the work on the gates of a tile in which all are closed.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
     registers: int | None = None
+    branches: bool = True
 
 
 # By bytes of an input element and padded width. Chosen without a GPU, by registers, spills and shared memory of the
 # compiled kernels. The cap lets two blocks share a multiprocessor, which hide each other's waits, and spills nearly
 # nothing in the loop.
 TILES = {
-    (2, 64): Tile(128, 64, 8, 3, registers=128),
+    (2, 64): Tile(128, 64, 8, 3, registers=128, branches=False),
     (2, 128): Tile(128, 64, 8, 3),
     (4, 64): Tile(64, 32, 4, 2),
     (4, 128): Tile(64, 16, 4, 2),
@@ -117,7 +123,7 @@ def _first_seen(first, last):
 def scan_kernel(
     Q, K, BIAS, ROWS, LARGEST, OPEN, scaling, queries, q_b, q_h, q_t, k_b, k_h, k_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Largest raw score of each live row (HIDDEN if it has no open edge) and its open edges. Grid (row blocks, B * H).
 
@@ -145,7 +151,10 @@ def scan_kernel(
             s = _scores(q, K, j0, k_t, first, last, seen, end, D, DP, BN, PART != 1, PRECISION)
             top = tl.max(s, 1)
             largest = tl.maximum(largest, top, propagate_nan=tl.PropagateNan.ALL)
-            if any_open(top, scaling, bias):
+            worth = True
+            if BRANCH:
+                worth = any_open(top, scaling, bias)
+            if worth:
                 count += tl.sum((gate_logits(s, scaling, bias) > 0.0).to(tl.int32), 1)
     dead = (gate_logits(largest, scaling, bias) <= 0.0) | (last <= first)
     place = head.to(tl.int64) * queries + lane
@@ -173,7 +182,7 @@ def attend_kernel(
     Q, K, V, OUT, BIAS, ROWS, LARGEST, ORDER, LIVE, scaling, queries,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output of the live rows. Grid (row blocks, B * H); programs beyond the live rows have nothing to do."""
     head = tl.program_id(1)
@@ -202,7 +211,10 @@ def attend_kernel(
                 s = _scores(q, K, j0, k_t, first, last, seen, end, D, DP, BN, PART != 1, PRECISION)
                 p = tl.exp2(tl.fma(s, scale, shift[:, None]))
                 total += tl.sum(p, 1)
-                if any_open(tl.max(s, 1), scaling, bias):
+                worth = True
+                if BRANCH:
+                    worth = any_open(tl.max(s, 1), scaling, bias)
+                if worth:
                     v = _load_tile(V, j0, v_t, seen, end, D, DP, BN, PART != 1)
                     p = tl.where(gate_logits(s, scaling, bias) > 0.0, p, 0.0)
                     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -230,7 +242,7 @@ def prefill(
     tile = tile_for(width, query.dtype)
     options = {
         "H": heads, "G": heads // key.shape[1], "D": width, "DP": tiles.padded(width), "BM": tile.queries,
-        "BN": tile.keys, "PRECISION": tiles.precision(query.dtype), "num_warps": tile.warps,
+        "BN": tile.keys, "BRANCH": tile.branches, "PRECISION": tiles.precision(query.dtype), "num_warps": tile.warps,
         "num_stages": tile.stages, "maxnreg": tile.registers, **tiles.FUSED,
     }  # fmt: skip
     # [B, Q, H, D] in memory, which is what the model's output projection reads

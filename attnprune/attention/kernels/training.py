@@ -27,31 +27,44 @@ from attnprune.attention.spans import Spans
 
 
 class Tile(NamedTuple):
-    """Launch settings of one kernel: BM queries x BN keys."""
+    """Launch settings of one kernel: BM queries x BN keys; `registers` caps those of a thread."""
 
     queries: int
     keys: int
     warps: int = 8
     stages: int = 2
+    registers: int | None = None
 
 
-# Chosen without a GPU, by registers, spills and instructions of the compiled kernels (tests/helpers/aot.json): 4 warps
-# spill, and 8 on a tile whose first dimension is 64 repeat its elementwise work. The noise takes registers from dK/dV.
-WIDE, NARROW = Tile(128, 64), Tile(32, 128)
+# By width and noise. Chosen without a GPU, by registers, spills and instructions of the compiled kernels
+# (tests/helpers/aot.json). At width 64 a cap lets 16 warps (dK/dV: 12) instead of 8 share a multiprocessor and hide
+# each other's waits, with next to no reloads in the loop; dK/dV with noise and the single pass would spill there.
+# 8 warps on a tile whose first dimension is 64 repeat its elementwise work.
+CASES = [(64, False), (64, True), (128, False), (128, True)]
+WIDE, NARROW = dict.fromkeys(CASES, Tile(128, 64)), dict.fromkeys(CASES, Tile(32, 128))
+CAPPED = Tile(128, 32, registers=128)
 TILES = {
-    "forward": dict.fromkeys([(64, False), (64, True), (128, False), (128, True)], WIDE),
-    "dq": dict.fromkeys([(64, False), (64, True), (128, False), (128, True)], WIDE),
-    "dkdv": {(64, False): Tile(64, 128), (64, True): NARROW, (128, False): NARROW, (128, True): NARROW},
-    "single": dict.fromkeys([(64, False), (64, True), (128, False), (128, True)], NARROW),
+    "forward": WIDE | {(64, False): Tile(128, 64, registers=128), (64, True): CAPPED},
+    "dq": WIDE | {(64, False): CAPPED, (64, True): CAPPED},
+    "dkdv": NARROW | {(64, False): Tile(32, 64, 4, registers=168)},
+    "single": NARROW,
+}
+# fp32 inputs take twice the registers.
+WIDE_FP32, NARROW_FP32 = dict.fromkeys(CASES, Tile(64, 32)), dict.fromkeys(CASES, Tile(16, 64))
+TILES_FP32 = {
+    "forward": WIDE_FP32,
+    "dq": WIDE_FP32,
+    "dkdv": NARROW_FP32 | {(64, False): Tile(32, 64)},
+    "single": NARROW_FP32,
 }
 
 
 def tile_for(kernel: str, width: int, noise: bool, dtype: torch.dtype) -> Tile:
-    """Launch settings for a head width of up to 128; fp32 inputs take twice the registers, so half the tile."""
+    """Launch settings for a head width of up to 128."""
     if tiles.INTERPRETED:
         return Tile(32, 16)
-    tile = TILES[kernel][64 if width <= 64 else 128, noise]
-    return tile._replace(queries=tile.queries // 2, keys=tile.keys // 2) if dtype.itemsize == 4 else tile
+    table = TILES_FP32 if dtype.itemsize == 4 else TILES
+    return table[kernel][64 if width <= 64 else 128, noise]
 
 
 @triton.jit
@@ -322,7 +335,7 @@ def _options(query: Tensor, key: Tensor, call: Call, kernel: str) -> dict:
         "BM": tile.queries, "BN": tile.keys, "NOISE": call.noise_seed is not None,
         "SHARP_P": _sharpness(call.temperature), "FAST": not tiles.INTERPRETED,
         "PRECISION": tiles.precision(query.dtype),
-        "num_warps": tile.warps, "num_stages": tile.stages, **tiles.FUSED,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **tiles.FUSED,
     }  # fmt: skip
 
 

@@ -54,8 +54,15 @@ def assert_defined(made, expected, limit=1e-5):
     assert open_edges.tolist() == open_expected.tolist()
 
 
+@pytest.fixture(params=[True, False], ids=["branches", "no branches"])
+def branches(request, monkeypatch):
+    """Whether prefill leaves out closed tiles."""
+    monkeypatch.setattr(prefilling, "tile_for", lambda *_: prefilling.Tile(16, 16, 4, 2, branches=request.param))
+    return request.param
+
+
 @pytest.mark.parametrize("mask", MASKS)
-def test_prefill_is_the_definition(mask):
+def test_prefill_is_the_definition(mask, branches):
     inputs = tensors()
     visible = visible_mask(mask, BATCH, LENGTH).to(DEVICE)
     assert_defined(prefilled(*inputs, visible), defined(*inputs, visible))
@@ -159,7 +166,7 @@ def test_prefill_does_not_read_values_of_closed_tiles():
     assert_defined(prefilled(query, key, value, bias, visible), (expected, open_expected))
 
 
-def test_only_live_rows_are_computed():
+def test_only_live_rows_are_computed(branches):
     """NaN in all values reaches every row with an open edge and no other, not even in the same block of rows."""
     query, key, value, bias = tensors()
     visible = visible_mask("causal", BATCH, LENGTH).to(DEVICE)
@@ -198,7 +205,7 @@ def test_decode_reads_only_open_value_rows():
 
 
 @pytest.mark.parametrize("queries", [1, 20])
-def test_what_nobody_sees_may_hold_anything(queries):
+def test_what_nobody_sees_may_hold_anything(queries, branches):
     """The rest of a static cache, and the padding on the left."""
     inputs = with_open_head(tensors(queries=queries))
     visible = visible_mask("causal", BATCH, LENGTH)[:, :, -queries:].to(DEVICE)
@@ -213,7 +220,7 @@ def test_what_nobody_sees_may_hold_anything(queries):
 
 
 @pytest.mark.parametrize("bias", [INF, 40.0, -40.0])
-def test_all_open_is_softmax_attention_and_all_closed_is_nothing(bias):
+def test_all_open_is_softmax_attention_and_all_closed_is_nothing(bias, branches):
     query, key, value, _ = tensors()
     gates = torch.full((HEADS,), bias, device=DEVICE)
     visible = visible_mask("left_pad", BATCH, LENGTH).to(DEVICE)
@@ -232,7 +239,7 @@ def test_all_open_is_softmax_attention_and_all_closed_is_nothing(bias):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
-def test_a_broken_query_does_not_pass_for_a_closed_row():
+def test_a_broken_query_does_not_pass_for_a_closed_row(branches):
     query, key, value, bias = tensors(bias=(-2.0, -40.0))
     visible = visible_mask("left_pad", BATCH, LENGTH).to(DEVICE)
     before, _ = prefilled(query, key, value, bias, visible)

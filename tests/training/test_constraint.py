@@ -202,9 +202,8 @@ def logistic(limit, relative):
     return problem
 
 
-def lagrangian(objective, violation, multiplier):
-    first, second = lagrangian_weights(multiplier)
-    return first * objective + second * violation
+def lagrangian(*terms):
+    return sum(weight * term for weight, term in zip(lagrangian_weights(terms[2]), terms[:2], strict=True))
 
 
 def solve(problem, multiplier, steps, lr=0.1):

@@ -16,7 +16,7 @@ from attnprune.errors import InputError, InterruptedRunError
 from attnprune.runs.folder import read_resumed
 from attnprune.training import graph, recipe, trainer
 from attnprune.training.step import TERMS, whole_logits
-from tests.helpers.families import WINDOW
+from tests.helpers.families import WINDOW, build
 from tests.helpers.recipes import _SignalAt, run_config
 from tests.helpers.steps import DRAWS, Operators, fake_inputs, inputs_of, micro_steps, run, smollm2_steps
 
@@ -163,3 +163,16 @@ def test_a_step_reads_the_device_twice_at_most(inputs, tmp_path):
         recipe.sparsify(run_config(inputs, tmp_path / "run", train={"scope": "lora"}), callbacks=[Watch()])
     assert seen == list(range(12))
     assert max(Counter(reads).values(), default=0) <= 2
+
+
+@pytest.mark.parametrize("scope", ["gates", "lora", "attn"])
+def test_the_base_beside_a_trained_model_is_the_untouched_model(scope):
+    trained, [step], ids = micro_steps("llama", "fast", train={"scope": scope})
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.1)
+        wanted = build("llama").eval()(ids, use_cache=False).logits
+        assert not torch.allclose(step.core(ids, use_cache=False).logits, wanted, atol=1e-3)
+        assert torch.allclose(step.base(ids), wanted, atol=1e-5)
+        sparse = step.core(ids, use_cache=False).logits
+        assert not torch.allclose(sparse, wanted, atol=1e-3)  # and the adapters are on again

@@ -185,9 +185,9 @@ def unusable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: {reason(error)}")
 
 
-def reason(error: OSError) -> str:
-    """Why the system refused, in lower case as the second half of a message."""
-    return (error.strerror or str(error)).lower()
+def reason(error: OSError | ValueError) -> str:
+    """Why the system refused, in lower case as the second half of a message (a ValueError: a NUL in a name)."""
+    return (getattr(error, "strerror", None) or str(error).partition("\n")[0]).lower()
 
 
 @contextmanager

@@ -141,12 +141,13 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
 
 def _draw(folder: Path) -> None:
     from attnprune.circuit.folder import read_record
+    from attnprune.files import reason
 
     result = read_record(folder)
     try:
         written = _write_pictures(result, folder)
     except OSError as error:
-        raise InputError(f"{folder}: cannot write: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{folder}: cannot write: {reason(error)}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers that no search ends with
         raise InputError(f"{folder}: this record cannot be drawn: {error}") from error
     out.result({"written": [str(file) for file in written]}, *(f"written: {file}" for file in written))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from attnprune import files
 from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
 from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
 from attnprune.measure import Reference
@@ -77,7 +78,7 @@ def load_base(
     try:
         kind, location, extra = _locate(name, revision)
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
-        raise InputError(f"{name}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
+        raise InputError(f"{name}: {files.reason(error)}") from None
     config = _read_config(name, kind, location, extra)
     tokenizer = _read_tokenizer(name, kind, location, extra)
     if kind == "gguf":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnprune.errors import InputError
-from attnprune.files import fsync, sha256_of, write_atomic
+from attnprune.files import fsync, reason, sha256_of, write_atomic
 from attnprune.sidecar import format, strangers
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def open_sidecar(path: str | Path) -> Sidecar:
     except NotADirectoryError:
         raise InputError(f"{path}: not a sidecar folder") from None
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
-        raise InputError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from None
+        raise InputError(f"{path}: {reason(error)}") from None
     if format.MANIFEST_FILE not in names:
         hint = None
         if "checkpoints" in names:

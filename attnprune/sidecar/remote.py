@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from attnprune.errors import AttnPruneError, InputError
-from attnprune.files import sha256_of
+from attnprune.files import reason, sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -174,10 +174,10 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         message = f"{repo}: the Hub cannot be reached, or the transfer broke off"
         raise AttnPruneError(message, hint="try again") from error
     except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-        raise AttnPruneError(f"{repo}: unexpected answer from the Hub ({reason})") from error
+        found = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        raise AttnPruneError(f"{repo}: unexpected answer from the Hub ({found})") from error
     except OSError as error:
-        raise AttnPruneError(f"{repo}: {(error.strerror or str(error).splitlines()[0]).lower()}") from error
+        raise AttnPruneError(f"{repo}: {reason(error)}") from error
 
 
 def files_of(repo: str, commit: str, names: Iterable[str]) -> list[Path]:

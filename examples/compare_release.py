@@ -144,23 +144,19 @@ def main() -> None:
         names = {"MODEL": str(Path(given.model).resolve()), "DATA": str(Path(given.data).resolve())}
         record = {"machine": machine(torch.device("cpu")).model_dump(), "reference": given.reference, "seed": 0}
         record |= {"command": f"python examples/compare_release.py {given.reference} --model MODEL --data DATA"}
-        record["measured"] = measured = []
+        record["measured"] = _kept(given.out) if given.only else []
         for name, (code, more) in PROBES.items():
             if given.only and given.only not in name:
                 continue
             found: dict[str, list] = {release: [] for release in sources}
             for number in range(given.repeats):
                 for release, source in sources.items():
-                    out = {"OUT": f"{folder}/out-{len(measured)}-{number}-{release}"}
+                    out = {"OUT": f"{folder}/{len(name)}-{number}-{release}"}
                     found[release].append(probe(source, code, names | more | out, given.limit))
-            measured.append({"what": name, **compared(found, given.reference)})
-            show(measured[-1])
-            write_atomic(given.out, json.dumps(record, indent=1) + "\n")
+            add(record, {"what": name, **compared(found, given.reference)}, given.out)
         if not given.only or given.only in "dry run":
             runs = {r: dry_run(s, names | {"OUT": f"{folder}/dry-{r}"}, given.limit) for r, s in sources.items()}
-            measured.append({"what": "dry run of 16 blocks of 512 tokens", "runs": runs})
-            show(measured[-1])
-            write_atomic(given.out, json.dumps(record, indent=1) + "\n")
+            add(record, {"what": "dry run of 16 blocks of 512 tokens", "runs": runs}, given.out)
 
 
 def compared(found: dict[str, list], reference: str) -> dict[str, object]:
@@ -177,7 +173,14 @@ def compared(found: dict[str, list], reference: str) -> dict[str, object]:
     return {"seconds": runs, "median": medians, "times_faster": theirs / ours if ours and theirs else None}
 
 
-def show(row: dict) -> None:
+def _kept(file: Path) -> list[dict]:
+    return json.loads(file.read_text())["measured"] if file.exists() else []
+
+
+def add(record: dict, row: dict, file: Path) -> None:
+    """Put a row into the record, in place of one of the same name, and write it at once."""
+    record["measured"] = [other for other in record["measured"] if other["what"] != row["what"]] + [row]
+    write_atomic(file, json.dumps(record, indent=1) + "\n")
     print(json.dumps(row), flush=True)
 
 

@@ -93,9 +93,12 @@ def spans_for(visible: Tensor, batch: int) -> Spans | None:
     expanded = visible.expand(batch, *visible.shape[1:])
     if torch.compiler.is_compiling():
         return Spans(*ops.spans(expanded, counted_pairs(expanded)))
-    if visible not in _spans:
-        _spans[visible] = spans_of(expanded, counted_pairs(expanded))
-    return _spans[visible]
+    state = (batch, visible._version)  # a mask may serve batches of several sizes, or be written to
+    known, spans = _spans.get(visible, (None, None))
+    if known != state:
+        spans = spans_of(expanded, counted_pairs(expanded))
+        _spans[visible] = (state, spans)
+    return spans
 
 
 def gated_attention(

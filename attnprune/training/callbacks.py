@@ -98,22 +98,24 @@ class Deadline(TrainerCallback):
     """Ends a run with a time budget while there is still time to evaluate, export and publish.
 
     The last step and the last evaluation, as long as they took here, say how much time has to be left; `costs` says it
-    until then. `at` is in the seconds of `clock`.
+    until then. The first step counts for nothing: it tries faster ways to run. `at` is in the seconds of `clock`.
     """
 
     def __init__(self, at: float, costs: Costs, clock: Callable[[], float] = time.monotonic):
         self.at, self.costs, self.clock = at, costs, clock
-        self._since = 0.0
+        self._since, self._first = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._since = self.clock()
+        self._since, self._first = self.clock(), state.global_step + 1
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = self.clock()
 
     def on_step_end(self, args, state, control, **kwargs):
         now = self.clock()
-        costs = self.costs = replace(self.costs, step=now - self._since)
+        if state.global_step != self._first:
+            self.costs = replace(self.costs, step=now - self._since)
+        costs = self.costs
         self._since = now
         left = costs.step + costs.checkpoint + costs.evaluation + costs.ending
         if now + (1 + MARGIN) * left > self.at:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,9 @@ class Trace(NamedTuple):
         """How this one differs from `other`, beyond a relative tolerance; None if it does not."""
         if not torch.allclose(self.stats, other.stats, rtol=tolerance, atol=tolerance * 1e-2):
             return f"stats {_numbers(self.stats)}, not {_numbers(other.stats)}"
-        ours, theirs = torch.nn.utils.get_total_norm(self.gradients), torch.nn.utils.get_total_norm(other.gradients)
+        ours, theirs = (torch.nn.utils.get_total_norm(trace.gradients) for trace in (self, other))
+        if not bool((ours - theirs).abs() <= tolerance / 5 * theirs):  # their direction may differ more than their size
+            return f"the gradients' norm is {float(ours):.4g}, not {float(theirs):.4g}"
         apart = torch.nn.utils.get_total_norm([a - b for a, b in zip(self.gradients, other.gradients, strict=True)])
         if not bool(apart <= tolerance * theirs):
             return f"gradients differ by {float(apart):.2g} of {float(ours):.2g}"
@@ -45,8 +48,8 @@ class Trace(NamedTuple):
 class RecordedStep:
     """A micro-step recorded once and replayed: nothing is launched one by one, and the host is free meanwhile.
 
-    The gradients keep their memory, since every replay adds to the same addresses. A batch of another shape (the end
-    of an epoch) runs unrecorded.
+    The gradients keep their memory, since every replay adds to the same addresses. All batches have one shape: Trainer
+    drops the rest of an epoch.
 
     Args:
         step: the micro-step.
@@ -72,12 +75,13 @@ class RecordedStep:
                 parameter.grad = gradient
 
     def __call__(self, ids: Tensor, labels: Tensor, coefficients: Tensor, seed: Tensor | None = None) -> Tensor:
-        if self._trained[0].grad is not self._gradients[0]:
-            self._take_over()
-        if ids.shape != self._inputs[0].shape:  # pyright: ignore[reportOptionalMemberAccess]
-            return self._step(ids, labels, coefficients, seed)
+        if self._trained[0].grad is not self._gradients[0]:  # the start of a step: Trainer has dropped them
+            torch._foreach_zero_(self._gradients)
+            self._attach()
         for static, value in zip(self._inputs, (ids, labels, coefficients, seed), strict=True):
             if static is not None and value is not None:
+                if static.shape != value.shape:
+                    raise ValueError(f"recorded for {tuple(static.shape)}, not {tuple(value.shape)}")
                 static.copy_(value, non_blocking=True)
         return self._replay().clone()  # the next replay writes over it
 
@@ -85,22 +89,15 @@ class RecordedStep:
         for parameter, gradient in zip(self._trained, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def _take_over(self) -> None:
-        """Continue with the gradients that are there: none at the start of a step, where Trainer has dropped them."""
-        found = [parameter.grad for parameter in self._trained]
-        torch._foreach_zero_(self._gradients)
-        for mine, other in zip(self._gradients, found, strict=True):
-            if other is not None:
-                mine.add_(other)
-        self._attach()
-
 
 def record_cuda(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Record `function` as a CUDA graph; calling the result replays it and returns the same tensor every time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP - 1):
+            function()
+        with _no_waits():  # found here: a recording that is broken off leaves the process in a state of its own
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -112,6 +109,17 @@ def record_cuda(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    """Make every wait for the device an error inside the block."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def fastest(
@@ -163,10 +171,10 @@ def trace(step: Step, trained: list[nn.Parameter], inputs: tuple[Tensor | None, 
     for parameter in trained:
         parameter.grad = None
     stats = step(*inputs)  # pyright: ignore[reportArgumentType]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for p in trained]
     for parameter, gradient in zip(trained, found, strict=True):
         parameter.grad = gradient
-    return Trace(stats.clone(), gradients)
+    return Trace(stats.to("cpu", copy=True), gradients)
 
 
 def _leave_out(name: str, setting: str, problem: str) -> None:

@@ -145,6 +145,7 @@ def _run(
             config.train.steps = trainer.state.global_step  # what the result says; run.toml keeps what was planned
         trainer.load_best()
         trainer.model.cpu()  # makes room on a GPU
+        trainer.release()
         with temporary_folder(folder / CHECKPOINTS) as staging:
             sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, staging, folder)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

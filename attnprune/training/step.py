@@ -73,6 +73,8 @@ class MicroStep:
         edges = penalty.clamp(min=1e-9).log() if self.takes_log else penalty
         total = coefficients[0] * edges + coefficients[1] * damage
         total.backward()
+        for gate in self.gates:
+            gate.last = None  # it holds the graph, whose nodes would outlive the step
         return torch.stack([term.detach().float() for term in (total, loss, base_loss, penalty, density, kl)])
 
     def _run(self, model: Any, ids: Tensor) -> Tensor:
@@ -161,7 +163,9 @@ def whole_logits(model: Any) -> str | None:
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return "its output layer trains"
     device = layer.weight.device
-    ids = torch.arange(8, device=device)[None] % core.config.get_text_config().vocab_size
+    config = core.config.get_text_config()
+    length = min(8, getattr(config, "max_position_embeddings", 8))
+    ids = torch.arange(length, device=device)[None] % config.vocab_size
     with torch.no_grad():
         logits = core(input_ids=ids, use_cache=False).logits
         rebuilt = head_of(core, None).logits(last_hidden_states(core, ids))
@@ -206,6 +210,8 @@ def _masks_of(model: Any, gates: list[Gate], ids: Tensor) -> list[KnownMask]:
 def _edges(gates: list[Gate]) -> tuple[Tensor, Tensor]:
     """(smooth, hard) share of open edges of the last forward, over all heads of all layers."""
     counts = [gate.last for gate in gates if gate.last is not None]
+    if len(counts) != len(gates):
+        raise AttnPruneError("training: a layer's attention did not run")
     visible = torch.stack([c.visible_edges * len(c.penalty) for c in counts]).sum()
     penalty = torch.cat([c.penalty for c in counts]).sum() / visible
     density = torch.cat([c.open_edges for c in counts]).sum() / visible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -70,7 +71,7 @@ class SparsifyTrainer(StrictResume):
         dual = DualState(multiplier.state(), start_density=None if from_sidecar else 1.0)
         super().__init__(
             model=model,
-            args=_training_arguments(config, eval_on_start=from_sidecar),
+            args=_training_arguments(config, len(train), eval_on_start=from_sidecar),
             train_dataset=train,
             eval_dataset=held_out,
             callbacks=[dual, BeforeOptimizer(self._look), *callbacks, Seal()],
@@ -229,6 +230,15 @@ class SparsifyTrainer(StrictResume):
         if self.best_state:
             save_file(self.best_state, folder / BEST_FILE)
 
+    def release(self) -> None:
+        """Let go of what only training needs: the recorded step with its memory, gradients, the optimiser."""
+        self._step = self.optimizer = None
+        del self._micro_step
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def restore_best(self, checkpoint: Path) -> None:
         """Check a checkpoint and read its best state (before `train(resume_from_checkpoint=...)`).
 
@@ -291,7 +301,7 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: on, f"{name}_kwargs": {"use_reentrant": False} if on else None}
 
 
-def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingArguments:
+def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     assert train.micro_batch_size != "auto"  # the plan has chosen
     micro = train.micro_batch_size or train.batch_size
@@ -300,6 +310,8 @@ def _training_arguments(config: RunConfig, *, eval_on_start: bool) -> TrainingAr
     arguments = TrainingArguments(
         output_dir=config.output.folder,
         max_steps=train.steps,
+        # Compiled layers and a recorded step have one shape. (An older run that goes on is plain.)
+        dataloader_drop_last=train.step == "fast" and blocks >= micro,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=max(1, train.batch_size // micro),
         learning_rate=train.learning_rate,

@@ -141,6 +141,10 @@ def test_intervals_are_found_once_for_a_mask(environment):
     assert dispatch.spans_for(visible, 2) is dispatch.spans_for(visible, 2)
     shared = visible_mask("causal", batch=1)
     assert dispatch.spans_for(shared, 3).rows.shape == (3, 13, 3)
+    assert dispatch.spans_for(shared, 5).rows.shape == (5, 13, 3)  # one mask for batches of several sizes
+    before = dispatch.spans_for(shared, 5).rows.clone()
+    shared[..., 4:, 0] = False  # a window, written into the same mask
+    assert not torch.equal(dispatch.spans_for(shared, 5).rows, before)
 
 
 @pytest.fixture

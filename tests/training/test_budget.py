@@ -57,7 +57,7 @@ class _Clock:
 
 def run_against(deadline, clock, steps, seconds, evaluate_at=()):
     """Steps of so many seconds each; returns the one at which the deadline ended the run, or None."""
-    deadline.on_train_begin(None, None, None)
+    deadline.on_train_begin(None, SimpleNamespace(global_step=0), None)
     for step in range(1, steps + 1):
         control = TrainerControl()
         deadline.on_step_begin(None, None, control)
@@ -90,6 +90,19 @@ def test_a_slower_evaluation_leaves_more_room():
         clock = _Clock()
         ends.append(run_against(Deadline(1000, COSTS, clock), clock, 10_000, 2.0, evaluations))
     assert ends[1] < ends[0] - (ENDING * 30 + 40) / 2
+
+
+def test_a_first_step_that_tries_faster_ways_says_nothing_of_the_others():
+    clock = _Clock()
+    deadline = Deadline(1000, COSTS, clock)
+    deadline.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    for step, seconds in ((1, 400), (2, COSTS.step)):
+        control = TrainerControl()
+        deadline.on_step_begin(None, None, control)
+        clock.now += seconds
+        deadline.on_step_end(None, SimpleNamespace(global_step=step), control)
+        assert not control.should_training_stop
+    assert deadline.costs.step == pytest.approx(COSTS.step)
 
 
 # Whole runs

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from attnprune.attention.interface import SUPPORTED_FAMILIES
 from attnprune.errors import InputError, InterruptedRunError
 from attnprune.runs.folder import read_resumed
 from attnprune.training import graph, recipe, trainer
-from attnprune.training.step import TERMS, whole_logits
+from attnprune.training.step import TERMS, MicroStep, whole_logits
 from tests.helpers.families import WINDOW, build
 from tests.helpers.recipes import _SignalAt, run_config
 from tests.helpers.steps import DRAWS, Operators, fake_inputs, inputs_of, micro_steps, run, smollm2_steps
@@ -176,3 +177,24 @@ def test_the_base_beside_a_trained_model_is_the_untouched_model(scope):
         assert torch.allclose(step.base(ids), wanted, atol=1e-5)
         sparse = step.core(ids, use_cache=False).logits
         assert not torch.allclose(sparse, wanted, atol=1e-3)  # and the adapters are on again
+
+
+@pytest.mark.parametrize(("way", "whole"), [("fast", True), ("plain", False)])
+def test_the_fast_step_sees_one_shape_and_the_plain_one_every_block(inputs, tmp_path, monkeypatch, way, whole):
+    """Compiled layers and a recorded step are made for one shape."""
+    shapes, real = [], MicroStep._run
+
+    def seen(self, model, ids):
+        shapes.append(len(ids))
+        return real(self, model, ids)
+
+    monkeypatch.setattr(MicroStep, "_run", seen)
+    train = {"scope": "lora", "step": way, "steps": 40, "batch_size": 11, "micro_batch_size": 0, "eval_every": 40}
+    recipe.sparsify(run_config(inputs, tmp_path / "run", train=train, data={"train_tokens": 16 * 30}))
+    assert (set(shapes[-70:]) == {11}) is whole
+
+
+def test_a_context_shorter_than_the_check_of_the_output_layer():
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=6, **sizes)).eval().requires_grad_(False)
+    assert whole_logits(model) is None

@@ -94,11 +94,9 @@ def spans_for(visible: Tensor, batch: int) -> Spans | None:
     if torch.compiler.is_compiling():
         return Spans(*ops.spans(expanded, counted_pairs(expanded)))
     state = (batch, visible._version)  # a mask may serve batches of several sizes, or be written to
-    known, spans = _spans.get(visible, (None, None))
-    if known != state:
-        spans = spans_of(expanded, counted_pairs(expanded))
-        _spans[visible] = (state, spans)
-    return spans
+    if visible not in _spans or _spans[visible][0] != state:
+        _spans[visible] = (state, spans_of(expanded, counted_pairs(expanded)))
+    return _spans[visible][1]
 
 
 def gated_attention(

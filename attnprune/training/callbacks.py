@@ -23,24 +23,30 @@ from attnprune.training.constraint import Multiplier
 class DualState(TrainerCallback, ExportableState):
     """What a run knows besides the model; saved in `trainer_state.json` and restored on resume.
 
-    The multiplier, the best evaluation so far, and the density at which the falling density limit starts (None: that of
-    the first batch, once it is known).
+    The multiplier, the best evaluation so far, the density at which the falling density limit starts (None: that of
+    the first batch, once it is known), and the faster ways to run a step that the run took (`compile`, `cuda_graph`),
+    which a resumed run takes as well.
 
     The multiplier moves in `on_step_end`, after the optimiser step, so that gradient accumulation and a save at a step
     boundary see one update per step. Restoring replaces this object: look it up, never keep a reference.
     """
 
     def __init__(
-        self, multiplier: dict[str, Any], best: dict[str, Any] | None = None, start_density: float | None = 1.0
+        self,
+        multiplier: dict[str, Any],
+        best: dict[str, Any] | None = None,
+        start_density: float | None = 1.0,
+        ways: dict[str, str] | None = None,
     ):
         self.multiplier = Multiplier(**multiplier)
         self.best = best
         self.start_density = start_density
+        self.ways = ways or {}
         self.observed: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
         args = {"multiplier": self.multiplier.state(), "best": self.best, "start_density": self.start_density}
-        return {"args": args, "attributes": {}}
+        return {"args": {**args, "ways": self.ways}, "attributes": {}}
 
     def on_step_end(self, args, state, control, **kwargs):
         violation = sum(o["violation"] for o in self.observed) / len(self.observed)

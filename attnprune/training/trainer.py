@@ -22,7 +22,7 @@ from attnprune.measure import Report, mean_loss, measure
 from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
-from attnprune.training.graph import Step, fastest
+from attnprune.training.graph import RecordedStep, Step, fastest
 from attnprune.training.restoring import BEST_FILE, MODEL_FILE, StrictResume, check_contents, reading
 from attnprune.training.scope import DenseBase
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
@@ -117,15 +117,21 @@ class SparsifyTrainer(StrictResume):
         """Forward, base, loss and backward of one micro-batch; what it saw stays on the device until the step ends."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        share = 1 / self.current_gradient_accumulation_steps
-        coefficients = [share * weight for weight in self._coefficients()]
+        coefficients = [weight / self.current_gradient_accumulation_steps for weight in self._coefficients()]
         device = inputs["input_ids"].device
         given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, torch.float32, device), self._seed(device))
         if self._step is None:
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self._step = fastest(self._micro_step, trained, given, self.config.train)
+            self._step = self._fastest(given)
         self._seen.append(self._step(*given))
         return self._seen[-1][0]
+
+    def _fastest(self, given: tuple[Tensor | None, ...]) -> Step:
+        """The fastest way to run the micro-step here; a resumed run has to go on as it began."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        step = fastest(self._micro_step, trained, given, self.config.train.model_copy(update=self.dual.ways))
+        taken = {"compile": self._micro_step.layers is not None, "cuda_graph": isinstance(step, RecordedStep)}
+        self.dual.ways = {way: "on" if used else "off" for way, used in taken.items()}
+        return step
 
     def _seed(self, device: torch.device) -> Tensor | None:
         if self.config.gate.estimator != "gumbel":
@@ -236,8 +242,7 @@ class SparsifyTrainer(StrictResume):
         del self._micro_step
         self.model.zero_grad(set_to_none=True)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
 
     def restore_best(self, checkpoint: Path) -> None:
         """Check a checkpoint and read its best state (before `train(resume_from_checkpoint=...)`).

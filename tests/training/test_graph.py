@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnprune.errors import AttnPruneError
+from attnprune.errors import AttnPruneError, InterruptedRunError
 from attnprune.runs.config import TrainConfig
-from attnprune.training import graph, loss
+from attnprune.runs.folder import read_resumed
+from attnprune.training import graph, loss, recipe, trainer
 from attnprune.training.compiled import CompiledLayers, decoder_layers
 from attnprune.training.step import TERMS
+from tests.helpers.recipes import _SignalAt, run_config
 from tests.helpers.steps import Operators, fake_inputs, inputs_of, micro_steps, run, smollm2_steps
 
 
@@ -116,6 +120,27 @@ def test_layers_compile_once_and_stay_compiled(counted_compilations, family, est
     assert counts[1:] == counts[:1] * 9
     assert counts[0] <= 8  # by kind of layer, for the sparse model and its base; not one per layer
     assert all("forward" not in vars(layer) for layer in decoder_layers(compiled.core))
+
+
+def test_a_resumed_run_takes_the_ways_that_it_took(inputs, tmp_path):
+    train = {"scope": "lora", "steps": 8, "save_every": 4, "step": "fast", "compile": "on"}
+    with pytest.raises(InterruptedRunError):
+        recipe.sparsify(run_config(inputs, tmp_path / "run", train=train), callbacks=[_SignalAt(4, signal.SIGTERM)])
+    [state] = (tmp_path / "run").rglob("checkpoint-5/trainer_state.json")
+    saved = json.loads(state.read_text())["stateful_callbacks"]["DualState"]["args"]["ways"]
+    assert saved == {"compile": "on", "cuda_graph": "off"}
+    seen, real = [], trainer.fastest
+
+    def asked(step, trained, given, settings):
+        seen.append((settings.compile, settings.cuda_graph))
+        return real(step, trained, given, settings)
+
+    config = read_resumed(tmp_path / "run", {})
+    config.train.compile = "auto"  # as in a run that found out for itself
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fastest", asked)
+        recipe.sparsify(config, resume=True)
+    assert seen == [("on", "off")]
 
 
 def test_a_run_with_compiled_layers_is_the_same_run(inputs, tmp_path):

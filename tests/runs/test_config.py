@@ -235,7 +235,7 @@ def test_an_assignment_is_checked_too():
 @pytest.mark.parametrize(
     ("values", "key", "meant"),
     [
-        ({"train": {"step": 3}}, "train.step", "steps"),
+        ({"train": {"batchsize": 3}}, "train.batchsize", "batch_size"),
         ({"train": {"learning_rat": 3}}, "train.learning_rat", "learning_rate"),
         ({"constraint": {"tolerence": 0.1}}, "constraint.tolerence", "tolerance"),
         ({"model": {"nam": "demo"}}, "model.nam", "name"),

@@ -83,7 +83,10 @@ def probe(source: Path, code: str, names: dict[str, object], limit: float) -> li
     head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
     command = [sys.executable, "-c", head + IMPORTS + code]
     try:
-        done = subprocess.run(command, env=environment(source), capture_output=True, text=True, timeout=limit)
+        # From its own folder: Python looks into the current one before PYTHONPATH.
+        done = subprocess.run(
+            command, env=environment(source), cwd=source, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:g} s"
     if done.returncode:
@@ -96,7 +99,8 @@ def dry_run(source: Path, names: dict[str, str], limit: float) -> dict[str, obje
     arguments = ["sparsify", names["MODEL"], "--data", names["DATA"], "--dry-run", "--out", names["OUT"]]
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "attnprune", *arguments], env=environment(source), preexec_fn=_sixteen_gigabytes,
+        [sys.executable, "-m", "attnprune", *arguments], env=environment(source), cwd=source,
+        preexec_fn=_sixteen_gigabytes,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

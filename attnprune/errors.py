@@ -14,6 +14,17 @@ def printable(text: object, limit: int | None = None) -> str:
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; the name of its type where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def first_line_with_type(error: BaseException) -> str:
+    """As `first_line`, behind the name of the type."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 class AttnPruneError(Exception):
     """Base class: valid input, but the work failed (exit code 1).
 

@@ -138,7 +138,7 @@ class Gate(nn.Module):
         """Gated attention. Shapes as in `gated_attention`; the pattern [B, H, Q, K] is computed only on request."""
         if self._is_plain(softcap, sinks, return_pattern):
             self.last = None
-            return _causal_attention(query, key, value, scaling), None
+            return dense_attention(query, key, value, scaling, is_causal=True), None
         bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
         has_slope = self.training if self.straight_through is None else self.straight_through
@@ -169,10 +169,17 @@ class Gate(nn.Module):
         return self.forced_open and known_causal and not special
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **mask: Any) -> Tensor:
+    """Attention without gates [B, H, Q, D]; `mask` is an `attn_mask` or `is_causal`, as in PyTorch."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings are wider
     grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped, **mask)
+
+
+def allowed_difference(logits: Tensor, dtype: torch.dtype) -> float:
+    """How far logits of the same function may be from these where a model of `dtype` computes them in another way."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return (HALF_PROBE_TOLERANCE if half else PROBE_TOLERANCE) * max(1.0, logits.abs().max().item())
 
 
 def _visible(mask: Tensor | None, batch: int, pairs: tuple[int, int]) -> Tensor:
@@ -312,8 +319,7 @@ def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
     if not bool(eager[real].isfinite().all()):
         raise InputError(f"{config.model_type}: the model's own logits are not finite")
     difference = (ours - eager)[real].abs().max().item()
-    tolerance = HALF_PROBE_TOLERANCE if model.dtype in (torch.float16, torch.bfloat16) else PROBE_TOLERANCE
-    allowed = tolerance * max(1.0, eager[real].abs().max().item())
+    allowed = allowed_difference(eager[real], model.dtype)
     if not difference <= allowed:
         raise SelfCheckError(
             f"{config.model_type}: open gates differ from eager attention by {difference:.2g} (allowed {allowed:.2g})"

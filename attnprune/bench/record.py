@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from attnprune.errors import first_line
+
 SCHEMA = "attnprune-bench-1"
 
 
@@ -77,5 +79,5 @@ class Record(_Strict):
 
 def first_sentence(problem: Exception) -> str:
     """What went wrong, short enough for a row's note."""
-    text = getattr(problem, "message", None) or (str(problem).splitlines() or [""])[0].split(". ")[0]
+    text = getattr(problem, "message", None) or first_line(problem).split(". ")[0]
     return text[:200] or type(problem).__name__

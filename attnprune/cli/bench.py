@@ -20,6 +20,7 @@ app = typer.Typer(
 Out = Annotated[Path | None, typer.Option("--out", help="Also write the record to this JSON file.")]
 Repeats = Annotated[int, typer.Option("--repeats", help="Timed runs of each.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the random inputs.", min=0)]
+Budget = Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")]
 Batch = Annotated[int, typer.Option("--batch-size", help="Sequences.", min=1)]
 
 
@@ -52,7 +53,7 @@ def attention(
     layer: Annotated[int, typer.Option("--layer", help="With --from: the layer.", min=0)] = 0,
     base: Base = None,
     repeats: Repeats = 10,
-    time_budget: Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")] = 600.0,
+    time_budget: Budget = 600.0,
     seed: Seed = 0,
     device: Device = "auto",
     out_file: Out = None,
@@ -137,7 +138,7 @@ def step(
         typer.Option("--mode", help="Only these (repeatable): trainer, plain, fast, graph, compiled. Default: all."),
     ] = None,
     repeats: Repeats = 10,
-    time_budget: Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")] = 600.0,
+    time_budget: Budget = 600.0,
     seed: Seed = 0,
     device: Device = "auto",
     out_file: Out = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnprune.errors import InputError
+from attnprune.errors import InputError, first_line
 
 
 class Conversation(str):
@@ -32,8 +32,7 @@ def render(messages: Any, tokenizer: Any) -> Conversation:
     try:
         return Conversation(tokenizer.apply_chat_template(given, tokenize=False))
     except Exception as error:  # a template is the model's own program and may raise anything
-        cause = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"the model's chat template refuses this conversation: {cause}") from None
+        raise InputError(f"the model's chat template refuses this conversation: {first_line(error)}") from None
 
 
 def _says(message: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from attnprune.attention import ops
 from attnprune.attention.dispatch import choose
-from attnprune.attention.interface import HALF_PROBE_TOLERANCE, PROBE_TOLERANCE, SUPPORTED_FAMILIES, gates_of
+from attnprune.attention.interface import SUPPORTED_FAMILIES, allowed_difference, dense_attention, gates_of
 from attnprune.errors import UnsupportedModelError
 
 STATIC, FILLED = "attnprune_static", "attnprune_filled"  # attention functions, by name
@@ -70,8 +70,7 @@ def _difference(model: Any, seq_len: int) -> str:
     probe = Writer(model, 0, 2, length)
     with _attention(model, probe.static):
         ours = torch.stack([probe.read(ids[:, place : place + 1], place) for place in range(length)], 1)
-    tolerance = HALF_PROBE_TOLERANCE if model.dtype in (torch.float16, torch.bfloat16) else PROBE_TOLERANCE
-    off, allowed = float((ours - own).abs().max()), tolerance * max(1.0, float(own.abs().max()))
+    off, allowed = float((ours - own).abs().max()), allowed_difference(own, model.dtype)
     return "" if off <= allowed else f"token by token, its logits are off by {off:.2g} (allowed {allowed:.2g})"
 
 
@@ -182,16 +181,13 @@ def _attend(
     extra = [name for name in ("softcap", "s_aux", "position_bias", "cache") if others.get(name) is not None]
     if extra:
         raise UnsupportedModelError(f"text of this model cannot be drawn token by token: {extra[0]}")
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask is not None and _kernels_run(value):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         open_gates = torch.full((query.shape[1],), float("inf"), device=query.device)
         output, _ = ops.decode(query, key, value, open_gates, mask, scaling)
     else:
-        grouped = query.shape[1] != key.shape[1]
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
-        )
+        output = dense_attention(query, key, value, scaling, attn_mask=mask)
     return output.transpose(1, 2).contiguous()
 
 

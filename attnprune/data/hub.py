@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attnprune.data.files import Row, column_of
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.errors import AttnPruneError, InputError, first_line
 
 
 def rows(source: str, field: str) -> Iterator[Row]:
@@ -42,7 +42,7 @@ def rows(source: str, field: str) -> Iterator[Row]:
 def _explained(error: Exception, source: str, name: str, subset: str, part: str) -> AttnPruneError:
     from datasets.exceptions import DatasetNotFoundError
 
-    cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+    cause = first_line(error)
     if isinstance(error, DatasetNotFoundError):
         return InputError(f"{source}: {cause}", hint="a private or gated one needs: hf auth login")
     there = _what_exists(name, subset, part) if isinstance(error, ValueError) else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.runs.config import RunConfig
+from attnprune.training.scope import causal_lm
 
 CALIBRATION_BLOCKS = 16
 BIAS_LIMIT = 100.0
@@ -48,17 +49,13 @@ def bias_for_mass(model: Any, input_ids: Tensor, mass: float) -> Tensor:
     hooks = [gate.register_forward_pre_hook(record, with_kwargs=True) for gate in gates]
     try:
         with gates_forced_open(model):
-            _decoder(model)(input_ids=input_ids, use_cache=False)  # nobody needs the logits, which are large
+            causal_lm(model).base_model(
+                input_ids=input_ids, use_cache=False
+            )  # nobody needs the logits, which are large
     finally:
         for hook in hooks:
             hook.remove()
     return torch.stack(found)
-
-
-def _decoder(model: Any) -> Any:
-    """The model without its output layer, adapters included."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model
 
 
 def _threshold(query: Tensor, key: Tensor, visible: Tensor, mass: float, options: dict[str, Any]) -> Tensor:

@@ -14,8 +14,11 @@ class CompiledLayers:
     """The compiled decoder layers of models, in place only inside `active`: evaluation has other shapes and dtypes."""
 
     def __init__(self, *models: Any):
-        compiled = {layer: torch.compile(layer.forward, fullgraph=True, dynamic=False) for layer in _all_layers(models)}
-        self._compiled: dict[nn.Module, Any] = compiled
+        self._compiled: dict[nn.Module, Any] = {
+            layer: torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            for model in models
+            for layer in decoder_layers(model)
+        }
 
     @contextmanager
     def active(self, model: Any) -> Iterator[None]:
@@ -41,8 +44,3 @@ def decoder_layers(model: Any) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise LookupError("this model has no list of decoder layers")
-
-
-def _all_layers(models: tuple[Any, ...]) -> Iterator[nn.Module]:
-    for model in models:
-        yield from decoder_layers(model)

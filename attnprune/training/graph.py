@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnprune.errors import AttnPruneError
+from attnprune.errors import AttnPruneError, first_line_with_type
 from attnprune.runs.config import TrainConfig
 from attnprune.training.compiled import CompiledLayers
 from attnprune.training.step import MicroStep
@@ -21,7 +21,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(ids, labels, coefficients, seed) -> stats, see `MicroStep`."""
 
 # Compiled layers round elsewhere, and an edge at its threshold then opens or closes; a graph replays the same kernels.
-_COMPILED_TOLERANCE = {"bf16": 0.15, "fp32": 1e-2}
+_COMPILED_TOLERANCE = {torch.bfloat16: 0.15, None: 1e-2}  # by autocast
 _GRAPH_TOLERANCE = 1e-3
 _WARM_UP = 3  # micro-steps before the recording: they compile, and fill every cache
 
@@ -64,15 +64,10 @@ class RecordedStep:
     ):  # fmt: skip
         self._step, self._trained = step, trained
         self._inputs = tuple(None if value is None else value.clone() for value in inputs)
-        found = [parameter.grad for parameter in trained]
         self._gradients = [torch.zeros_like(parameter) for parameter in trained]
-        self._attach()
-        try:
+        with _gradients_aside(trained):
+            self._attach()
             self._replay = record(lambda: self._step(*self._inputs))  # pyright: ignore[reportArgumentType]
-        finally:
-            torch._foreach_zero_(self._gradients)
-            for parameter, gradient in zip(trained, found, strict=True):
-                parameter.grad = gradient
 
     def __call__(self, ids: Tensor, labels: Tensor, coefficients: Tensor, seed: Tensor | None = None) -> Tensor:
         if self._trained[0].grad is not self._gradients[0]:  # the start of a step: Trainer has dropped them
@@ -87,6 +82,19 @@ class RecordedStep:
 
     def _attach(self) -> None:
         for parameter, gradient in zip(self._trained, self._gradients, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def _gradients_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No gradients at the start of the block, and those that were there at its end."""
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
 
 
@@ -133,30 +141,44 @@ def fastest(
     Raises:
         AttnPruneError: one that was asked for fails or differs.
     """
+    ways = _Trial(trained, inputs)
     if _wants(settings.compile, trained[0].device, step, settings):
-        plain = trace(step, trained, inputs)
-        models = {step.core, step.base.model}
-        tolerance = _COMPILED_TOLERANCE["bf16" if step.amp else "fp32"]
-        try:
-            step.layers = CompiledLayers(*models)
-            problem = trace(step, trained, inputs).differs(plain, tolerance)
-        except Exception as error:  # whatever the compiler raises
-            problem = _first_line(error)
-        if problem is not None:
+
+        def compiled() -> Step:
+            step.layers = CompiledLayers(*{step.core, step.base.model})
+            return step
+
+        if ways.passed("compile", settings.compile, step, compiled, _COMPILED_TOLERANCE[step.amp]) is None:
             step.layers = None
-            _leave_out("compile", settings.compile, problem)
-    if not _wants(settings.cuda_graph, trained[0].device, step, settings):
-        return step
-    plain = trace(step, trained, inputs)
-    try:
-        recorded = RecordedStep(step, trained, inputs, record)
-        problem = trace(recorded, trained, inputs).differs(plain, _GRAPH_TOLERANCE)
-    except Exception as error:  # a wait for the device inside the step, or memory
-        problem, recorded = _first_line(error), None
-    if problem is None and recorded is not None:
-        return recorded
-    _leave_out("cuda_graph", settings.cuda_graph, problem or "")
+    if _wants(settings.cuda_graph, trained[0].device, step, settings):
+
+        def recorded() -> Step:
+            return RecordedStep(step, trained, inputs, record)
+
+        return ways.passed("cuda_graph", settings.cuda_graph, step, recorded, _GRAPH_TOLERANCE) or step
     return step
+
+
+class _Trial(NamedTuple):
+    """What a faster way is tried on."""
+
+    trained: list[nn.Parameter]
+    inputs: tuple[Tensor | None, ...]
+
+    def passed(self, name: str, setting: str, step: Step, make: Callable[[], Step], tolerance: float) -> Step | None:
+        """The way that `make` makes of `step`, if it does the same; None, with a warning, if `auto` leaves it out."""
+        wanted = trace(step, self.trained, self.inputs)
+        try:
+            made = make()
+            problem = trace(made, self.trained, self.inputs).differs(wanted, tolerance)
+            if problem is None:
+                return made
+        except Exception as error:  # whatever the compiler raises; a wait for the device inside the step, or memory
+            problem = first_line_with_type(error)
+        if setting == "on":
+            raise AttnPruneError(f"train.{name}: {problem}")
+        log.warning("train.%s is left out: %s", name, problem)
+        return None
 
 
 def _wants(setting: str, device: torch.device, step: MicroStep, settings: TrainConfig) -> bool:
@@ -167,24 +189,10 @@ def _wants(setting: str, device: torch.device, step: MicroStep, settings: TrainC
 
 def trace(step: Step, trained: list[nn.Parameter], inputs: tuple[Tensor | None, ...]) -> Trace:
     """Run one micro-step and take its gradients back out."""
-    found = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
-    stats = step(*inputs)  # pyright: ignore[reportArgumentType]
-    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for p in trained]
-    for parameter, gradient in zip(trained, found, strict=True):
-        parameter.grad = gradient
+    with _gradients_aside(trained):
+        stats = step(*inputs)  # pyright: ignore[reportArgumentType]
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for p in trained]
     return Trace(stats.to("cpu", copy=True), gradients)
-
-
-def _leave_out(name: str, setting: str, problem: str) -> None:
-    if setting == "on":
-        raise AttnPruneError(f"train.{name}: {problem}")
-    log.warning("train.%s is left out: %s", name, problem)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _numbers(stats: Any) -> str:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer, TrainerState
 
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.errors import AttnPruneError, InputError, first_line_with_type
 
 MODEL_FILE, BEST_FILE, STATE_FILE = "model.safetensors", "best.safetensors", "trainer_state.json"
 # transformers goes on without them, on another path.
@@ -37,8 +37,7 @@ def reading(checkpoint: str | Path | None) -> Iterator[None]:
     except (AttnPruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that somebody else made raise anything
-        line = (str(error).splitlines() or [""])[0]
-        why = f"{type(error).__name__}: {line}" if line else type(error).__name__
+        why = first_line_with_type(error)
         if isinstance(error, pickle.UnpicklingError):
             why = "holds pickled objects or damaged tensors, which are not read"
         raise _cannot_continue(checkpoint, why) from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprune.attention.interface import Gate, gates_of
+from attnprune.attention.interface import Gate, allowed_difference, gates_of
 from attnprune.attention.spans import KnownMask
 from attnprune.data.blocks import IGNORED_LABEL
 from attnprune.errors import AttnPruneError, InputError
@@ -25,8 +25,6 @@ from attnprune.training.loss import Distilled, Head, distill
 from attnprune.training.scope import DenseBase, causal_lm
 
 TERMS = ("lagrangian", "train_loss", "base_loss", "penalty", "density", "kl")
-_TOLERANCE = 1e-4  # of logits recomputed from the last hidden states, relative to the largest (or to 1)
-_HALF_TOLERANCE = 5e-2
 
 
 class MicroStep:
@@ -96,12 +94,12 @@ class MicroStep:
             dense = None if dense is None else dense.flatten(0, 1)
             return distill(sparse.flatten(0, 1), dense, self.head, following.flatten(), self.share)
         log_p, losses = token_losses(sparse, labels)
-        loss, zero = losses.mean(), losses.new_zeros(())
-        if dense is None:
-            return Distilled(loss, zero, loss, zero)
-        with torch.no_grad():
-            base_log_p, base_losses = token_losses(dense, labels)
-        kl, base_loss = kl_divergence(base_log_p, log_p).mean(), base_losses.mean()
+        loss = losses.mean()
+        kl = base_loss = losses.new_zeros(())
+        if dense is not None:
+            with torch.no_grad():
+                base_log_p, base_losses = token_losses(dense, labels)
+            kl, base_loss = kl_divergence(base_log_p, log_p).mean(), base_losses.mean()
         return Distilled(self.share * kl + (1 - self.share) * (loss - base_loss), kl, loss, base_loss)
 
     @contextmanager
@@ -169,9 +167,7 @@ def whole_logits(model: Any) -> str | None:
     with torch.no_grad():
         logits = core(input_ids=ids, use_cache=False).logits
         rebuilt = head_of(core, None).logits(last_hidden_states(core, ids))
-    half = logits.dtype in (torch.float16, torch.bfloat16)
-    allowed = (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, logits.abs().max().item())
-    if not (rebuilt - logits).abs().max().item() <= allowed:
+    if not (rebuilt - logits).abs().max().item() <= allowed_difference(logits, logits.dtype):
         return "its logits are more than an output layer's"
     return None
 

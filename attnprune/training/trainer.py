@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from attnprune.attention.gates import mix_seed
+from attnprune.attention.gates import mix_seed, seed_tensor
 from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
@@ -78,7 +78,6 @@ class SparsifyTrainer(StrictResume):
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
         # Now, not in the first step, where it would add to the memory of the training graph.
         needed = not (compares_with_base(config) and config.constraint.paired)
         mean = mean_loss(reference, held_out, self.args.device) if needed else None
@@ -119,7 +118,7 @@ class SparsifyTrainer(StrictResume):
         inputs = self._prepare_inputs(inputs)
         coefficients = [weight / self.current_gradient_accumulation_steps for weight in self._coefficients()]
         device = inputs["input_ids"].device
-        given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, torch.float32, device), self._seed(device))
+        given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, device), self._seed(device))
         if self._step is None:
             self._step = self._fastest(given)
         self._seen.append(self._step(*given))
@@ -136,7 +135,7 @@ class SparsifyTrainer(StrictResume):
     def _seed(self, device: torch.device) -> Tensor | None:
         if self.config.gate.estimator != "gumbel":
             return None
-        return _sent(mix_seed(self.config.train.seed, self.state.global_step, len(self._seen)), torch.int64, device)
+        return seed_tensor(mix_seed(self.config.train.seed, self.state.global_step, len(self._seen)), device)
 
     def _coefficients(self) -> tuple[float, float]:
         """Weights of edges and damage in the Lagrangian. Both terms are relative, so a multiplier of about 1 suits any
@@ -286,9 +285,9 @@ def constraint_of(config: RunConfig) -> Constraint:
     return Constraint(c.kind, c.target_density if c.kind == "density" else c.tolerance)
 
 
-def _sent(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers as a tensor on the device, without waiting for it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def _sent(values: list[float], device: torch.device) -> Tensor:
+    """Host numbers as fp32 on the device, without waiting for it."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:

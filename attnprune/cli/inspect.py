@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,8 @@ def inspect(
     if text is None:
         from attnprune.report.sidecar import summary, summary_data
 
-        out.result(summary_data(sidecar), *summary(sidecar))
+        data, shown = _frontier(folder)
+        out.result(summary_data(sidecar) | data, *summary(sidecar), *shown)
         return
     from attnprune.report.edges import as_data, render
     from attnprune.sidecar.edges import open_edges
@@ -67,6 +68,18 @@ def inspect(
         masks.save(save_mask, found.mask(heads), found.input_ids)
         out.note(f"mask of all heads written to {save_mask}")
     out.result(as_data(found, chosen), *render(found, chosen, limit))
+
+
+def _frontier(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """What there is to show of the frontier that a sidecar belongs to: (for JSON, for a terminal)."""
+    from attnprune.report.frontier import frontier_data, frontier_table
+    from attnprune.runs.frontier import read_frontier
+
+    found = read_frontier(folder)
+    if found is None:
+        return {}, []
+    points, place = found
+    return {"frontier": frontier_data(points), "place": place}, ["", frontier_table(points, place)]
 
 
 def _show_backends(folder: Path, base: str | None, allow_base_mismatch: bool) -> None:

@@ -68,7 +68,9 @@ class Display(TrainerCallback):
         self._live = None
 
     def _speed(self) -> float:
-        """Steps per second over the last steps."""
+        """Steps per second over the last steps; 0 where nothing has trained yet."""
+        if not self.history:
+            return 0.0
         (first, from_step), (last, to_step) = self.history[0], self.history[-1]
         return (to_step - from_step) / (last - first) if last > first else 0.0
 

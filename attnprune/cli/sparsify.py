@@ -74,6 +74,13 @@ def sparsify(
     init: Annotated[
         str | None, _option("--init", help="Sidecar of MODEL to start from: folder or Hub repository.")
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="With --init: train only the layers that lost most, with all gates and the density held.",
+        ),
+    ] = False,
     config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,
     resume: Annotated[Path | None, _option("--resume", help="Continue the unfinished run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -84,14 +91,16 @@ def sparsify(
     out.configure(json=as_json, quiet=quiet)
     if target_density is not None and constraint is None:
         constraint = "density"
+    if recover and constraint is None:
+        constraint = "density"  # that of the sidecar
     flags = {
         "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
         "data": {"source": data or None, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
         "gate": {"estimator": estimator, "temperature": temperature},
         "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},
         "train": {
-            "scope": scope, "time": time, "steps": steps, "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
+            "scope": scope, "recover": "worst" if recover else None, "time": time, "steps": steps,
+            "batch_size": batch_size, "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
             "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "optimizer": optimizer,
             "precision": precision, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,

@@ -23,6 +23,7 @@ from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
 from attnprune.training.graph import RecordedStep, Step, fastest
+from attnprune.training.recover import is_state
 from attnprune.training.restoring import BEST_FILE, MODEL_FILE, StrictResume, check_contents, reading
 from attnprune.training.scope import DenseBase
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
@@ -32,8 +33,8 @@ DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser tha
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of everything that trains, by parameter name (tied parameters once)."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once)."""
+    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if is_state(p)}
 
 
 class SparsifyTrainer(StrictResume):
@@ -249,7 +250,7 @@ class SparsifyTrainer(StrictResume):
         Raises:
             InputError: it is not one of this run.
         """
-        trains = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trains = {name: p for name, p in self.model.named_parameters() if is_state(p)}
         check_contents(checkpoint, trains, {DualState.__name__})
         if (checkpoint / BEST_FILE).exists():
             with reading(checkpoint):

@@ -448,6 +448,19 @@ def gates_forced_open(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def heads_forced_open(gate: Gate, heads: slice | int = slice(None)) -> Iterator[None]:
+    """Run with these heads of one layer open, and all other gates as they are, inside the block."""
+    before = gate.bias.detach().clone()
+    try:
+        with torch.no_grad():
+            gate.bias[heads] = math.inf
+        yield
+    finally:
+        with torch.no_grad():
+            gate.bias.copy_(before)
+
+
+@contextmanager
 def straight_through(model: nn.Module, use: bool = True) -> Iterator[None]:
     """Give gradients the gates' training slope inside the block, or not, whatever mode the model is in."""
     with _every_gate(model, "straight_through", use):

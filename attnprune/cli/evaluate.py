@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet, Revision
 from attnprune.cli.output import out
+
+if TYPE_CHECKING:
+    from attnprune.sidecar.folder import Sidecar
 
 
 def evaluate(
@@ -19,7 +22,25 @@ def evaluate(
         typer.Option("--data", help="Text to measure on, or 'self' (repeatable). Default: the run's held-out split."),
     ] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per block; 0: as in training.", min=0)] = 0,
-    tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens per text.", min=2)] = 16_384,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            help="At most this many tokens per text. Default: 16384; with --damage 4096.",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
+    damage: Annotated[
+        bool,
+        typer.Option(
+            "--damage",
+            help="Put every layer right alone, then the worst heads; the record is the sidecar's damage.json.",
+        ),
+    ] = False,
+    damage_heads: Annotated[
+        int, typer.Option("--damage-heads", help="With --damage: heads that are measured.", min=0)
+    ] = 16,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass; 0: by length.", min=0)] = 0,
     text_field: Annotated[
         str, typer.Option("--text-field", help="Column of text or chat messages; without a column text, messages.")
@@ -37,19 +58,24 @@ def evaluate(
 
     from attnprune.errors import InputError
     from attnprune.sidecar.folder import open_sidecar
-    from attnprune.sidecar.hub import locate_sparse
+    from attnprune.sidecar.hub import is_repo, locate_sparse
 
     folder = locate_sparse(path, revision) or Path(path)
     is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
     sidecar = open_sidecar(folder) if is_sidecar else None
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
+    if damage:
+        if sidecar is None or is_repo(path):
+            raise InputError(f"{path}: is not a local sidecar", hint="--damage takes the folder that a run wrote")
+        _damage(sidecar, data, base, device, seq_len, tokens, damage_heads, text_field, allow_base_mismatch)
+        return
     from attnprune.report.evaluation import report_data, report_table
     from attnprune.training.evaluation import evaluate_model
 
     reports = evaluate_model(
-        path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len, tokens=tokens,
-        batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
+        path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len,
+        tokens=tokens or 16_384, batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
     facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
     lines: list[object] = [report_table(reports)]
@@ -59,3 +85,27 @@ def evaluate(
         verdict = "reproduced exactly" if facts["reproduced"] else "DIFFERS"
         lines.append(f"stored result: loss {stored.loss:.6f}, {stored.open_edges:,} open edges: {verdict}")
     out.result(facts, *lines)
+
+
+def _damage(
+    sidecar: Sidecar, data: list[str] | None, base: str | None, device: str, seq_len: int, tokens: int | None,
+    heads: int, text_field: str, allow_base_mismatch: bool,
+) -> None:  # fmt: skip
+    from attnprune.errors import InputError
+    from attnprune.files import check_writable
+    from attnprune.report.damage import as_data, render
+    from attnprune.sidecar.damage import write_damage
+
+    if data is not None and len(data) > 1:
+        raise InputError("--damage: takes one --data")
+    if allow_base_mismatch:
+        raise InputError("--damage: compares with the sidecar's own base; leave out --allow-base-mismatch")
+    check_writable(sidecar.path)
+    from attnprune.training.damage import TOKENS, sidecar_damage
+
+    found = sidecar_damage(
+        sidecar, data[0] if data else None, base=base, device=device, seq_len=seq_len, tokens=tokens or TOKENS,
+        heads=heads, text_field=text_field, on_note=out.note,
+    )  # fmt: skip
+    write_damage(sidecar, found)
+    out.result(as_data(sidecar, found), *render(sidecar, found))

@@ -20,6 +20,9 @@ def inspect(
     save_mask: Annotated[
         Path | None, typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file.")
     ] = None,
+    damage: Annotated[
+        bool, typer.Option("--damage", help="Show where it lost something, as eval --damage measured it.")
+    ] = False,
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Show which attention implementation runs here, and why.")
     ] = False,
@@ -42,6 +45,14 @@ def inspect(
         if text is None:
             raise InputError("--save-mask: needs --text", hint="which edges are open depends on the text")
         masks.check_target(save_mask)
+    if damage:
+        from attnprune.report.damage import as_data as damage_data
+        from attnprune.report.damage import render as damage_tables
+        from attnprune.sidecar.damage import read_damage
+
+        found_damage = read_damage(sidecar)
+        out.result(damage_data(sidecar, found_damage), *damage_tables(sidecar, found_damage))
+        return
     if runtime:
         _show_backends(folder, base, allow_base_mismatch)
         return

@@ -91,6 +91,13 @@ def sparsify(
     init: Annotated[
         str | None, _option("--init", help="Sidecar of MODEL to start from: folder or Hub repository.")
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="With --init: train only the layers that lost most, with all gates and the density held.",
+        ),
+    ] = False,
     config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,
     resume: Annotated[Path | None, _option("--resume", help="Continue the unfinished run in this folder.")] = None,
     finish: Annotated[
@@ -109,6 +116,8 @@ def sparsify(
         *marks, target_density = [density / 100 for density in _numbers("--frontier", frontier)]
     if target_density is not None and constraint is None:
         constraint = "density"
+    if recover and constraint is None:
+        constraint = "density"  # that of the sidecar
     flags = {
         "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
         "data": {
@@ -120,8 +129,8 @@ def sparsify(
             "kind": constraint, "tolerance": tolerance, "target_density": target_density, "frontier": marks,
         },
         "train": {
-            "scope": scope, "time": time, "steps": steps, "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
+            "scope": scope, "recover": "worst" if recover else None, "time": time, "steps": steps,
+            "batch_size": batch_size, "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
             "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "lora_targets": lora_targets,
             "match": match, "optimizer": optimizer,
             "precision": precision, "gradient_checkpointing": gradient_checkpointing,

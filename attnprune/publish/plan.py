@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from attnprune.errors import InputError
 from attnprune.publish import card
-from attnprune.runs.folder import METRICS_FILE, RUN_FILE, load_run_file, without_local_paths
+from attnprune.runs.folder import DAMAGE_FILE, METRICS_FILE, RUN_FILE, load_run_file, without_local_paths
 from attnprune.sidecar import format, hub, remote, strangers
+from attnprune.sidecar.damage import read_damage
 from attnprune.sidecar.folder import Sidecar
 
 CARD = "README.md"
@@ -208,7 +209,7 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
         yield format.MANIFEST_FILE, manifest.to_json().encode()
         if (folder / RUN_FILE).is_file():
             yield RUN_FILE, without_local_paths(load_run_file(folder / RUN_FILE)).to_toml().encode()
-        optional = (METRICS_FILE, CARD)
+        optional = (METRICS_FILE, DAMAGE_FILE, CARD)
     else:
         values = format.parse_json(format.read_regular(folder, "config.json", format.MAX_JSON_BYTES), "config.json")
         values["attnprune"] = json.loads(manifest.to_json())
@@ -220,6 +221,8 @@ def _contents(sidecar: Sidecar, base: HubBase) -> Iterator[tuple[str, Path | byt
     for name in optional:
         if (folder / name).exists() and name not in manifest.files:
             raw = format.read_regular(folder, name)  # no link out of the folder
+            if name == DAMAGE_FILE:
+                read_damage(sidecar)  # a person would take it for this one's
             if name == "tokenizer_config.json":
                 raw = _without_local_paths(format.parse_json(raw, name, format.MAX_LARGE_JSON_BYTES))
             if name != CARD or card.MARK.encode() not in raw:  # a generated card names another repository

@@ -1,8 +1,8 @@
 """Pushing to the Hub: a plan, then exactly the planned files, then a check of what arrived.
 
-Only files that the manifest lists, the manifest, run.toml, metrics.jsonl, a tokenizer (merged form) and the card are
-ever sent. Every commit names its parent, so a push that failed anywhere can be repeated: what has arrived is not sent
-again, and somebody else's commit in between is noticed instead of overwritten.
+Only files that the manifest lists, the manifest, run.toml, metrics.jsonl, damage.json, a tokenizer (merged form) and
+the card are ever sent. Every commit names its parent, so a push that failed anywhere can be repeated: what has arrived
+is not sent again, and somebody else's commit in between is noticed instead of overwritten.
 """
 
 from __future__ import annotations

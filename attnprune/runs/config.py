@@ -177,6 +177,10 @@ class TrainConfig(Section):
         return value
 
     scope: Literal["auto", "gates", "lora", "attn", "full"] = Field(default="auto", description="what trains")
+    recover: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["worst"] | None = Field(
+        default=None,
+        description="layers that alone train, gates held; worst: those that lost most, by damage.json of model.init",
+    )
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         default=1.0, description="share of KL(base || sparse) in what is learned; the rest is the text's own loss"
     )

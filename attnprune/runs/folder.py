@@ -1,6 +1,6 @@
 """The run folder: its files, and the checks before anything heavy is imported. No torch.
 
-OUT/run.toml  metrics.jsonl  checkpoints/checkpoint-N/  and, when the run has finished, the sidecar's files
+OUT/run.toml  metrics.jsonl  checkpoints/checkpoint-N/  when the run has finished the sidecar's files; damage.json
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from attnprune.runs.config import RunConfig, build_config, merge, override, read
 
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
+DAMAGE_FILE = "damage.json"  # by `attnprune eval --damage`, after the run
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "attnprune.json"  # written last: with it the folder is a sidecar and the run has finished
 DEMO = "demo"

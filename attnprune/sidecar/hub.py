@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from attnprune.errors import AttnPruneError, InputError
 from attnprune.files import write_atomic
-from attnprune.runs.folder import CHECKPOINTS, RUN_FILE
+from attnprune.runs.folder import CHECKPOINTS, DAMAGE_FILE, RUN_FILE
 from attnprune.sidecar import format, strangers
 from attnprune.sidecar.folder import is_merged, open_artefact
 from attnprune.sidecar.remote import (
@@ -26,6 +26,7 @@ from attnprune.sidecar.remote import (
     retrying,
 )
 
+_LIMITS = {format.GATES_FILE: format.MAX_GATES_BYTES, DAMAGE_FILE: format.MAX_JSON_BYTES}
 _MANIFEST_FILES = {"sidecar": format.MANIFEST_FILE, "merged": "config.json"}
 # A merged folder's root files besides those of its manifest: configuration and tokenizer, whatever their names. Any
 # other JSON is fetched as well, since it may name code.
@@ -164,7 +165,7 @@ def _fetched(listing: Listing, *, weights: bool) -> Path:
         if found.size != entry.size or (len(found.digest) == 64 and found.digest != entry.sha256):
             raise InputError(f"{listing.repo}: {name} is damaged (not the file that its manifest describes)")
     for name in _wanted(kind, listing.files, list(listed), weights=weights):
-        _download(listing, name, format.MAX_GATES_BYTES if name == format.GATES_FILE else None)
+        _download(listing, name, _LIMITS.get(name))
     return folder
 
 
@@ -189,9 +190,10 @@ def shown(path: Path) -> str:
 
 def _wanted(kind: str, present: dict[str, RemoteFile], listed: list[str], *, weights: bool) -> list[str]:
     """What to fetch besides the manifest, small files first, so that a folder with its weights is whole."""
+    damage = [DAMAGE_FILE] if kind == "sidecar" and DAMAGE_FILE in present else []
     if not weights:
-        return [format.GATES_FILE, *([format.CODE_FILE] if kind == "merged" else [])]
-    extra = [RUN_FILE] if kind == "sidecar" else [n for n in present if _is_text(n)]
+        return [format.GATES_FILE, *damage, *([format.CODE_FILE] if kind == "merged" else [])]
+    extra = [RUN_FILE, *damage] if kind == "sidecar" else [n for n in present if _is_text(n)]
     return [*(name for name in extra if name in present and name not in listed), *listed]
 
 

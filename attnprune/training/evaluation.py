@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from attnprune.data.blocks import Blocks
 from attnprune.data.sampling import cache_folder, self_written
@@ -44,20 +45,38 @@ def evaluate_model(
         model = bases.load_base(name, revision=revision, device=device)
         length = seq_len or min(512, bases.context_length(model.model) or 512)
         return [
-            measure(model.model, _blocks(s, text_field, model, length, tokens), batch_size=batch_size) for s in sources
+            measure(model.model, text_blocks(s, text_field, model, length, tokens), batch_size=batch_size)
+            for s in sources
         ]
-    base_name, base_revision = (base, None) if base is not None else loading.default_base(sidecar)
-    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-    dense = bases.load_base(base_name, revision=base_revision, device=device, dtype=dtype)
+    dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
     length = seq_len or sidecar.manifest.result.seq_len
-    texts = [_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
-    sparse = copy.deepcopy(dense.model)
-    loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
+    texts = [text_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
     reference = bases.dense(dense.model)
     return [measure(sparse, blocks, reference=reference, control=True, batch_size=batch_size) for blocks in texts]
 
 
-def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, tokens: int) -> Blocks:
+def load_pair(
+    sidecar: Sidecar, base: str | None, device: str, *, allow_base_mismatch: bool = False
+) -> tuple[bases.BaseModel, Any]:
+    """(the base, the sparse model) of a sidecar; `base` None is the one that it names.
+
+    Raises:
+        InputError: no base that can be found, or another one than the sidecar was made from.
+    """
+    name, revision = (base, None) if base is not None else loading.default_base(sidecar)
+    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
+    dense = bases.load_base(name, revision=revision, device=bases.pick_device(device), dtype=dtype)
+    sparse = copy.deepcopy(dense.model)
+    loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
+    return dense, sparse
+
+
+def text_blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, tokens: int) -> Blocks:
+    """Blocks of a text that the user names.
+
+    Raises:
+        InputError: unknown or unreadable text, or blocks longer than the context.
+    """
     context = bases.context_length(base.model)
     if context is not None and seq_len > context:
         raise InputError(f"--seq-len: {seq_len} is more than the model's context of {context}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from attnprune.attention.interface import gates_forced_open
 from attnprune.errors import AttnPruneError, InputError, first_line
-from attnprune.sidecar import bases, loading
+from attnprune.sidecar import bases
 from attnprune.sidecar.folder import Sidecar
+from attnprune.training.evaluation import load_pair
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def evaluate_tasks(
     if sidecar is None:
         loaded = bases.load_base(name, revision=revision, device=device)
         return {"model": scores(loaded.model, loaded.tokenizer)}
-    base_name, base_revision = (base, None) if base is not None else loading.default_base(sidecar)
-    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-    dense = bases.load_base(base_name, revision=base_revision, device=device, dtype=dtype)
-    sparse = copy.deepcopy(dense.model)
-    loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
+    dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
     found = {"base": scores(dense.model, dense.tokenizer), "sparse": scores(sparse, dense.tokenizer)}
     with gates_forced_open(sparse):
         found["open gates"] = scores(sparse, dense.tokenizer)

@@ -35,6 +35,7 @@ from attnprune.training.calibration import calibrate, starts_from_mass
 from attnprune.training.callbacks import Deadline, EndOfStretch, MetricsFile, StopOnSignal
 from attnprune.training.export import export
 from attnprune.training.plan import Clock, Plan, make_plan
+from attnprune.training.recover import choose_layers, hold_still
 from attnprune.training.resolve import load_base, load_dtype, resolve
 from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase, make_trainable
@@ -96,6 +97,8 @@ def _run(
     # A run that has a checkpoint needs nothing else.
     if config.model.init and not (resume and checkpoints.last_good(folder / CHECKPOINTS)[0]):
         init = sidecar_to_start_from(config)
+    if config.train.recover and not config.model.init:
+        raise InputError("train.recover: needs a finished run to start from", hint="--init SIDECAR")
     if init is not None and config.model.dtype == "auto":
         config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
     on_note(f"loading {config.model.name}")
@@ -118,6 +121,8 @@ def _run(
         more.append(f"start: the gates and weights of {init.path}")
     on_note(f"reading {config.data.described}")
     train_blocks, held_out = load_blocks(config, base.model, base.tokenizer, model_key(base_entry))
+    if init is not None and config.train.recover == "worst":
+        more += choose_layers(config, init, base.model, held_out, on_note)
     attach_gates(base.model, config)
     model, reference = make_trainable(base.model, config)
     more += settle_step(model, config)
@@ -130,6 +135,7 @@ def _run(
     if init is not None:
         start_from(model, init, config)
         run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
+    more += hold_still(model, config)
     deadline = None if config.train.time is None else started + seconds(config.train.time)
     if not finish:
         plan = make_plan(model, reference, config, train_blocks, held_out, notes + more, clock, on_note)

@@ -22,6 +22,7 @@ from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
 from attnprune.training.graph import RecordedStep, Step, fastest
 from attnprune.training.optimizer import make_optimizer
+from attnprune.training.recover import is_state
 from attnprune.training.restoring import MODEL_FILE, STATE_FILE, StrictResume, best_file, check_contents, reading
 from attnprune.training.schedule import Schedule, marks_of
 from attnprune.training.scope import DenseBase
@@ -29,8 +30,8 @@ from attnprune.training.step import TERMS, MicroStep, compares_with_base
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of everything that trains, by parameter name (tied parameters once)."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once)."""
+    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if is_state(p)}
 
 
 class SparsifyTrainer(StrictResume):
@@ -217,7 +218,7 @@ class SparsifyTrainer(StrictResume):
         Raises:
             InputError: it is not one of this run.
         """
-        trains = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trains = {name: p for name, p in self.model.named_parameters() if is_state(p)}
         files = {mark: self._best_file(mark) for mark in self.marks}
         check_contents(checkpoint, trains, {DualState.__name__}, list(files.values()))
         for mark, file in files.items():

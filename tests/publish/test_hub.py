@@ -20,6 +20,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from attnprune.sidecar import format, loading
+from attnprune.sidecar.damage import Damage, fingerprints, write_damage
 from attnprune.sidecar.folder import open_sidecar
 from attnprune.sidecar.merged import write_merged
 from attnprune.units import percent, size
@@ -451,6 +452,28 @@ def test_h12_only_listed_files_are_sent(hub, run, tmp_path):
     assert set(hub.files(REPO)) == SENT
     (folder / "metrics.jsonl").symlink_to("/etc/passwd")
     run("push", folder, REPO, code=2, part="link leaves the folder")
+
+
+def test_the_damage_of_a_sidecar_travels_with_it(hub, run, tmp_path):
+    sidecar = open_sidecar(shutil.copytree(SIDECAR, tmp_path / "sidecar"))
+    heads = sidecar.manifest.gate.heads
+    names = {"head_teacher_error": 0.1, "head_student_error": 0.2, "head_kl_patched": None, "head_kl_open": None}
+    lists = [{name: [value] * count for name, value in names.items()} for count in heads]
+    layers = [
+        {"teacher_error": 0.1, "student_error": 0.2, "kl_patched": 0.3, "kl_open": 0.4, "loss_open": 3, **one}
+        for one in lists
+    ]
+    facts = {"created_by": "attnprune", "data": "text.txt", "data_sha256": "0" * 64, "seq_len": 16, "tokens": 15}
+    numbers = {"loss": 3.5, "base_loss": 3.0, "kl": 0.5, "layers": layers}
+    write_damage(sidecar, Damage.model_validate({**facts, **numbers, "files": fingerprints(sidecar)}))
+    run("push", sidecar.path, REPO)
+    assert set(hub.files(REPO)) == SENT | {"damage.json"}
+    shown = json.loads(run("inspect", REPO, "--damage", "--json").stdout)
+    assert shown["damage"]["kl"] == 0.5
+    (sidecar.path / "damage.json").write_text("{")
+    before = hub.commits(REPO)
+    run("push", sidecar.path, REPO, code=2, part="damage.json: not valid JSON")
+    assert hub.commits(REPO) == before
 
 
 def test_h13_another_model_is_replaced_only_on_demand(pushed, run):

@@ -69,7 +69,7 @@ def test_every_family_has_its_layers_and_projections(family):
     assert damage.worst_layers()[0] == LAYER
     worst = damage.layers[LAYER]
     assert worst.kl_patched == worst.kl_open == worst.head_kl_open[HEAD] == 0.0
-    assert worst.head_kl_patched[HEAD] == pytest.approx(0, abs=1e-9)
+    assert worst.head_kl_patched[HEAD] == pytest.approx(0, abs=1e-7)
     assert [damage.layers[i].kl_open for i in (0, 2, 3)] == [damage.kl] * 3
     assert damage.layers[0].kl_patched == damage.kl
     assert damage.layers[0].student_error == 0 < damage.layers[2].student_error

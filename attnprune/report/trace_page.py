@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnprune.report.pages import build, text
@@ -22,7 +23,7 @@ def render_page(result: Trace) -> str:
     first = result.models[0]
     return build(
         "trace.html", ("page.css", "trace.css"), ("page.js", "trace_view.js"), _data(result),
-        title=text(f"Trace of {first.name}: {said(result, 60)} → {shown(first.predicted.text)}"),
+        title=text(f"Trace of {Path(first.name).name}: {said(result, 60)} → {shown(first.predicted.text)}"),
         intro=_intro(result), toggle=_toggle(result.models), report=_report(result), method=_method(result),
     )  # fmt: skip
 
@@ -51,8 +52,8 @@ def _shifts(shifts: list[Shift]) -> list[dict[str, str | float]]:
 def _intro(result: Trace) -> str:
     """One line per model."""
     return "\n".join(
-        f"<p><b>{text(model.name)}</b> <span class=dim>({model.kind})</span>: {len(model.messages):,} of "
-        f"{model.open:,} messages sent keep {model.kept.share:.3f} of the prediction "
+        f"<p><b>{text(Path(model.name).name)}</b> <span class=dim>({model.kind})</span>: {len(model.messages):,} of "
+        f"{model.open:,} messages sent keep {model.kept.share:z.3f} of the prediction "
         f"<code>{text(shown(model.predicted.text))}</code> ({percent(model.predicted.probability)}) against "
         f"<code>{text(shown(model.against.text))}</code> ({percent(model.against.probability)}), target "
         f"{result.target:g}</p>"
@@ -66,7 +67,7 @@ def _toggle(models: list[ModelTrace]) -> str:
         return ""
     buttons = "\n".join(
         f'<label title="{text(model.name)}"><input type="radio" name="model" value="{index}"'
-        f"{' checked' if index == 0 else ''}>{model.kind} <span class=dim>{text(model.name)}</span></label>"
+        f"{' checked' if index == 0 else ''}>{model.kind} <span class=dim>{text(Path(model.name).name)}</span></label>"
         for index, model in enumerate(models)
     )
     return f"<fieldset><legend>model</legend>\n{buttons}</fieldset>"
@@ -90,14 +91,14 @@ def _report(result: Trace) -> str:
         row("no message can go", lambda m: "each was tried" if m.minimal else "not tried for each"),
         row("runs of the model", lambda m: f"{m.runs:,} in {duration(m.seconds)}"),
     )
-    head = "".join(f"<th>{text(model.name)}</th>" for model in models)
+    head = "".join(f"<th>{text(Path(model.name).name)}</th>" for model in models)
     return f"<table id=report><thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table>"
 
 
 def measured(m: Measured) -> str:
     """A run in words."""
     return (
-        f"share {m.share:.3f}, KL {m.kl:.3g} nats, logit difference {m.difference:.3f}, predicted token "
+        f"share {m.share:z.3f}, KL {m.kl:.3g} nats, logit difference {m.difference:.3f}, predicted token "
         f"{percent(m.probability)}{'' if m.same else ', no longer the likeliest'}"
     )
 
@@ -105,7 +106,7 @@ def measured(m: Measured) -> str:
 def _random(model: ModelTrace) -> str:
     r = model.random
     return (
-        f"share {r.share:.3f}, from {r.share_low:.3f} to {r.share_high:.3f} in {r.draws} draws; "
+        f"share {r.share:z.3f}, from {r.share_low:z.3f} to {r.share_high:z.3f} in {r.draws} draws; "
         f"KL {r.kl:.3g}, from {r.kl_low:.3g} to {r.kl_high:.3g}"
     )
 

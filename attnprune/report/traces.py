@@ -89,8 +89,8 @@ def sets_table(result: Trace) -> Table:
     row("messages kept", *(f"{len(m.messages):,}" for m in models))
     row("  sent", *(f"{m.open:,} of {m.visible:,}" for m in models))
     row("  none can go", *("yes" if m.minimal else "not tried for each" for m in models))
-    row("share kept", *(f"{m.kept.share:.3f}" for m in models))
-    row("  all others", *(f"{m.complement.share:.3f}" for m in models))
+    row("share kept", *(f"{m.kept.share:z.3f}" for m in models))
+    row("  all others", *(f"{m.complement.share:z.3f}" for m in models))
     row("  random sets", *(_range(m.random.share, m.random.share_low, m.random.share_high) for m in models))
     row("KL to full, nats", *(f"{m.kept.kl:.4g}" for m in models))
     row("  all others", *(f"{m.complement.kl:.4g}" for m in models))
@@ -103,7 +103,7 @@ def sets_table(result: Trace) -> Table:
 
 
 def _range(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 def _difference(m: Measured) -> str:

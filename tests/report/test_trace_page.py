@@ -136,6 +136,7 @@ def test_following_stays_within_the_size(open_trace, two_models):
     page.js("choose(state.model.messages[0])")
     first = {(m.layer, m.head, m.query, m.key) for m in two_models.models[0].messages[:8]}
     assert hot(page) <= first
+    page.js("document.querySelector('#list').scrollIntoView()")
     page.click("#list tbody tr:nth-child(12)")  # beyond the size: it is shown
     assert drawn(page) == 12
     assert page.js("state.chosen.rank") == 11
@@ -225,7 +226,7 @@ def test_hostile_text_without_a_browser():
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_table_fits_and_drives_no_terminal(width):
-    tokens = ["[red]When[/red]", CONTROL, " Mary" * 9, "\u202eend"] + [" the"] * 96
+    tokens = [CONTROL, " Mary" * 9, "\u202eend"] + [CONTROL, "[/]猫"] * 48 + ["[red]When[/red]"]
     models = [model_trace(40, 100, token="[/]\x1b[2J"), model_trace(40, 100, "x" * 90, "dense", layers=30, heads=32)]
     console = Console(width=width, record=True, force_terminal=False, highlight=False, soft_wrap=True)
     with console.capture() as captured:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from attnprune.files import write_atomic
 from attnprune.tracing.result import ModelTrace
 from attnprune.tracing.run import trace
 
@@ -66,17 +67,17 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=len(SENTENCES), help="only the first ones")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for text in SENTENCES[: options.sentences]:
         sparse, dense = trace(options.sidecar, text, base=options.base, target=options.target).models
         rows.append({"text": text, "sparse": facts(sparse), "dense": facts(dense)})
+        sizes = ([row["dense"]["messages"] for row in rows], [row["sparse"]["messages"] for row in rows])
+        record = {
+            "sidecar": Path(options.sidecar).name, "base": Path(options.base or "").name, "target": options.target,
+            "ratio_dense_sparse": ratio(*sizes, seed=0), "resamples": RESAMPLES, "traces": rows,
+        }  # fmt: skip
+        write_atomic(options.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")  # what there is so far
         print(f"{len(sparse.messages):6} {len(dense.messages):6}  {text!r}", file=sys.stderr)
-    sizes = ([row["dense"]["messages"] for row in rows], [row["sparse"]["messages"] for row in rows])
-    record = {
-        "sidecar": options.sidecar, "base": Path(options.base or "").name, "target": options.target,
-        "ratio_dense_sparse": ratio(*sizes, seed=0), "resamples": RESAMPLES, "traces": rows,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

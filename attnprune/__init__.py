@@ -17,6 +17,7 @@ _HOMES = {
     "attach": "attnprune.attention.interface",
     "detach": "attnprune.attention.interface",
     "sparsify": "attnprune.training.recipe",
+    "trace": "attnprune.tracing.run",
     "RunConfig": "attnprune.runs.config",
     "Sidecar": "attnprune.sidecar.folder",
     "open_sidecar": "attnprune.sidecar.folder",
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from attnprune.runs.config import RunConfig
     from attnprune.sidecar.folder import Sidecar, open_sidecar
     from attnprune.sidecar.loading import load
+    from attnprune.tracing.run import trace
     from attnprune.training.recipe import sparsify
 
-__all__ = ["RunConfig", "Sidecar", "__version__", "attach", "detach", "load", "open_sidecar", "sparsify"]
+__all__ = ["RunConfig", "Sidecar", "__version__", "attach", "detach", "load", "open_sidecar", "sparsify", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from attnprune.cli import evaluate as evaluate_command
 from attnprune.cli import inspect as inspect_command
 from attnprune.cli import push as push_command
 from attnprune.cli import sparsify as sparsify_command
+from attnprune.cli import trace as trace_command
 from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
 from attnprune.cli.signals import EndedBySignal, ending_on_signals
@@ -40,6 +41,7 @@ app.command("verify")(verify_command.verify)
 app.command("diff")(diff_command.diff)
 app.command("eval")(evaluate_command.evaluate)
 app.command("circuit")(circuit_command.circuit)
+app.command("trace")(trace_command.trace)
 app.add_typer(bench_commands.app)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnprune.errors import printable
-from attnprune.report.circuits import chance, verdict
+from attnprune.files import write_atomic
+from attnprune.report.circuits import chance, curve_png, verdict
 from attnprune.units import duration, number, percent
 
 if TYPE_CHECKING:
@@ -212,3 +214,12 @@ def _method(result: CircuitResult) -> str:
         f"<code>{_text(result.command)}</code> <span class=dim>({duration(result.seconds)})</span>",
     ]
     return "\n".join(f"<p>{line}</p>" for line in lines)
+
+
+def write_pictures(result: CircuitResult, folder: Path) -> list[Path]:
+    """Page and curve of a search, both made before one is written; the files written (no curve without matplotlib)."""
+    contents = {"circuit.html": render_page(result), "curve.png": curve_png(result)}
+    made = {folder / name: content for name, content in contents.items() if content is not None}
+    for file, content in made.items():
+        write_atomic(file, content)
+    return list(made)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.texts import addition_task, load_blocks, read_blocks
@@ -41,11 +43,8 @@ def evaluate_model(
     """
     device = bases.pick_device(device)
     if sidecar is None:
-        model = bases.load_base(name, revision=revision, device=device)
-        length = seq_len or min(512, bases.context_length(model.model) or 512)
-        return [
-            measure(model.model, _blocks(s, text_field, model, length, tokens), batch_size=batch_size) for s in sources
-        ]
+        loaded = bases.load_base(name, revision=revision, device=device)
+        return _measured(loaded, sources, seq_len, tokens, batch_size, text_field)
     base_name, base_revision = (base, None) if base is not None else loading.default_base(sidecar)
     dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
     dense = bases.load_base(base_name, revision=base_revision, device=device, dtype=dtype)
@@ -55,6 +54,41 @@ def evaluate_model(
     loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
     reference = bases.dense(dense.model)
     return [measure(sparse, blocks, reference=reference, control=True, batch_size=batch_size) for blocks in texts]
+
+
+def evaluate_loaded(
+    model: Any,
+    tokenizer: Any,
+    sources: list[str],
+    *,
+    seq_len: int = 0,
+    tokens: int = 16_384,
+    batch_size: int = 0,
+    text_field: str = "text",
+) -> list[Report]:
+    """One Report per text of a model in memory; one with gates is also measured with all of them open.
+
+    Raises:
+        InputError: unknown text, or text that only a model by name writes.
+    """
+    if "self" in sources:
+        raise InputError("self: is text that a base model by name writes")
+    was_training = model.training
+    model.eval()
+    try:
+        return _measured(bases.BaseModel(model, tokenizer, "local"), sources, seq_len, tokens, batch_size, text_field)
+    finally:
+        model.train(was_training)
+
+
+def _measured(
+    loaded: bases.BaseModel, sources: list[str], seq_len: int, tokens: int, batch_size: int, text_field: str
+) -> list[Report]:
+    """Reports of a model that has no base to be compared with."""
+    model, length = loaded.model, seq_len or min(512, bases.context_length(loaded.model) or 512)
+    has_gates = bool(gates_of(model))
+    texts = [_blocks(source, text_field, loaded, length, tokens) for source in sources]
+    return [measure(model, blocks, control=has_gates, batch_size=batch_size) for blocks in texts]
 
 
 def _blocks(source: str, text_field: str, base: bases.BaseModel, seq_len: int, tokens: int) -> Blocks:

@@ -1,4 +1,7 @@
-"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only."""
+"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only.
+
+Long because the overrides share the state of one run.
+"""
 
 from __future__ import annotations
 
@@ -200,6 +203,12 @@ class SparsifyTrainer(StrictResume):
         train = self.config.train
         return train.steps - int(train.steps * train.final_fraction)
 
+    @property
+    def _settled_step(self) -> int:
+        """The step from which on the limit is the one that was asked for."""
+        way = math.ceil(DENSITY_WAY * self.config.train.steps)
+        return way if self.constraint.kind == "density" else self._pressure_steps
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the constraint's numbers of the last micro-batch to each training log."""
         if "loss" in logs:
@@ -221,6 +230,9 @@ class SparsifyTrainer(StrictResume):
             if key not in ("heads", "data", "control_loss") and value is not None
         }
         metrics[f"{metric_key_prefix}_feasible"] = self._feasible(report)
+        metrics[f"{metric_key_prefix}_value"] = self._constrained_value(report)
+        metrics[f"{metric_key_prefix}_limit"] = self._current_constraint().limit  # of this step; see settled
+        metrics[f"{metric_key_prefix}_settled"] = self._settled_step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

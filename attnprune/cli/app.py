@@ -30,7 +30,7 @@ app = typer.Typer(
     name="attnprune",
     help="Post-train a language model so that its attention keeps few of its edges at the original loss.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("sparsify")(sparsify_command.sparsify)
@@ -70,7 +70,7 @@ def run() -> int:
     _quiet_libraries()
     try:
         with ending_on_signals():
-            code = app(standalone_mode=False)
+            code = app(prog_name="attnprune", standalone_mode=False)
             sys.stdout.flush()
         if code == 130:  # Typer caught Ctrl-C itself
             raise KeyboardInterrupt

@@ -54,15 +54,11 @@ def evaluate(
 ) -> None:
     """Measure loss, base loss, open-gate control, KL, density and edges per query on text."""
     out.configure(json=as_json, quiet=quiet)
-    from pathlib import Path
-
+    from attnprune.api.commands import sidecar_at
     from attnprune.errors import InputError
-    from attnprune.sidecar.folder import open_sidecar
-    from attnprune.sidecar.hub import is_repo, locate_sparse
+    from attnprune.sidecar.hub import is_repo
 
-    folder = locate_sparse(path, revision) or Path(path)
-    is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
-    sidecar = open_sidecar(folder) if is_sidecar else None
+    sidecar = sidecar_at(path, revision)
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
     if damage:
@@ -70,7 +66,7 @@ def evaluate(
             raise InputError(f"{path}: is not a local sidecar", hint="--damage takes the folder that a run wrote")
         _damage(sidecar, data, base, device, seq_len, tokens, damage_heads, text_field, allow_base_mismatch)
         return
-    from attnprune.report.evaluation import report_data, report_table
+    from attnprune.report.evaluation import report_data, report_table, warnings_of
     from attnprune.training.evaluation import evaluate_model
 
     reports = evaluate_model(
@@ -78,7 +74,7 @@ def evaluate(
         tokens=tokens or 16_384, batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
     facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
-    lines: list[object] = [report_table(reports)]
+    lines: list[object] = [report_table(reports), *warnings_of(reports)]
     if sidecar is not None and not data:
         stored, now = sidecar.manifest.result, reports[0]
         facts["reproduced"] = (now.loss, now.open_edges) == (stored.loss, stored.open_edges)

@@ -31,6 +31,8 @@ class Output:
     def configure(self, *, json: bool, quiet: bool) -> None:
         """Choose the mode."""
         self.json, self.quiet = json, quiet
+        if not self.live and not debugging():
+            os.environ["TQDM_DISABLE"] = "1"  # bars of transformers, gguf, datasets; tqdm reads it once, on import
 
     @property
     def live(self) -> bool:

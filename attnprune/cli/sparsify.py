@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from attnprune.cli.options import Json, Quiet
+from attnprune.cli.options import RUN_DEFAULTS, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.errors import AttnPruneError, ConstraintNotMetError, InputError
 
 
 def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
+    default = RUN_DEFAULTS.get(names[0])
+    return typer.Option(*names, help=help if default is None else f"{help} Default: {default}.", show_default=False)
 
 
 def sparsify(
@@ -207,7 +208,7 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, f
     if sidecar is None:
         return 0
     data, shown = _frontier(sidecar.path)
-    out.result(summary_data(sidecar) | data, *summary(sidecar), *shown, next_commands(sidecar, config.model.name))
+    out.result(summary_data(sidecar) | data, *summary(sidecar), *shown, next_commands(sidecar))
     result = sidecar.manifest.result
     if not result.feasible:
         option = "--target-density" if result.constraint == "density" else "--tolerance"

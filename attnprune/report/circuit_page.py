@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnprune.report.circuits import chance, verdict
+from attnprune.files import write_atomic
+from attnprune.report.circuits import chance, curve_png, verdict
 from attnprune.report.pages import build
 from attnprune.report.pages import text as _text
 from attnprune.units import duration, number, percent
@@ -192,3 +194,12 @@ def _method(result: CircuitResult) -> str:
         f"<code>{_text(result.command)}</code> <span class=dim>({duration(result.seconds)})</span>",
     ]
     return "\n".join(f"<p>{line}</p>" for line in lines)
+
+
+def write_pictures(result: CircuitResult, folder: Path) -> list[Path]:
+    """Page and curve of a search, both made before one is written; the files written (no curve without matplotlib)."""
+    contents = {"circuit.html": render_page(result), "curve.png": curve_png(result)}
+    made = {folder / name: content for name, content in contents.items() if content is not None}
+    for file, content in made.items():
+        write_atomic(file, content)
+    return list(made)

@@ -136,6 +136,7 @@ def result_entry(report: Report, config: RunConfig, held_out: Blocks) -> dict[st
     left_out = ("heads", "agreement")
     sources = [{"data": source.name, "tokens": source.tokens} for source in held_out.sources]
     return {key: v for key, v in asdict(report).items() if key not in left_out} | {
+        "exact_match": report.exact_match or 0.0,  # the format asks for a number where there was nothing to match
         "data_sha256": held_out.fingerprint,
         **({"sources": sources} if len(sources) > 1 else {}),
         "steps": config.train.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from attnprune.runs.config import RunConfig
@@ -48,6 +49,13 @@ class Schedule:
     def pressure_steps(self) -> int:
         """Steps before the final phase, in which a tolerance alone counts."""
         return self.steps - int(self.steps * self.final_fraction)
+
+    @property
+    def settled(self) -> int:
+        """The step from which on the limit is the one that was asked for."""
+        if self.marks[-1].kind != "density":
+            return self.pressure_steps
+        return math.ceil(self.steps * (1 - (1 - self.fall) / len(self.marks)))
 
     def constraint(self, done: int, start_density: float = 0.0) -> Constraint:
         """The constraint of the step after `done` ones; a density falls from `start_density`."""

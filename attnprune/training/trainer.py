@@ -1,4 +1,7 @@
-"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only."""
+"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only.
+
+Long because the overrides share the state of one run.
+"""
 
 from __future__ import annotations
 
@@ -190,6 +193,9 @@ class SparsifyTrainer(StrictResume):
         }
         feasible = self.constraint.feasible(_constrained_value(self.constraint, report))
         metrics[f"{metric_key_prefix}_feasible"] = feasible
+        metrics[f"{metric_key_prefix}_value"] = _constrained_value(self.constraint, report)
+        metrics[f"{metric_key_prefix}_limit"] = self._current_constraint().limit  # of this step; see settled
+        metrics[f"{metric_key_prefix}_settled"] = self.schedule.settled
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

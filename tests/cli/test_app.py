@@ -81,6 +81,7 @@ QUICK = [
     (("inspect", "model-attnprune", "--text", "a", "--layer", "9"), "--layer"),
     (("eval", "model"), "say what to measure on"),
     (("apply", "a", "b", "c"), "takes a base and a sidecar"),
+    (("apply", "a", "b", "--base", "c"), "is named as the base already"),
     (("apply", "model-attnprune", "--merge", "model"), "exists and is not empty"),
     (("sparsify", "demo", "--out", "missing/../text.txt"), "is a file"),
     (("inspect", "a\x1b[31mb"), "a\\x1b[31mb"),
@@ -109,7 +110,6 @@ SLOWER = [
     (("sparsify", "broken.gguf", "--out", "x"), 2, "cannot read this GGUF"),
     (("apply", "other", "model-attnprune"), 2, "not the weights"),
     (("apply", "wider", "model-attnprune"), 2, "wrong base"),
-    (("inspect", "model-attnprune", "--text", "hello"), 2, "--base"),
     (("inspect", "model-attnprune", "--base", "model", "--text", "a" * 65), 2, "more than the 64"),
     (("eval", "model", "--data", "text.txt", "--seq-len", "65"), 2, "context of 64"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,22 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Benchmarks of lm-eval instead of text, such as hellaswag,lambada_openai.",
+            show_default=False,
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", help="With --tasks: further definitions for lm-eval.", show_default=False),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option("--task-limit", help="With --tasks: only so many documents of each.", min=1, show_default=False),
+    ] = None,
     damage: Annotated[
         bool,
         typer.Option(
@@ -59,6 +76,18 @@ def evaluate(
     from attnprune.sidecar.hub import is_repo
 
     sidecar = sidecar_at(path, revision)
+    if tasks is not None:
+        if data or damage:
+            raise InputError("--tasks: brings its own text; leave out --data and --damage")
+        from attnprune.report.evaluation import scores_data, scores_table
+        from attnprune.training.harness import evaluate_tasks
+
+        found = evaluate_tasks(
+            path, sidecar, tasks.split(","), base=base, revision=revision, device=device, limit=task_limit,
+            batch_size=batch_size, definitions=task_folder, allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        out.result(scores_data(found), scores_table(found))
+        return
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
     if damage:

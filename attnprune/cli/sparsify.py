@@ -104,6 +104,9 @@ def sparsify(
     finish: Annotated[
         Path | None, _option("--finish", help="Do not train on: export the best state of the unfinished run there.")
     ] = None,
+    report_to: Annotated[
+        str | None, _option("--report-to", help="Experiment tracker: tensorboard, wandb or trackio.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -137,7 +140,7 @@ def sparsify(
             "precision": precision, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,
         },
-        "output": {"folder": output},
+        "output": {"folder": output, "report_to": report_to},
     }  # fmt: skip
     given = {s: {k: v for k, v in values.items() if v is not None} for s, values in flags.items()}
     given = {section: values for section, values in given.items() if values}

@@ -13,6 +13,7 @@ from attnprune.units import percent
 
 if TYPE_CHECKING:
     from attnprune.measure import Report
+    from attnprune.training.harness import Score
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -61,3 +62,21 @@ def warnings_of(reports: list[Report]) -> list[str]:
     """A line for each measurement of gates that are all closed or all open."""
     found = [(r.data, extreme(r.open_edges, r.visible_edges)) for r in reports if r.density is not None]
     return [f"{data}: {line}" for data, line in found if line]
+
+
+def scores_data(found: dict[str, list[Score]]) -> dict[str, Any]:
+    """Scores of tasks for JSON."""
+    return {"tasks": {model: [asdict(score) for score in scores] for model, scores in found.items()}}
+
+
+def scores_table(found: dict[str, list[Score]]) -> Table:
+    """Scores of tasks, one column per model, each with its standard error."""
+    table = Table(box=None, caption="value ± standard error, by lm-eval", caption_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", style="dim")
+    for model in found:
+        table.add_column(model, justify="right")
+    for row in zip(*found.values(), strict=True):
+        cells = [f"{s.value:.4f}" + ("" if s.error is None else f" ± {s.error:.4f}") for s in row]
+        table.add_row(escape(printable(row[0].task)), escape(printable(row[0].metric)), *cells)
+    return table

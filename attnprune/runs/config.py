@@ -238,6 +238,9 @@ class OutputConfig(Section):
     """Where the result goes."""
 
     folder: str = Field(default="", description="output folder; default ./MODEL-attnprune")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none", description="experiment tracker that gets the logs as well"
+    )
 
 
 class RunConfig(Section):

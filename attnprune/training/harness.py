@@ -80,16 +80,17 @@ def _manager(definitions: Path | None) -> Any:
 def _scores(
     model: Any, tokenizer: Any, tasks: list[str], manager: Any, limit: int | None, batch_size: int
 ) -> list[Score]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    import lm_eval
+    from lm_eval.models import huggingface
 
+    harness: Any = huggingface.HFLM  # its signature and that of simple_evaluate come from decorators
+    evaluate: Any = lm_eval.simple_evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit, verbosity="ERROR")
+        wrapped = harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, verbosity="ERROR")
     except (OSError, ValueError, LookupError) as error:  # data that cannot be reached or is not what a task needs
         raise AttnPruneError(f"tasks: {first_line(error)}", hint="their data comes from the Hub") from error
-    assert found is not None
     return [
         Score(task, key.removesuffix(",none"), float(value), _number(numbers.get(_error_key(key))))
         for task, numbers in found["results"].items()

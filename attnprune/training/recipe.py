@@ -41,6 +41,7 @@ from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
+from attnprune.training.trackers import tracker
 from attnprune.training.trainer import SparsifyTrainer
 from attnprune.units import seconds
 
@@ -77,8 +78,9 @@ def sparsify(
     folder = Path(config.output.folder)
     if not (resume or finish):
         check_output(folder)
+    callbacks = [*(callbacks or []), *tracker(config.output.report_to, folder)]
     with locked(folder):
-        return _run(config, notes, folder, resume or finish, finish, callbacks or [], on_plan, on_note, started)
+        return _run(config, notes, folder, resume or finish, finish, callbacks, on_plan, on_note, started)
 
 
 def _run(

@@ -39,8 +39,8 @@ def closed(inputs, tmp_path_factory):
     return save_sidecar(tmp_path_factory.mktemp("closed") / "sidecar", inputs[0], biases=planted())
 
 
-def damage_of(sidecar, inputs, **options) -> Damage:
-    return sidecar_damage(sidecar, str(inputs[1]), base=str(inputs[0]), **{"tokens": 640} | options)
+def damage_of(sidecar, inputs, tokens=640, **options) -> Damage:
+    return sidecar_damage(sidecar, str(inputs[1]), base=str(inputs[0]), tokens=tokens, **options)
 
 
 def test_a_head_closed_by_hand_is_found_and_opening_it_leaves_nothing(closed, inputs):
@@ -187,6 +187,7 @@ def test_recovery_trains_the_worst_layers_alone(inputs, tmp_path, kind, scope):
     plans = []
     config = run_config(inputs, tmp_path / "whole", **overrides)
     whole = recipe.sparsify(config, on_plan=lambda plan: plans.append(plan) or True)
+    assert whole is not None
     assert any("only layers 1 of 2 train" in note for note in plans[0].notes)
     assert any("100 % of the KL" in note and "damage.json" in note for note in plans[0].notes)
     assert all((a == b).all() for a, b in zip(first.biases(), whole.biases(), strict=True))
@@ -231,7 +232,7 @@ def test_recovery_measures_first_where_nothing_was_measured(closed, inputs, tmp_
     plans, notes = [], []
     stopped = recipe.sparsify(
         run_config(inputs, tmp_path / "run", **overrides),
-        on_plan=lambda plan: plans.append(plan),
+        on_plan=lambda plan: bool(plans.append(plan)),
         on_note=notes.append,
     )
     assert stopped is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def copied(model: Any, blocks: Blocks) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def opened(model: Any, blocks: Blocks, heads: list[tuple[int, int | slice]]) -> float:
+def opened(model: Any, blocks: Blocks, heads: Sequence[tuple[int, int | slice]]) -> float:
     """`copied` with these heads of these layers open together."""
     gates = gates_of(model)
     with ExitStack() as stack:
@@ -86,13 +87,13 @@ def main() -> None:
     blocks = repeated(len(dense.tokenizer), sidecar.manifest.result.seq_len, options.rows, options.seed)
     base, files = dense.model, fingerprints(sidecar)
     damage: Damage = measure_damage(sparse, base, blocks, files, heads=options.heads, on_note=print)
-    layers: list[tuple[int, int | slice]] = [(layer, slice(None)) for layer in damage.ranked_layers()]
+    layers = [(layer, slice(None)) for layer in damage.ranked_layers()]
     heads = [(layer, head) for layer, head, _ in damage.ranked_heads()]
     shares: dict[str, Any] = {"sparse": copied(sparse, blocks)}
     with gates_forced_open(base):
         shares["base"] = copied(base, blocks)
         before = places(base, blocks.input_ids, heads)
-    for name, ranked in (("layers", layers), ("heads", list(heads))):
+    for name, ranked in (("layers", layers), ("heads", heads)):
         counts = [count for count in STEPS if count < len(ranked)] + [len(ranked)]
         shares[name] = {count: round(opened(sparse, blocks, ranked[:count]), 4) for count in counts}
         print(name, shares[name])

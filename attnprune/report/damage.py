@@ -34,7 +34,7 @@ def render(sidecar: Sidecar, damage: Damage) -> list[Any]:
         ("measured", f"{damage.data}, {damage.tokens:,} tokens, T = {damage.seq_len}"),
         ("KL", f"{damage.kl:.4f} nats from base to sparse"),
         ("loss", f"{damage.loss:.4f}, base {damage.base_loss:.4f} ({damage.loss - damage.base_loss:+.4f} nats)"),
-        ("worst layers", f"{worst}: half of the KL that single layers win back"),
+        ("worst layers", f"{worst}, with half of the KL that single layers win back"),
     ]
     return [facts_table(hub.shown(sidecar.path), facts), "", _layers(sidecar, damage), "", *_heads(sidecar, damage)]
 
@@ -57,7 +57,7 @@ def _heads(sidecar: Sidecar, damage: Damage) -> list[Any]:
     ranked = damage.ranked_heads()
     if not ranked:
         return ["no head was measured"]
-    measured = f"{len(ranked)} measured heads, of {sum(sidecar.manifest.gate.heads)}"
+    measured = f"{len(ranked)} heads (of {sum(sidecar.manifest.gate.heads)})"
     table = _table("head", len(ranked), measured, with_loss=False)
     most = max(ranked[0][2], 1e-12)
     for index, head, won in ranked[:ROWS]:
@@ -72,8 +72,8 @@ def _heads(sidecar: Sidecar, damage: Damage) -> list[Any]:
 
 
 def _table(first: str, rows: int, what: str, *, with_loss: bool) -> Table:
-    title = f"{what}, each put right alone: KL won back (patched from the base, or opened)"
-    title = f"the worst {ROWS} of {title}" if rows > ROWS else title
+    shown = f"{ROWS} of {what}" if rows > ROWS else what
+    title = f"{shown}, each alone: KL won when patched from the base, when opened"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     names = [first, "density", "error, base's inputs", "error, own inputs", "patched", "opened"]
     for name in [*names, *(["opened, loss - base"] if with_loss else [])]:

@@ -48,9 +48,9 @@ def test_inspect_shows_the_worst_first_within_the_terminal(place, columns):
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= columns
     assert "…" not in done.stdout
-    layers, heads = done.stdout.split("measured heads")
-    rows = [line.split()[:2] for line in layers.splitlines() if len(line.split()) > 5]
-    assert [row[0] for row in rows if row[0].isdigit()] == ["1", "0"]
+    layers, heads = done.stdout.split("heads (of 8)")
+    rows = [line.split() for line in layers.splitlines() if line.count("%") == 3]
+    assert [row[0] for row in rows] == ["1", "0"]
     first = next(line for line in heads.splitlines() if line.strip().startswith("1."))
     assert first.split()[0] == "1.2"
 

@@ -39,8 +39,8 @@ def closed(inputs, tmp_path_factory):
     return save_sidecar(tmp_path_factory.mktemp("closed") / "sidecar", inputs[0], biases=planted())
 
 
-def damage_of(sidecar, inputs, **options) -> Damage:
-    return sidecar_damage(sidecar, str(inputs[1]), base=str(inputs[0]), **{"tokens": 640} | options)
+def damage_of(sidecar, inputs, tokens=640, **options) -> Damage:
+    return sidecar_damage(sidecar, str(inputs[1]), base=str(inputs[0]), tokens=tokens, **options)
 
 
 def test_a_head_closed_by_hand_is_found_and_opening_it_leaves_nothing(closed, inputs):
@@ -51,7 +51,7 @@ def test_a_head_closed_by_hand_is_found_and_opening_it_leaves_nothing(closed, in
     layer, other = damage.layers[LAYER], damage.layers[1 - LAYER]
     assert (layer.kl_patched, layer.kl_open, layer.loss_open) == (0.0, 0.0, damage.base_loss)
     assert other.kl_patched == other.kl_open == damage.kl
-    assert damage.ranked_heads()[0] == pytest.approx((LAYER, HEAD, damage.kl), abs=1e-9)
+    assert damage.ranked_heads()[0] == pytest.approx((LAYER, HEAD, damage.kl), abs=1e-6)
     assert layer.head_kl_open[HEAD] == 0.0
     assert len(damage.ranked_heads()) == 8
     assert other.teacher_error == other.student_error == 0.0
@@ -69,7 +69,7 @@ def test_every_family_has_its_layers_and_projections(family):
     assert damage.worst_layers()[0] == LAYER
     worst = damage.layers[LAYER]
     assert worst.kl_patched == worst.kl_open == worst.head_kl_open[HEAD] == 0.0
-    assert worst.head_kl_patched[HEAD] == pytest.approx(0, abs=1e-7)
+    assert worst.head_kl_patched[HEAD] == pytest.approx(0, abs=1e-6)
     assert [damage.layers[i].kl_open for i in (0, 2, 3)] == [damage.kl] * 3
     assert damage.layers[0].kl_patched == damage.kl
     assert damage.layers[0].student_error == 0 < damage.layers[2].student_error
@@ -187,6 +187,7 @@ def test_recovery_trains_the_worst_layers_alone(inputs, tmp_path, kind, scope):
     plans = []
     config = run_config(inputs, tmp_path / "whole", **overrides)
     whole = recipe.sparsify(config, on_plan=lambda plan: plans.append(plan) or True)
+    assert whole is not None
     assert any("only layers 1 of 2 train" in note for note in plans[0].notes)
     assert any("100 % of the KL" in note and "damage.json" in note for note in plans[0].notes)
     assert all((a == b).all() for a, b in zip(first.biases(), whole.biases(), strict=True))
@@ -231,7 +232,7 @@ def test_recovery_measures_first_where_nothing_was_measured(closed, inputs, tmp_
     plans, notes = [], []
     stopped = recipe.sparsify(
         run_config(inputs, tmp_path / "run", **overrides),
-        on_plan=lambda plan: plans.append(plan),
+        on_plan=lambda plan: bool(plans.append(plan)),
         on_note=notes.append,
     )
     assert stopped is None

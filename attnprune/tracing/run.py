@@ -67,7 +67,7 @@ def trace(
 
     Args:
         model: sidecar or merged folder, base model, Hub name, .gguf file or "demo"; or a model in memory, sparse or
-            dense, with its `tokenizer`.
+            dense, with its `tokenizer`, or both as `attnprune.load` gives them.
         text: at most 512 tokens, and no more than the model's context.
         token: the token (0 is the first, -1 the last) behind which the prediction stands; later ones are left out.
         target: share of the prediction to keep, above 0 and up to 1: 1 - KL(full || kept) / KL(full || none), in nats.
@@ -109,6 +109,8 @@ def _models(
     model: Any, tokenizer: Any, base: str | None, device: str, dense: bool, notes: list[str]
 ) -> Iterator[_Named]:
     """The model, and the dense base if there is one to trace; each is loaded when it is its turn."""
+    if isinstance(model, loading.LoadedModel):
+        model, tokenizer = model
     if not isinstance(model, str | Path):
         if tokenizer is None:
             raise InputError("trace: a model in memory needs its tokenizer")

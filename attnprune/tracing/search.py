@@ -25,8 +25,8 @@ AT_ONCE = 8  # sizes of one round of bisection
 FINE = 0.02  # bisection of a ranking ends this close, relative to the size
 BLOCKS = 16  # a set is cut into at most about so many, until single messages are tried
 LITTLE = 0.1  # of the set: where less can go, blocks get smaller
-DELETION_TOKENS, FEWEST, MOST = 9000, 64, 640  # of all runs that delete; bounds on their number
-EFFECT_TOKENS = 4096  # of the runs without one message each; longer ones are replaced by gradients
+DELETION_TOKENS, FEWEST, MOST = 6000, 64, 480  # of all runs that delete; bounds on their number
+EFFECT_TOKENS = 4096  # of the runs without one message each; where they would be more, gradients take their place
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
         kept = order[: _shortest(messages, order, allowed)]
     kept = _deleted(messages, kept, allowed, watch)
     watch("effects", 0, 1)
-    whole, exact = float(messages.kl([kept])[0]), len(kept) * messages.ids.shape[1] <= EFFECT_TOKENS
+    whole, exact = float(messages.kl([kept])[0]), _each_affordable(messages, kept)
     if exact:
         effects = messages.kl([_without(kept, [place]) for place in range(len(kept))]) - whole
     else:
@@ -85,22 +85,30 @@ def _between(low: int, high: int) -> list[int]:
 def _deleted(messages: Messages, kept: Tensor, allowed: float, watch: Watch) -> Tensor:
     """What is left of a set after deletion: none of its messages can go alone, or there were no runs left."""
     most = min(MOST, max(FEWEST, DELETION_TOKENS // messages.ids.shape[1]))
-    size, started = max(1, len(kept) // BLOCKS), messages.runs
-    while len(kept):
+    size, started, last = max(1, len(kept) // BLOCKS), messages.runs, False
+    while len(kept) and not last:
         done = messages.runs - started
         watch("deletion", min(done, most - 1), most)
-        blocks = messages.slopes(kept, POINTS).argsort(stable=True).split(size)
+        order = messages.slopes(kept, POINTS).argsort(stable=True)
+        blocks = order.split(size)
         if done + len(blocks) > most:
-            break
+            if not _each_affordable(messages, kept):
+                break
+            blocks, last = order.split(1), True
         without = messages.kl([_without(kept, block) for block in blocks])
         able = [blocks[i] for i in without.argsort().tolist() if without[i] <= allowed]
-        gone = torch.cat([*able[: _most(messages, kept, able, allowed)], blocks[0][:0]])
+        gone = torch.cat([*able[: _most(messages, kept, able, allowed)], order[:0]])
         if not len(gone) and size == 1:
             break
         size = size // 2 if len(gone) < LITTLE * len(kept) else size
         kept = _without(kept, gone)
         size = max(1, min(size, len(kept) // BLOCKS))
     return kept
+
+
+def _each_affordable(messages: Messages, kept: Tensor) -> bool:
+    """Whether there may be a run without each of the messages."""
+    return len(kept) * messages.ids.shape[1] <= EFFECT_TOKENS
 
 
 def _most(messages: Messages, kept: Tensor, blocks: list[Tensor], allowed: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnprune import trace
+from attnprune import load, trace
 from attnprune.attention.interface import gates_of
 from attnprune.tracing.result import Trace
 from tests.helpers.factory import byte_tokenizer, refused, save_tiny_llama
@@ -102,6 +102,8 @@ def test_a_sidecar_beside_its_base(tmp_path):
     assert all(0 <= done < of for _, done, of in stages)
     (alone,) = trace(sidecar, "Mary", base=str(base), dense=False).models
     assert found(alone) == found(result.models[0])
+    (loaded,) = trace(load(sidecar, base=str(base)), "Mary").models
+    assert found(loaded) == found(alone)
 
 
 def test_a_merged_folder_names_no_base(tmp_path):

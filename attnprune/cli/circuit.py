@@ -15,8 +15,6 @@ from attnprune.cli.output import out
 from attnprune.cli.signals import EndedBySignal
 from attnprune.errors import ConstraintNotMetError, InputError, InterruptedRunError
 
-PROMPTS, QUICK_PROMPTS = 64, 32
-
 
 def circuit(
     context: typer.Context,
@@ -40,9 +38,7 @@ def circuit(
     ] = None,
     base: Base = None,
     target: Annotated[float, typer.Option("--target", help="Faithfulness to reach, above 0 and up to 1.")] = 0.9,
-    prompts: Annotated[
-        int, typer.Option("--prompts", help=f"Prompt pairs per split; 0: {PROMPTS}, {QUICK_PROMPTS} if quick.", min=0)
-    ] = 0,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompt pairs per split; 0: 64, 32 if quick.", min=0)] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Prompts, random circuits and resamples.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no mask, no deletion.")] = False,
     mask_steps: Annotated[

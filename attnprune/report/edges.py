@@ -88,7 +88,9 @@ def _kinds(found: TextEdges, result: ResultEntry) -> list[str]:
     """Density falls with the length, since most open edges are near: a short text has few others."""
     counts = Counter(_kind(edge) for edge in found.edges)
     parts = ", ".join(f"{kind} {_whole(count, len(found.edges))}" for kind, count in counts.most_common())
-    stated = f"on held-out text {percent(result.density)} at T = {result.seq_len}: far pairs are more, and rarely open"
+    stated = f"on held-out text {percent(result.density)} at T = {result.seq_len}"
+    if result.density < len(found.edges) / found.visible / 2:
+        stated += ", where most pairs are far apart and closed"
     return [f"of these {parts}", stated] if parts else [stated]
 
 

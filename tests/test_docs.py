@@ -9,6 +9,8 @@ import pytest
 from tests.helpers.paths import ROOT
 
 DOCUMENTS = ["docs/architecture.md", "CONTRIBUTING.md"]
+RESULTS = "examples/results/README.md"
+RECORD = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples/results/record").glob("*.md"))
 TEXT = {".py", ".md", ".json"}
 MODULE = r"(?<![\w./-])attnprune\.(?:[a-z_]+\.)+\w+"
 NO_MODULES = r"attnprune\.v1\."  # formats/attnprune.v1.schema.json
@@ -27,10 +29,10 @@ def paths(text: str) -> list[str]:
     return inside + [word for word in words if re.fullmatch(r"[A-Z]+\.md|pyproject\.toml|constraints\.txt", word)]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", "examples/results/README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", RESULTS, *RECORD])
 def test_every_path_exists(document):
     found = paths(prose(document))
-    assert len(found) > 10
+    assert document in RECORD or len(found) > 10
     assert [path for path in found if not (ROOT / path).exists()] == []
 
 
@@ -45,7 +47,7 @@ def test_every_file_that_a_sentence_leaves_in_a_room_exists(document):
             assert (ROOT / "attnprune" / room / name).exists(), f"{room}/: {name}"
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", RESULTS, *RECORD])
 def test_every_link_has_a_target(document):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(document)) if "://" not in link]
     assert links
@@ -98,3 +100,10 @@ def leads_somewhere(name: str) -> bool:
 def test_readme_leads_to_the_map():
     assert "docs/architecture.md" in prose("README.md")
     assert "CONTRIBUTING.md" in prose("README.md")
+
+
+def test_results_lead_to_the_whole_record():
+    assert RECORD
+    for document in RECORD:
+        assert f"({document.removeprefix('examples/results/')})" in prose(RESULTS)
+        assert "(../README.md)" in prose(document)

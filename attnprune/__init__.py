@@ -16,11 +16,15 @@ Public names load on first use, so importing the package does not import torch. 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from attnprune.sidecar import registration
 
 __version__ = "0.1.0"
+
+# transformers imports bitsandbytes, which warns on some processors of code from the Hub that it does without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
     "sparsify": "attnprune.api.running",

@@ -18,6 +18,7 @@ _HOMES = {
     "detach": "attnprune.attention.interface",
     "sparsify": "attnprune.training.recipe",
     "trace": "attnprune.tracing.run",
+    "atlas": "attnprune.heads.run",
     "RunConfig": "attnprune.runs.config",
     "Sidecar": "attnprune.sidecar.folder",
     "open_sidecar": "attnprune.sidecar.folder",
@@ -25,13 +26,16 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from attnprune.attention.interface import attach, detach
+    from attnprune.heads.run import atlas
     from attnprune.runs.config import RunConfig
     from attnprune.sidecar.folder import Sidecar, open_sidecar
     from attnprune.sidecar.loading import load
     from attnprune.tracing.run import trace
     from attnprune.training.recipe import sparsify
 
-__all__ = ["RunConfig", "Sidecar", "__version__", "attach", "detach", "load", "open_sidecar", "sparsify", "trace"]
+__all__ = [
+    "RunConfig", "Sidecar", "__version__", "atlas", "attach", "detach", "load", "open_sidecar", "sparsify", "trace",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -41,6 +41,7 @@ _HOMES = {
     "close_heads": "attnprune.attention.interventions",
     "open_gates": "attnprune.attention.interventions",
     "trace": "attnprune.tracing.run",
+    "atlas": "attnprune.heads.run",
     "RunConfig": "attnprune.runs.config",
     "Sidecar": "attnprune.sidecar.folder",
     "open_sidecar": "attnprune.sidecar.folder",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from attnprune.attention.interface import attach, detach
     from attnprune.attention.interventions import close_heads, masks, open_gates
     from attnprune.errors import AttnPruneError, InputError
+    from attnprune.heads.run import atlas
     from attnprune.runs.config import RunConfig
     from attnprune.sidecar.folder import Sidecar, open_sidecar
     from attnprune.sidecar.loading import load
@@ -67,6 +69,7 @@ __all__ = [
     "RunConfig",
     "Sidecar",
     "__version__",
+    "atlas",
     "attach",
     "circuit",
     "close_heads",

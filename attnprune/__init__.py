@@ -16,11 +16,15 @@ Public names load on first use, so importing the package does not import torch. 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from attnprune.sidecar import registration
 
 __version__ = "0.1.0"
+
+# transformers imports bitsandbytes, which warns on some processors of code from the Hub that it does without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
     "sparsify": "attnprune.api.running",
@@ -37,6 +41,7 @@ _HOMES = {
     "close_heads": "attnprune.attention.interventions",
     "open_gates": "attnprune.attention.interventions",
     "trace": "attnprune.tracing.run",
+    "atlas": "attnprune.heads.run",
     "RunConfig": "attnprune.runs.config",
     "Sidecar": "attnprune.sidecar.folder",
     "open_sidecar": "attnprune.sidecar.folder",
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from attnprune.attention.interface import attach, detach
     from attnprune.attention.interventions import close_heads, masks, open_gates
     from attnprune.errors import AttnPruneError, InputError
+    from attnprune.heads.run import atlas
     from attnprune.runs.config import RunConfig
     from attnprune.sidecar.folder import Sidecar, open_sidecar
     from attnprune.sidecar.loading import load
@@ -63,6 +69,7 @@ __all__ = [
     "RunConfig",
     "Sidecar",
     "__version__",
+    "atlas",
     "attach",
     "circuit",
     "close_heads",

@@ -13,6 +13,7 @@ import typer
 
 import attnprune
 from attnprune.cli import apply as apply_command
+from attnprune.cli import atlas as atlas_command
 from attnprune.cli import bench as bench_commands
 from attnprune.cli import circuit as circuit_command
 from attnprune.cli import diff as diff_command
@@ -42,6 +43,7 @@ app.command("diff")(diff_command.diff)
 app.command("eval")(evaluate_command.evaluate)
 app.command("circuit")(circuit_command.circuit)
 app.command("trace")(trace_command.trace)
+app.command("atlas")(atlas_command.atlas)
 app.add_typer(bench_commands.app)
 
 

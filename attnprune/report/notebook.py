@@ -15,7 +15,7 @@ _PAGE = (
 
 
 def html(thing: Any) -> str:
-    """The HTML of a Sidecar, a Report, a CircuitResult or a Difference."""
+    """The HTML of a Sidecar, a Report, a CircuitResult, a Trace or a Difference."""
     console = Console(file=StringIO(), record=True, width=WIDTH, force_terminal=True, color_system="truecolor",
                       highlight=False, force_jupyter=False)  # fmt: skip
     for part in parts(thing):
@@ -27,14 +27,16 @@ def parts(thing: Any) -> list[Any]:
     """What the command that makes such a thing prints."""
     from attnprune.circuit.result import CircuitResult
     from attnprune.measure import Report
-    from attnprune.report import circuits, diff, evaluation, sidecar
+    from attnprune.report import circuits, diff, evaluation, sidecar, traces
     from attnprune.sidecar.diff import Difference
     from attnprune.sidecar.folder import Sidecar
+    from attnprune.tracing.result import Trace
 
     drawn: dict[type, Any] = {
         Sidecar: sidecar.summary,
         Report: lambda report: [evaluation.report_table([report])],
         CircuitResult: circuits.summary,
+        Trace: traces.summary,
         Difference: lambda found: diff.render(found, limit=8),
     }
     return next(draw(thing) for kind, draw in drawn.items() if isinstance(thing, kind))

@@ -95,6 +95,8 @@ def sets_table(result: Trace) -> Table:
     row("KL to full, nats", *(f"{m.kept.kl:.4g}" for m in models))
     row("  all others", *(f"{m.complement.kl:.4g}" for m in models))
     row("  none", *(f"{m.closed.kl:.4g}" for m in models))
+    row("probability", *(percent(m.kept.probability) for m in models))
+    row("  full", *(percent(m.full.probability) for m in models))
     row("logit difference", *(_difference(m.kept) for m in models))
     row("  full", *(_difference(m.full) for m in models))
     row("  all others", *(_difference(m.complement) for m in models))

@@ -117,16 +117,25 @@ class Messages:
         mean of the KL's derivative over `points` of this path, with its sign turned, adds up to the KL of no message
         less that of the set (integrated gradients, arXiv 1703.01365). A gate's decision has no derivative.
         """
-        total = torch.zeros(len(chosen), dtype=torch.float64, device=self.device)
         mask = self._masks([chosen])[0].to(self.weights.dtype)
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+        for first in range(0, len(points), self.at_once):
+            scale = torch.tensor(points[first : first + self.at_once], dtype=mask.dtype, device=self.device)
+            total -= self._derivatives(scale.view(-1, 1, 1, 1, 1) * mask)[1]
+        return total[chosen] / len(points)
+
+    def derivatives(self, chosen: Tensor) -> tuple[float, Tensor]:
+        """The KL of a set [n], and its derivative by the weight of every candidate, fp64 [N], those closed included."""
+        kl, gradient = self._derivatives(self._masks([chosen]).to(self.weights.dtype))
+        return kl.item(), gradient
+
+    def _derivatives(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the KLs of messages with weights [B, L, H, T, T], and of their derivatives per candidate [N]."""
         with frozen(self.anatomy.model), torch.enable_grad():
-            for first in range(0, len(points), self.at_once):
-                scale = torch.tensor(points[first : first + self.at_once], dtype=mask.dtype, device=self.device)
-                weights = (scale.view(-1, 1, 1, 1, 1) * mask).requires_grad_()
-                (gradient,) = torch.autograd.grad(self.divergence(self._logits(weights)).sum(), weights)
-                total -= gradient.sum(0).flatten()[self._flat[chosen]].double()
-        self.runs += len(points)
-        return total / len(points)
+            kl = self.divergence(self._logits(weights.requires_grad_())).sum()
+            (gradient,) = torch.autograd.grad(kl, weights)
+        self.runs += len(weights)
+        return kl.detach(), gradient.sum(0).flatten()[self._flat].double()
 
     def _masks(self, sets: list[Tensor]) -> Tensor:
         """Sets of candidates (their numbers, [n] each) as masks [B, L, H, T, T]."""

@@ -14,6 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from attnprune.late import Shown
+
 SCHEMA = "attnprune-trace-1"
 CLOSING = "P_ij A_ij v_j = 0 for every message outside the set; softmax over all visible keys, nothing renormalised"
 SHARE = "1 - KL(full || set) / KL(full || none), at the token"
@@ -103,7 +105,7 @@ class ModelTrace(_Strict):
     seconds: float
 
 
-class Trace(_Strict):
+class Trace(_Strict, Shown):
     """trace.json."""
 
     schema_id: Literal["attnprune-trace-1"] = SCHEMA
@@ -119,3 +121,9 @@ class Trace(_Strict):
     models: list[ModelTrace] = Field(description="the model, then the dense base of a sidecar")
     notes: list[str]
     seconds: float
+
+    def __repr__(self) -> str:
+        models = "; ".join(
+            f"{m.name}: {len(m.messages):,} of {m.open:,} messages keep {m.kept.share:.3f}" for m in self.models
+        )
+        return f"Trace({self.text!r} -> {self.models[0].predicted.text!r}, {models})"

@@ -1,9 +1,8 @@
-"""From all messages of a prediction to few: gradients say in which order, runs with all others closed decide.
+"""From all messages of a prediction to few: gradients propose, runs with all others closed decide.
 
-First by size: all messages are ranked, and the smallest first part of the ranking that holds is found by bisection,
-many sizes in one run; twice, since a ranking is only good near the set that it was made in. Then by deletion, which
-finds far smaller sets: the set is cut into blocks by rank, each block is left out alone, and as many of the least
-harmful ones as hold are left out together. Blocks get smaller when little can go, down to single messages.
+First a set is learned, see attnprune.tracing.learning. Then messages are deleted: the set is cut into blocks by rank,
+each block is left out alone, and as many of the least harmful ones as hold are left out together. Blocks get smaller
+when little can go, down to single messages.
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnprune.tracing.learning import STEPS, learn
 from attnprune.tracing.messages import Messages
 
 Watch = Callable[[str, int, int], None]
 """Told what is going on: (stage, done, of)."""
 
-RANKINGS = 2
 POINTS = tuple((i + 0.5) / 8 for i in range(8))  # of the path that a ranking's gradients are taken at
 AT_ONCE = 8  # sizes of one round of bisection
-FINE = 0.02  # bisection of a ranking ends this close, relative to the size
-BLOCKS = 16  # a set is cut into at most about so many, until single messages are tried
+BLOCKS = 64  # a set is cut into at most about so many, until single messages are tried
 LITTLE = 0.1  # of the set: where less can go, blocks get smaller
-DELETION_TOKENS, FEWEST, MOST = 6000, 64, 480  # of all runs that delete; bounds on their number
+DELETION_TOKENS, FEWEST, MOST = 4000, 64, 400  # of all runs that delete; bounds on their number
 EFFECT_TOKENS = 4096  # of the runs without one message each; where they would be more, gradients take their place
 
 
@@ -45,11 +43,7 @@ class Found:
 
 def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
     """The smallest set found whose KL to the full run is at most `allowed` nats."""
-    kept = torch.arange(len(messages), device=messages.device)
-    for ranking in range(RANKINGS):
-        watch("ranking and sizes", ranking, RANKINGS)
-        order = kept[messages.slopes(kept, POINTS).argsort(descending=True, stable=True)]
-        kept = order[: _shortest(messages, order, allowed)]
+    kept = learn(messages, allowed, POINTS, lambda step: watch("learning which to keep", step, STEPS))
     kept = _deleted(messages, kept, allowed, watch)
     watch("effects", 0, 1)
     whole, exact = float(messages.kl([kept])[0]), _each_affordable(messages, kept)
@@ -60,18 +54,6 @@ def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
     order = effects.argsort(descending=True, stable=True)
     minimal = exact and bool((whole + effects > allowed).all())
     return Found(kept[order], effects[order], exact, minimal)
-
-
-def _shortest(messages: Messages, order: Tensor, allowed: float) -> int:
-    """The smallest size found whose first part of the ranking holds; the whole of it does."""
-    low, high = -1, len(order)  # fails, holds
-    while high - low > max(1, FINE * high):
-        sizes = _between(low, high)
-        holds = (messages.kl([order[:size] for size in sizes]) <= allowed).tolist()
-        first = holds.index(True) if True in holds else len(sizes)
-        high = sizes[first] if first < len(sizes) else high
-        low = sizes[first - 1] if first else low
-    return high
 
 
 def _between(low: int, high: int) -> list[int]:

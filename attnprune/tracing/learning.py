@@ -17,10 +17,10 @@ from attnprune.tracing.messages import Messages
 from attnprune.training.constraint import Multiplier
 
 STEPS = 120
-_RATE, _LAST_RATE = 0.05, 0.1  # of learning, for scores up to 1; share of it at the end, it falls over the last third
+_RATE, _LAST_RATE = 0.1, 0.1  # of learning, for scores up to 1; share of it at the end, it falls over the last third
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank
-_AIM = 0.7  # of the KL that is allowed: where the multiplier holds it
+_AIM = 0.8  # of the KL that is allowed: where the multiplier holds it
 _BROKEN = 3.0  # times the KL that is allowed
 
 

@@ -161,16 +161,19 @@ def count(
         raise UnsupportedModelError("atlas: these gates cannot be watched", hint="load the model with attnprune.load")
     heads, device = anatomy.graph.heads, gates[0].bias.device
     counts = [LayerCounts(block, heads, ids.shape[1]) for block in anatomy.blocks]
-    for number, (row, marks) in enumerate(zip(ids, delimiters, strict=True)):
-        watch(number, len(ids))
-        row = row.to(device)
-        kinds = kind_masks(row, marks.to(device))
-        with Hooks() as hooks:
-            for gate, layer in zip(gates, counts, strict=True):
-                _watch_gate(hooks, gate, layer, kinds, number)
-            logits = forward(anatomy, row[None], 1)
-        if not bool(logits.isfinite().all()):
-            raise InputError(f"{anatomy.model.config.model_type}: the logits are not finite on this text")
+    try:
+        for number, (row, marks) in enumerate(zip(ids, delimiters, strict=True)):
+            watch(number, len(ids))
+            kinds = kind_masks(row.to(device), marks.to(device))
+            with Hooks() as hooks:
+                for gate, layer in zip(gates, counts, strict=True):
+                    _watch_gate(hooks, gate, layer, kinds, number)
+                logits = forward(anatomy, row[None].to(device), 1)
+            if not bool(logits.isfinite().all()):
+                raise InputError(f"{anatomy.model.config.model_type}: the logits are not finite on this text")
+    finally:
+        for gate in gates:
+            gate.on_chunk = None
     return counts
 
 
@@ -182,12 +185,11 @@ def _watch_gate(hooks: Hooks, gate: Gate, layer: LayerCounts, kinds: Tensor, num
         is_open[:, rows, cols] = part[0]
 
     def ask(_: torch.nn.Module, args: Any, options: dict[str, Any]) -> Any:
-        gate.on_chunk = note
         return args, {**options, "return_pattern": True}
 
     def add(_: torch.nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        gate.on_chunk = None
         layer.add(is_open, output[1][0], args[2][0], args[3][0, 0], kinds, number)
 
+    gate.on_chunk = note
     hooks.add(gate.register_forward_pre_hook(ask, with_kwargs=True))
     hooks.add(gate.register_forward_hook(add))

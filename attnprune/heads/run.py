@@ -110,6 +110,8 @@ def _models(
     if not isinstance(model, str | Path):
         if tokenizer is None:
             raise InputError("atlas: a model in memory needs its tokenizer")
+        if base is not None:
+            raise InputError("base: is for models given by name")
         yield _Named(type(model).__name__, model, tokenizer)
         return
     name, where = str(model), bases.pick_device(device)

@@ -45,6 +45,7 @@ def summary(result: Atlas) -> list[Any]:
         lines += [heads_table(result, model), _filled(labels_line(model)), ""]
     lines.append(_filled(f"label: {result.rule}"))
     lines.append("control: edges (mass) of each query on uniformly drawn visible keys, exact")
+    lines.append("(kind): no label; the kind that is most above its control")
     lines.append(f"{duration(result.seconds)}")
     return lines + [f"note: {note}" for note in result.notes]
 

@@ -155,9 +155,11 @@ def test_bad_input_is_one_line(tmp_path):
     refused(lambda: atlas(str(base), text, tokens=0), "tokens 0: ")
     refused(lambda: atlas(str(base), text, base=str(other)), "is a dense model itself")
     refused(lambda: atlas(str(base), [text, text]), "named twice")
-    refused(lambda: atlas(sidecar, text, base=str(other)), "")
+    refused(lambda: atlas(sidecar, text, base=str(other)))
     refused(lambda: atlas(merged, text, base=str(other), tokens=64), "other: is not the base of ", "3 layers, not 2")
     refused(lambda: atlas(load(sidecar, str(base)).model, text), "needs its tokenizer")
+    sparse, tokenizer = load(sidecar, str(base))
+    refused(lambda: atlas(sparse, text, tokenizer=tokenizer, base=str(base)), "base: is for models given by name")
     refused(lambda: atlas("no/such/model", text), "no/such/model: ")
 
 

@@ -48,11 +48,13 @@ function drawGrids() {
       make(svg, "text", { x: left + column * (h + 0.5), y: 11, "text-anchor": "middle" }, h);
     for (let l = 0; l < model.layers; l += Math.ceil(12 / row))
       make(svg, "text", { x: left - 6, y: top + row * (l + 0.5) + 4, "text-anchor": "end" }, l);
+    const most = Math.max(...model.heads.map((h) => h.open));
     for (const h of model.heads) {
       const r = reading(h), label = r.labels[0], x = left + column * h.head, y = top + row * h.layer;
       const kind = h.open === 0 ? "closed" : label ? "labelled" : "";
       h.cell = make(svg, "rect", { class: `cell ${kind}`, x: x + 1, y: y + 1, width: column - 2, height: row - 2, rx: 2 });
       h.cell.style.setProperty("--hue", HUES[label] ?? 0);
+      if (h.edges && h.open) h.cell.style.fillOpacity = clamp(1 + Math.log10(h.open / most) / 3, 0.3, 1); // decades
       cellOf.set(h.cell, { h, model });
       if (!label || column < 11 || row < 11) continue;
       const letter = label === "offset" && column > 20 ? r.offset : LETTERS[label];
@@ -63,10 +65,11 @@ function drawGrids() {
 
 function drawKey() {
   const key = byId("kinds"), used = new Set(models.flatMap((m) => m.heads.flatMap((h) => reading(h).labels.slice(0, 1))));
-  const entry = (name, letter, attributes) => make(key, "span", {}, "").append(make(key, "i", attributes, letter), ` ${name}`);
+  const entry = (name, letter, attributes) => make(key, "span").append(make(key, "i", attributes, letter), ` ${name}`);
   for (const name of KINDS) if (used.has(name)) entry(name, LETTERS[name], { style: `--hue: ${HUES[name]}` });
-  entry("no label", " ", { class: "plain" });
-  if (models.some((m) => m.closed.length)) entry("closed", " ", { class: "none" });
+  entry("no label", "\u00a0", { class: "plain" });
+  if (models.some((m) => m.closed.length)) entry("closed", "\u00a0", { class: "none" });
+  if (models.some((m) => m.kind === "sparse")) make(key, "span", {}, "paler: opens less");
 }
 
 // ---- Dossiers
@@ -86,10 +89,10 @@ function dossier(model) {
 
 function told(model, h) {
   if (h.open === 0) return "closed: no edge is open in this text";
-  if (!h.edges) return r_first(h);
-  return `${percent(h.open / h.visible)} of its pairs open (${h.open.toLocaleString()}), ${+h.edges_per_query.toPrecision(3)} per query; ${percent(h.queries)} of the queries have one`;
+  if (!h.edges) return h.mass.labels.length ? "by attention mass" : "no label, by attention mass";
+  const often = `${percent(h.open / h.visible)} of its pairs open (${h.open.toLocaleString()})`;
+  return `${often}, ${+h.edges_per_query.toPrecision(3)} per query; ${percent(h.queries)} of the queries have one`;
 }
-const r_first = (h) => (h.mass.labels.length ? "by attention mass" : "no label, by attention mass");
 
 function kinds(box, h) {
   const readings = h.edges ? [["open edges", h.edges], ["mass", h.mass]] : [["mass", h.mass]];
@@ -116,15 +119,16 @@ function kinds(box, h) {
 
 function distances(box, r, what) {
   make(box, "h3", {}, `Distance in tokens, share of the ${what}`);
-  const width = 460, height = 84, bottom = 66, n = r.distances.length, step = width / n, most = Math.max(...r.distances, 1e-9);
+  const width = 460, height = 84, bottom = 66, step = width / r.distances.length, most = Math.max(...r.distances);
   const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   r.distances.forEach((share, i) => {
     const [low, high] = [data.edges[i], data.edges[i + 1] - 1], size = (bottom - 14) * (share / most);
-    const bar = make(svg, "rect", { class: "bar", x: i * step + 2, y: bottom - size, width: step - 4, height: size, fill: "var(--helps)" });
+    const bar = make(svg, "rect", { class: "bar", x: i * step + 2, y: bottom - size, width: step - 4, height: size });
     const name = low === high ? `${low}` : `${low}-${high}`;
     make(bar, "title", {}, `${name}: ${percent(share)}`);
-    make(svg, "text", { x: (i + 0.5) * step, y: height - 5, "text-anchor": "middle" }, step < 40 && low !== high ? `${low}-` : name);
-    if (share >= 0.005) make(svg, "text", { x: (i + 0.5) * step, y: bottom - size - 3, "text-anchor": "middle" }, `${Math.round(100 * share)} %`);
+    const at = { x: (i + 0.5) * step, "text-anchor": "middle" };
+    make(svg, "text", { ...at, y: height - 5 }, step < 7 * name.length ? `${low}-` : name);
+    if (share >= 0.005) make(svg, "text", { ...at, y: bottom - size - 3 }, `${Math.round(100 * share)} %`);
   });
 }
 
@@ -142,7 +146,8 @@ function examples(box, h) {
         else cell.append(token);
       });
     });
-    make(row, "td", { class: "num", title: `block ${e.block}, query ${e.query}, key ${e.key}; weight times norm ${e.strength.toPrecision(3)}` }, e.weight.toFixed(2));
+    const place = `block ${e.block}, query ${e.query}, key ${e.key}; weight times norm ${e.strength.toPrecision(3)}`;
+    make(row, "td", { class: "num", title: place }, e.weight.toFixed(2));
   }
 }
 
@@ -159,24 +164,29 @@ function directions(box, h) {
   });
 }
 
-// ---- List
+// ---- List: name of a column, its text, what it sorts by, whether it is a number
 const first = models[0], second = models[1];
+const other = (h) => second.heads[h.layer * second.heads_per_layer + h.head];
+const ranks = (r) => (r.labels.length ? -KINDS.indexOf(r.labels[0]) : -KINDS.length);
+const labelsOf = (r) => r.labels.map((l) => kindName(l, r)).join(", ") || "–";
+const near = (h, r = reading(h)) => r.kinds[leading(reading(h))];
+const unless = (text) => (h) => (h.open === 0 ? "" : text(h));
 const COLUMNS = [
-  ["head", (h) => nameOf(h), (h) => -(h.layer * 1e4 + h.head), false],
+  ["head", nameOf, (h) => -(h.layer * 1e4 + h.head), false],
   ...(first.kind === "sparse" ? [
     ["open", (h) => percent(h.open / h.visible), (h) => h.open, true],
     ["per query", (h) => `${+h.edges_per_query.toPrecision(3)}`, (h) => h.open, true],
-    ["queries", (h) => percent(h.queries), (h) => h.queries, true]] : []),
-  ["label", (h) => h.open === 0 ? "closed" : (reading(h).labels.map((l) => kindName(l, reading(h))).join(", ") || "–"),
-    (h) => KINDS.length - KINDS.indexOf(reading(h).labels[0]) - (reading(h).labels.length ? 0 : 99), false],
-  ["nearest kind", (h) => h.open === 0 ? "" : kindName(leading(reading(h)), reading(h)), (h) => -KINDS.indexOf(leading(reading(h))), false],
-  ["share", (h) => h.open === 0 ? "" : percent(reading(h).kinds[leading(reading(h))].share), (h) => reading(h).kinds[leading(reading(h))].share, true],
-  ["control", (h) => h.open === 0 ? "" : percent(reading(h).kinds[leading(reading(h))].control), (h) => reading(h).kinds[leading(reading(h))].control, true],
-  ...(second ? [[`${second.kind}: label`, (h) => other(h).mass.labels.map((l) => kindName(l, other(h).mass)).join(", ") || "–",
-    (h) => KINDS.length - KINDS.indexOf(other(h).mass.labels[0]) - (other(h).mass.labels.length ? 0 : 99), false],
-  [`${second.kind}: share`, (h) => h.open === 0 ? "" : percent(other(h).mass.kinds[leading(reading(h))].share), (h) => other(h).mass.kinds[leading(reading(h))].share, true]] : []),
+    ["queries", (h) => percent(h.queries), (h) => h.queries, true],
+  ] : []),
+  ["label", (h) => (h.open === 0 ? "closed" : labelsOf(reading(h))), (h) => ranks(reading(h)), false],
+  ["nearest kind", unless((h) => kindName(leading(reading(h)), reading(h))), (h) => -KINDS.indexOf(leading(reading(h))), false],
+  ["share", unless((h) => percent(near(h).share)), (h) => near(h).share, true],
+  ["control", unless((h) => percent(near(h).control)), (h) => near(h).control, true],
+  ...(second ? [
+    [`${second.kind}: label`, (h) => labelsOf(other(h).mass), (h) => ranks(other(h).mass), false],
+    [`${second.kind}: share`, unless((h) => percent(near(h, other(h).mass).share)), (h) => near(h, other(h).mass).share, true],
+  ] : []),
 ];
-const other = (h) => second.heads[h.layer * second.heads_per_layer + h.head];
 
 function fill() {
   const box = byId("list");

@@ -34,7 +34,10 @@ def atlas(
         bool, typer.Option("--dense/--no-dense", help="Look at the dense base of a sparse model as well.")
     ] = True,
     output: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write atlas.json and atlas.html here.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Write atlas.json and atlas.html here. Default: no files.", show_default=False
+        ),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,

@@ -36,17 +36,21 @@ def evaluate(
         str | None,
         typer.Option(
             "--tasks",
-            help="Benchmarks of lm-eval instead of text, such as hellaswag,lambada_openai.",
+            help="Benchmarks of lm-eval: hellaswag,lambada_openai. Default: text.",
             show_default=False,
         ),
     ] = None,
     task_folder: Annotated[
         Path | None,
-        typer.Option("--task-folder", help="With --tasks: further definitions for lm-eval.", show_default=False),
+        typer.Option(
+            "--task-folder", help="With --tasks: further definitions for lm-eval. Default: none.", show_default=False
+        ),
     ] = None,
     task_limit: Annotated[
         int | None,
-        typer.Option("--task-limit", help="With --tasks: only so many documents of each.", min=1, show_default=False),
+        typer.Option(
+            "--task-limit", help="With --tasks: so many documents of each. Default: all.", min=1, show_default=False
+        ),
     ] = None,
     damage: Annotated[
         bool,

@@ -37,6 +37,8 @@ RUN_DEFAULTS = {
     "--lr": "0.0003",
     "--gate-lr": "0.02",
     "--lora-rank": "16",
+    "--lora-targets": "attention",
+    "--match": "0",
     "--optimizer": "adamw",
     "--precision": "auto",
     "--gradient-checkpointing": "off",
@@ -49,4 +51,6 @@ RUN_DEFAULTS = {
     "--init": "none",
     "--config": "none",
     "--resume": "none",
+    "--finish": "none",
+    "--report-to": "none",
 }

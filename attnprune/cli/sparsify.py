@@ -31,7 +31,8 @@ def sparsify(
         ),
     ] = None,
     weights: Annotated[
-        str | None, _option("--weights", help="Shares of several --data in the training text, such as 3,1,1.")
+        str | None,
+        _option("--weights", help="Shares of several --data in the training text, such as 3,1,1. Default: by size."),
     ] = None,
     output: Annotated[str | None, _option("--out", "-o", help="Output folder. Default: ./MODEL-attnprune.")] = None,
     scope: Annotated[
@@ -64,7 +65,7 @@ def sparsify(
         _option(
             "--frontier",
             help="Falling densities in percent, such as 5,2,1,0.5: the best state of each is kept, the last one is "
-            "the target. Implies --constraint density.",
+            "the target. Implies --constraint density. Default: the target alone.",
         ),
     ] = None,
     match: Annotated[

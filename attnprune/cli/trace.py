@@ -36,7 +36,9 @@ def trace(
     seed: Annotated[int, typer.Option("--seed", help="Of the random sets.", min=0)] = 0,
     output: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write trace.json, trace.html and trace.png here.", show_default=False),
+        typer.Option(
+            "--out", "-o", help="Write trace.json, trace.html, trace.png here. Default: no files.", show_default=False
+        ),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.command import ENVIRONMENT, attnprune, listing
 from tests.helpers.factory import save_text, save_tiny_llama
+from tests.helpers.paths import EXAMPLES
 from tests.helpers.sidecars import save_sidecar
 from tests.training.test_damage import planted
 
@@ -53,6 +54,15 @@ def test_inspect_shows_the_worst_first_within_the_terminal(place, columns):
     assert [row[0] for row in rows] == ["1", "0"]
     first = next(line for line in heads.splitlines() if line.strip().startswith("1."))
     assert first.split()[0] == "1.2"
+
+
+def test_the_committed_record_is_of_the_committed_sidecar(tmp_path):
+    done = attnprune("inspect", EXAMPLES / "smollm2-half", "--damage", cwd=tmp_path, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines[1:])) <= 80  # the first names the folder
+    assert "16 of 30 layers" in done.stdout
+    assert "16 heads (of 270)" in done.stdout
 
 
 def test_inspect_as_json_is_the_record_and_its_rankings(place):

@@ -33,7 +33,7 @@ ALL = dict(commands(ROOT_COMMAND))
 def test_every_option_says_its_default(name):
     silent = []
     for option in ALL[name].params:
-        if option.param_type_name != "option" or option.is_flag or option.name == "help":
+        if option.param_type_name != "option" or option.is_flag or option.required or option.name == "help":
             continue
         shown = bool(option.show_default) and option.default is not None
         if not shown and "Default: " not in (option.help or ""):
@@ -48,7 +48,7 @@ def test_the_defaults_of_sparsify_are_those_of_a_run():
     for option, text in RUN_DEFAULTS.items():
         name = option.removeprefix("--").replace("-", "_")
         if name not in places:
-            assert name in ("config", "resume")
+            assert name in ("config", "resume", "finish")
             continue
         section, key = places[name]
         value = getattr(getattr(run, section), key)

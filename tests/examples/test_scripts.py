@@ -130,3 +130,16 @@ def test_what_is_lost_compares_two_models(finished, tmp_path):
     assert all(task["items"] == 4 for task in measured["tasks"].values())
     assert 0 < measured["agreement"] <= 1
     assert len(lost["continuations"]) == 4
+
+
+def test_where_copying_went_names_layers_and_heads(finished, tmp_path):
+    folder, model, _ = finished
+    options = ("--base", model, "--rows", 2, "--heads", 3, "--out", tmp_path / "copying.json")
+    run("examples/where_copying_went.py", folder, *options)
+    found = json.loads((tmp_path / "copying.json").read_text())
+    assert found["damage"]["data"] == "random tokens, repeated"
+    half = found["damage"]["seq_len"] // 2
+    assert found["damage"]["tokens"] == 2 * (half - 1)
+    assert list(found["copied"]["layers"]) == ["1", "2"]
+    assert len(found["heads"]) == 3
+    assert all(0 <= share <= 1 for head in found["heads"] for share in head["base"].values())

@@ -37,7 +37,7 @@ lint: setup
 
 # into site/, every link checked; open site/index.html
 docs: setup
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(OUT) site

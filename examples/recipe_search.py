@@ -234,7 +234,7 @@ def main() -> None:
         made |= {"seconds": round(time.perf_counter() - began), "commit": made_with}
         with writing:
             runs.append(made)
-            options.out.write_text(json.dumps({**facts(), "runs": runs}) + "\n")
+            options.out.write_text(json.dumps({**facts(), "runs": runs}, separators=(",", ":")) + "\n")
             t, c = made["test"], made["curve"][-1]
             print(
                 f"{variant:24s} seed {seed} density {t['density']:.3%} "

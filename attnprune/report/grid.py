@@ -38,14 +38,14 @@ class HeadGrid:
         names = (" " * (width - 1) * (step > 1) + "".join(names)).ljust(self.heads * width)[: self.heads * width]
         yield Text(f"layer {names}{_SIDE if has_side else ''}", style="bright_black")
         for index, layer in enumerate(self.density):
-            row = Text(f"{index:>5} ", style="bright_black")
+            row = Text.assemble((f"{index:>5} ", "bright_black"))
             for share in layer:
                 glyph, colour = look(float(share))
                 row.append((number(float(share)) if width == _NUMBER else glyph).rjust(width), style=colour)
             row.append(" " * (self.heads - len(layer)) * width)
             if has_side:
                 closed = int((layer == 0).sum())
-                row.append(f"  {number(float(layer.mean())):>6}  {closed or '':>6}", style="default")
+                row.append(f"  {number(float(layer.mean())):>6}  {closed or '':>6}")
             yield row
         yield Text("· closed   ≈0 less than 0.01 %") if width == _NUMBER else legend()
 

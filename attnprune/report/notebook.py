@@ -6,8 +6,14 @@ from io import StringIO
 from typing import Any
 
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 
 WIDTH = 110
+# Read on white and on black: a notebook has either. What has no colour takes the notebook's own.
+_GREY, _RED, _GREEN, _YELLOW = (128, 128, 128), (214, 69, 65), (46, 150, 90), (176, 125, 0)
+_BLUE, _MAGENTA, _CYAN = (70, 120, 225), (170, 80, 190), (0, 140, 150)
+_COLOURS = [_GREY, _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY]
+_THEME = TerminalTheme((255, 255, 255), (0, 0, 0), _COLOURS, _COLOURS)
 _PAGE = (
     "<pre style=\"white-space:pre;overflow-x:auto;line-height:1.25;font-family:Menlo,'DejaVu Sans Mono',consolas,"
     'monospace">{code}</pre>'
@@ -20,7 +26,7 @@ def html(thing: Any) -> str:
                       highlight=False, force_jupyter=False)  # fmt: skip
     for part in parts(thing):
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
-    return console.export_html(inline_styles=True, code_format=_PAGE)
+    return console.export_html(theme=_THEME, inline_styles=True, code_format=_PAGE)
 
 
 def parts(thing: Any) -> list[Any]:

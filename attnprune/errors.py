@@ -38,6 +38,9 @@ class AttnPruneError(Exception):
         self.hint = hint
         super().__init__(self.message)
 
+    def __str__(self) -> str:
+        return self.message  # whoever passes an error on may have said more in it
+
 
 class InputError(AttnPruneError):
     """An option, file or model is wrong; nothing was changed (exit code 2)."""

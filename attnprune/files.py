@@ -152,6 +152,21 @@ def check_new_folder(folder: Path) -> None:
     check_writable(folder.parent)
 
 
+def write_new_folder(folder: Path, contents: dict[str, str | bytes]) -> None:
+    """Write a folder of files (text as UTF-8): all of it or nothing.
+
+    Raises:
+        InputError: as `check_new_folder`.
+    """
+    check_new_folder(folder)
+    with temporary_folder(folder.absolute().parent) as made:
+        for name, content in contents.items():
+            (made / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        settle(made)
+        made.rename(folder)
+    fsync(folder.absolute().parent)
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder in which no file can be made.
 

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.data.blocks import IGNORED_LABEL, Blocks
+from attnprune.late import Shown
+from attnprune.units import percent
 
 BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
 
@@ -23,8 +25,8 @@ Reference = Callable[[Tensor], Tensor]
 """Token ids [B, T] -> logits [B, T, V] of the base model."""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What was measured on one set of blocks.
 
     Attributes:
@@ -33,7 +35,8 @@ class Report:
         kl: KL(base || sparse), nats per token.
         density: open / visible edges; edges_per_query: mean open edges of one query in one head.
         open_edges, visible_edges: the counts behind density, summed over layers, heads and blocks.
-        exact_match: share of blocks whose counted predictions are all right (argmax).
+        exact_match: share of blocks whose counted predictions are all right (argmax); None where all predictions count,
+            as in plain text.
         agreement: share of tokens on which base and sparse model have the same argmax.
         seq_len, tokens, data: block length, counted predictions, name of the text.
         heads: open edges per visible edge, [layers][heads].
@@ -48,11 +51,21 @@ class Report:
     control_loss: float | None = None
     kl: float | None = None
     agreement: float | None = None
-    exact_match: float = 0.0
+    exact_match: float | None = None
     seq_len: int = 0
     tokens: int = 0
     data: str = ""
     heads: list[list[float]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        parts = [f"loss {self.loss:.4f}"]
+        if self.base_loss is not None:
+            parts.append(f"base {self.loss_gap:+.4f}")
+        if self.kl is not None:
+            parts.append(f"KL {self.kl:.4f}")
+        if self.density is not None:
+            parts.append(f"{percent(self.density)} of the edges open at T = {self.seq_len}")
+        return f"Report({self.data}: {', '.join(parts)})"
 
     @property
     def loss_gap(self) -> float:
@@ -136,7 +149,7 @@ def measure(
         control_loss=sums["control"] / tokens if control else None,
         kl=sums["kl"] / tokens if reference else None,
         agreement=sums["agree"] / tokens if reference else None,
-        exact_match=sums["exact"] / len(blocks),
+        exact_match=sums["exact"] / len(blocks) if bool((blocks.labels == IGNORED_LABEL).any()) else None,
         seq_len=blocks.seq_len,
         tokens=int(tokens),
         data=blocks.name,

@@ -70,6 +70,7 @@ sample(base.model, base.tokenizer, 32, 64, 0)
 print(json.dumps([(time.perf_counter() - start) / (32 * 63)]))
 """
 PROBES = {
+    "training step, 2 x 256 tokens, precision left to auto": (STEP, {"PRECISION": "auto", "COMPILE": {}}),
     "training step, 2 x 256 tokens, fp32": (STEP, {"PRECISION": "fp32", "COMPILE": {}}),
     "training step, 2 x 256 tokens, fp32, compiled layers": (STEP, {"PRECISION": "fp32", "COMPILE": {"compile": "on"}}),
     "training step, 2 x 256 tokens, bf16": (STEP, {"PRECISION": "bf16", "COMPILE": {}}),
@@ -149,13 +150,13 @@ def main() -> None:
         record = {"machine": machine(torch.device("cpu")).model_dump(), "reference": given.reference, "seed": 0}
         record |= {"command": f"python examples/compare_release.py {given.reference} --model MODEL --data DATA"}
         record["measured"] = _kept(given.out) if given.only else []
-        for name, (code, more) in PROBES.items():
+        for place, (name, (code, more)) in enumerate(PROBES.items()):
             if given.only and given.only not in name:
                 continue
             found: dict[str, list] = {release: [] for release in sources}
             for number in range(given.repeats):
                 for release, source in sources.items():
-                    out = {"OUT": f"{folder}/{len(name)}-{number}-{release}"}
+                    out = {"OUT": f"{folder}/{place}-{number}-{release}"}
                     found[release].append(probe(source, code, names | more | out, given.limit))
             add(record, {"what": name, **compared(found, given.reference)}, given.out)
         if not given.only or given.only in "dry run":

@@ -3,9 +3,10 @@
     python examples/train_small_lm.py peps.txt rust_rfcs.txt --out examples/small-lm
     python examples/recipe_search.py examples/small-lm --out examples/results/recipe-search.json
 
-Every run selects its best state on blocks of train.jsonl that it did not train on. It is then measured on text that
-neither the base model nor any run has seen: test.jsonl, to choose settings by, and unseen.jsonl, to report (runs of
-before it existed have only the first). Runs already in the JSON file are not repeated.
+Every run selects its best state on blocks of its training text that it did not train on. It is then measured on text
+that neither the base model nor any run has seen: --test, to choose settings by, and --unseen, to report. The texts are
+files beside the model (train.jsonl, test.jsonl, unseen.jsonl) unless they are named. A run with a frontier is measured
+at each of its densities. Runs already in the JSON file are not repeated.
 """
 
 from __future__ import annotations
@@ -79,6 +80,17 @@ ONE_CHANGE = {
     "gates alone": {"train": {"scope": "gates"}},
 }
 FROM_BASE = merge(HELD, {"train": {"distill": 1.0}})
+ALL_LINEAR = {"train": {"scope": "lora", "lora_rank": 16, "lora_targets": "all"}}
+# What one setting of the learning signal does to the recipe that is held at 1 % and learns from the base.
+SIGNALS = {
+    **{f"match {weight:g}": {"train": {"match": weight}} for weight in (1.0, 5.0, 20.0)},
+    "LoRA rank 16 on all linear layers": ALL_LINEAR,
+    "LoRA rank 16 on all linear layers, match 5": merge(ALL_LINEAR, {"train": {"match": 5.0}}),
+    "a tenth of the rate outside of the attention": {"train": {"rest_learning_rate": 1e-4}},
+    "the density falls over half of the run": {"constraint": {"fall": 0.5}},
+    "a tenth of the text": {"train": {"distill": 0.9}},
+}
+FRONTIER = {"constraint": {"frontier": [0.05, 0.01, 0.005], "target_density": 0.003}}
 # The density is fixed and the loss compared; then the loss is fixed and the density compared, the published way last.
 VARIANTS: dict[str, dict] = {
     "density 1 %": {},
@@ -105,6 +117,9 @@ VARIANTS: dict[str, dict] = {
     "held at 1 %, from the base": FROM_BASE,
     "held at 1 %, from the base, attention alone": merge(FROM_BASE, ONE_CHANGE["attention alone"]),
     "held at 1 %, from the base, LoRA rank 16": merge(FROM_BASE, ONE_CHANGE["LoRA rank 16"]),
+    **{f"held at 1 %, from the base, {name}": merge(FROM_BASE, change) for name, change in SIGNALS.items()},
+    "frontier": merge(FROM_BASE, FRONTIER),
+    "frontier, match 5": merge(merge(FROM_BASE, FRONTIER), {"train": {"match": 5.0}}),
     "published": PUBLISHED,
     # The loss compared on the same tokens: unpaired, the sampling error of the base's mean enters the tolerance.
     "published, paired": merge(PUBLISHED, {"constraint": {"paired": True}}),
@@ -120,40 +135,44 @@ VARIANTS: dict[str, dict] = {
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 # glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
-TEXTS = {"test": 65_536, "unseen": 10**6}  # tokens from the start of each, or what there is
+TOKENS = {"test": 65_536, "unseen": 10**6}  # from the start of each text, or what there is
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 
 
-def train(model: Path, settings: dict, folder: Path) -> None:
+def train(model: Path, texts: list[str], settings: dict, folder: Path) -> None:
     """One `attnprune sparsify` into `folder`."""
     config = folder.with_suffix(".toml")
     config.write_text(tomli_w.dumps(settings))
-    command = ["sparsify", str(model), "--config", str(config), "--data", str(model / "train.jsonl")]
-    done = attnprune_command([*command, "--out", str(folder), "--quiet"])
+    data = [argument for text in texts for argument in ("--data", text)]
+    done = attnprune_command(["sparsify", str(model), "--config", str(config), *data, "--out", str(folder), "--quiet"])
     if done.returncode not in (0, 3):  # 3: finished, constraint not met
         raise RuntimeError(f"{settings}: exit code {done.returncode}")
 
 
-def record(model: Path, variant: str, seed: int, settings: dict, folder: Path) -> dict:
-    """What a finished run came to, measured on test.jsonl and unseen.jsonl."""
-    measured = {name: measure(model, folder, name, tokens) for name, tokens in TEXTS.items()}
+def record(model: Path, texts: dict[str, str], variant: str, seed: int, settings: dict, folder: Path) -> dict:
+    """What a finished run came to, measured on the texts to choose by and to report on."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "attnprune.json").read_text())["result"]
+    points = [
+        {"limit": float(place.name) / 100, **{name: measure(model, place, text, name) for name, text in texts.items()}}
+        for place in sorted(folder.glob("frontier/*"), key=lambda place: -float(place.name))
+    ]
     return {
         "variant": variant,
         "seed": seed,
         "settings": settings,
         "tokens": settings["train"]["steps"] * settings["train"]["batch_size"] * settings["data"]["seq_len"],
         "selected": {key: result[key] for key in ("density", "loss", "base_loss", "feasible")},
-        **measured,
+        **{name: measure(model, folder, text, name) for name, text in texts.items()},
+        **({"frontier": points} if points else {}),
         "curve": [{k: line[name] for k, name in CURVE.items()} for line in lines if "eval_density" in line],
         "multiplier": [[line["step"], line["multiplier"]] for line in lines if "multiplier" in line][::5],
     }
 
 
-def measure(model: Path, folder: Path, text: str, tokens: int) -> dict:
-    """One `attnprune eval` on a text beside the model."""
-    data = ["--data", str(model / f"{text}.jsonl"), "--tokens", str(tokens)]
+def measure(model: Path, folder: Path, text: str, name: str) -> dict:
+    """One `attnprune eval` on a text."""
+    data = ["--data", text, "--tokens", str(TOKENS[name])]
     done = attnprune_command(["eval", str(folder), "--base", str(model), *data, "--json"])
     report = json.loads(done.stdout)["reports"][0]
     return {key: report[key] for key in REPORTED}
@@ -169,7 +188,7 @@ def attnprune_command(arguments: list[str]) -> subprocess.CompletedProcess:
 def facts() -> dict:
     """Where and with what the runs were made."""
     return {
-        "command": "python examples/recipe_search.py examples/small-lm",
+        "command": "python examples/recipe_search.py MODEL [--train TEXT] [--test TEXT --unseen TEXT]",
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "versions": {
             "attnprune": attnprune.__version__, "torch": torch.__version__, "transformers": transformers.__version__
@@ -188,12 +207,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", nargs="+", help="texts to train on; default: MODEL/train.jsonl")
+    parser.add_argument("--test", help="text to choose settings by; default: MODEL/test.jsonl")
+    parser.add_argument("--unseen", help="text to report on; default: MODEL/unseen.jsonl")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
 
+    beside = {name: str(options.model / f"{name}.jsonl") for name in ("train", "test", "unseen")}
+    texts = {"test": options.test or beside["test"], "unseen": options.unseen or beside["unseen"]}
     runs = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
     done = {(r["variant"], r["seed"], r["settings"]["train"]["steps"]) for r in runs}
     wanted = [(v, s) for s in options.seeds for v in options.variants if (v, s, options.steps) not in done]
@@ -205,12 +229,12 @@ def main() -> None:
         settings = merge(merge(COMMON, VARIANTS[variant]), {"train": {"seed": seed, "steps": options.steps}})
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
-            train(options.model, settings, folder)
-            made = record(options.model, variant, seed, settings, folder)
+            train(options.model, options.train or [beside["train"]], settings, folder)
+            made = record(options.model, texts, variant, seed, settings, folder)
         made |= {"seconds": round(time.perf_counter() - began), "commit": made_with}
         with writing:
             runs.append(made)
-            options.out.write_text(json.dumps({**facts(), "runs": runs}) + "\n")
+            options.out.write_text(json.dumps({**facts(), "runs": runs}, separators=(",", ":")) + "\n")
             t, c = made["test"], made["curve"][-1]
             print(
                 f"{variant:24s} seed {seed} density {t['density']:.3%} "

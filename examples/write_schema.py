@@ -9,14 +9,17 @@ from pydantic import BaseModel
 
 from attnprune.bench.record import Record
 from attnprune.circuit.result import CircuitResult
+from attnprune.heads.result import Atlas
 from attnprune.sidecar.damage import Damage
 from attnprune.sidecar.format import AdapterConfig, Manifest
+from attnprune.tracing.result import Trace
 
 FORMATS = Path(__file__).parent.parent / "formats"
 SCHEMAS = {
     "attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig,
     "attnprune-bench-1.schema.json": Record, "attnprune-circuit-2.schema.json": CircuitResult,
     "attnprune-damage-1.schema.json": Damage,
+    "attnprune-trace-1.schema.json": Trace, "attnprune-atlas-1.schema.json": Atlas,
 }  # fmt: skip
 
 

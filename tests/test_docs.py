@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
+from tests.helpers.pages import Browser, Page, in_browser
 from tests.helpers.paths import ROOT
 
 DOCUMENTS = ["docs/architecture.md", "CONTRIBUTING.md"]
+RESULTS = "examples/results/README.md"
+RECORD = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples/results/record").glob("*.md"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md") if path.name != "architecture.md")
 TEXT = {".py", ".md", ".json"}
 MODULE = r"(?<![\w./-])attnprune\.(?:[a-z_]+\.)+\w+"
 NO_MODULES = r"attnprune\.v1\."  # formats/attnprune.v1.schema.json
@@ -27,10 +34,10 @@ def paths(text: str) -> list[str]:
     return inside + [word for word in words if re.fullmatch(r"[A-Z]+\.md|pyproject\.toml|constraints\.txt", word)]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", "examples/results/README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", RESULTS, *RECORD, *PAGES])
 def test_every_path_exists(document):
     found = paths(prose(document))
-    assert len(found) > 10
+    assert document in [*RECORD, *PAGES, "README.md"] or len(found) > 10
     assert [path for path in found if not (ROOT / path).exists()] == []
 
 
@@ -45,10 +52,10 @@ def test_every_file_that_a_sentence_leaves_in_a_room_exists(document):
             assert (ROOT / "attnprune" / room / name).exists(), f"{room}/: {name}"
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "README.md", RESULTS, *RECORD, *PAGES])
 def test_every_link_has_a_target(document):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(document)) if "://" not in link]
-    assert links
+    assert links or document in PAGES
     for link in links:
         file, _, anchor = link.partition("#")
         target = (ROOT / document).parent / file if file else ROOT / document
@@ -98,3 +105,71 @@ def leads_somewhere(name: str) -> bool:
 def test_readme_leads_to_the_map():
     assert "docs/architecture.md" in prose("README.md")
     assert "CONTRIBUTING.md" in prose("README.md")
+
+
+def test_results_lead_to_the_whole_record():
+    assert RECORD
+    for document in RECORD:
+        assert f"({document.removeprefix('examples/results/')})" in prose(RESULTS)
+        assert "(../README.md)" in prose(document)
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    readme = prose("README.md")
+    assert readme.count("\n") <= 150
+    assert [page for page in PAGES if f"({page})" not in readme and page != "docs/index.md"] == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site of docs/, with every warning an error: links and anchors without a target, pages that the menu lacks."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_documents_every_public_name(site):
+    import attnprune
+
+    page = (site / "python.html").read_text(encoding="utf-8")
+    names = {name for name in attnprune.__all__ if name not in ("__version__", "lens")} | {"lens.load"}
+    assert [name for name in sorted(names) if f'id="attnprune.{name}"' not in page] == []
+    assert "Post-train a model until its attention is sparse" in page  # from the docstring
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 20
+    loaded = r'<(?:script|img|iframe|source)[^>]*\bsrc="?(?:https?:)?//|<link[^>]*\bhref="?(?:https?:)?//'
+    assert [page.name for page in pages if re.search(loaded, page.read_text(encoding="utf-8"))] == []
+    assert (site / "formats/attnprune-v1.html").exists()  # brought in by links
+    assert (site / "examples/results/smollm2.png").exists()
+    assert not (site / "architecture.html").exists()
+
+
+@in_browser
+def test_search_works_from_the_disk(site, tmp_path):
+    browser = Browser(tmp_path)
+    try:
+        page = Page(browser, site / "gates.html")
+        found = page.js(
+            """(async () => {
+                const entry = document.querySelector("[data-md-component=search-query]")
+                const results = document.querySelector("[data-md-component=search-result]")
+                entry.focus()
+                for (let tries = 0; tries < 200 && !results.querySelector("a"); tries++) {
+                    entry.value = "renormalised"
+                    entry.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }))
+                    await new Promise(done => setTimeout(done, 50))
+                }
+                return results.textContent
+            })()"""
+        )
+        assert "Why is a mask not renormalised?" in found
+        assert page.errors() == []
+        assert [url for url in page.requests() if url.startswith("http")] == []
+    finally:
+        browser.close()

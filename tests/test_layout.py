@@ -94,8 +94,8 @@ def test_every_module_is_on_a_layer():
 
 def test_the_listing_is_short():
     entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
-    assert len([path for path in entries if path.is_dir()]) <= 11
-    assert len([path for path in entries if path.suffix == ".py"]) <= 6
+    assert len([path for path in entries if path.is_dir()]) <= 14
+    assert len([path for path in entries if path.suffix == ".py"]) <= 8
 
 
 def tracked() -> list[str]:
@@ -115,7 +115,7 @@ def test_a_long_file_says_why_in_its_first_comment():
 
 def test_the_tree_is_light():
     sizes = {name: (ROOT / name).stat().st_size for name in tracked()}
-    assert sum(sizes.values()) < 40 * MIB
+    assert sum(sizes.values()) < 44 * MIB
     assert sum(size for name, size in sizes.items() if not name.startswith(SIDECARS)) < 12 * MIB
     text = (".json", ".jsonl", ".html", ".txt", ".csv", ".toml", ".md", ".py")
     assert [name for name, size in sizes.items() if name.endswith(text) and size > MIB] == []

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from attnprune.late import Shown
+
 SCHEMA, FIRST_SCHEMA = "attnprune-circuit-2", "attnprune-circuit-1"
 MARGIN = 0.05  # of the faithfulness: so far outside the band may it lie for all that the test prompts show
 FAITHFULNESS = "(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)), m = mean of the metric over the prompts"
@@ -290,7 +292,7 @@ class Compare(_Strict):
     jaccard: float = Field(description="shared / all edges of the two circuits")
 
 
-class CircuitResult(_Strict):
+class CircuitResult(Shown, _Strict):
     """A circuit search of one model, or of two on the same prompts."""
 
     schema_id: Literal["attnprune-circuit-2"] = SCHEMA
@@ -301,6 +303,14 @@ class CircuitResult(_Strict):
     compare: Compare | None
     seconds: float = Field(description="of the last part, if the search was interrupted")
     notes: list[str]
+
+    def __repr__(self) -> str:
+        models = "; ".join(
+            f"{m.name}: {m.counts.edges:,} of {m.graph.edges:,} edges, faithfulness {m.test.faithfulness.value:.3f} "
+            f"({'reached' if m.reached else 'not shown'})"
+            for m in self.models
+        )
+        return f"CircuitResult({self.task.name}, {models})"
 
     @model_validator(mode="before")
     @classmethod

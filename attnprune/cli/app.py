@@ -13,6 +13,7 @@ import typer
 
 import attnprune
 from attnprune.cli import apply as apply_command
+from attnprune.cli import atlas as atlas_command
 from attnprune.cli import bench as bench_commands
 from attnprune.cli import circuit as circuit_command
 from attnprune.cli import diff as diff_command
@@ -20,6 +21,7 @@ from attnprune.cli import evaluate as evaluate_command
 from attnprune.cli import inspect as inspect_command
 from attnprune.cli import push as push_command
 from attnprune.cli import sparsify as sparsify_command
+from attnprune.cli import trace as trace_command
 from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
 from attnprune.cli.signals import EndedBySignal, ending_on_signals
@@ -29,7 +31,7 @@ app = typer.Typer(
     name="attnprune",
     help="Post-train a language model so that its attention keeps few of its edges at the original loss.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("sparsify")(sparsify_command.sparsify)
@@ -40,6 +42,8 @@ app.command("verify")(verify_command.verify)
 app.command("diff")(diff_command.diff)
 app.command("eval")(evaluate_command.evaluate)
 app.command("circuit")(circuit_command.circuit)
+app.command("trace")(trace_command.trace)
+app.command("atlas")(atlas_command.atlas)
 app.add_typer(bench_commands.app)
 
 
@@ -68,7 +72,7 @@ def run() -> int:
     _quiet_libraries()
     try:
         with ending_on_signals():
-            code = app(standalone_mode=False)
+            code = app(prog_name="attnprune", standalone_mode=False)
             sys.stdout.flush()
         if code == 130:  # Typer caught Ctrl-C itself
             raise KeyboardInterrupt

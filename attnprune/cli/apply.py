@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnprune.cli.options import AllowMismatch, Json, Quiet, Revision
+from attnprune.cli.options import AllowMismatch, Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 from attnprune.errors import InputError
 
@@ -20,9 +20,14 @@ def apply(
             help="The base model (may be left out) and the sidecar, a folder or Hub repository.",
         ),
     ],
-    merge: Annotated[Path | None, typer.Option("--merge", help="Write a merged model folder here.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="With --merge: float32, bfloat16 or float16.")] = None,
+    merge: Annotated[
+        Path | None, typer.Option("--merge", help="Write a merged model folder here. Default: none.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="With --merge: float32, bfloat16 or float16. Default: the base's.")
+    ] = None,
     revision: Revision = None,
+    base: Base = None,
     allow_base_mismatch: AllowMismatch = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     as_json: Json = False,
@@ -32,7 +37,9 @@ def apply(
     out.configure(json=as_json, quiet=quiet)
     if len(paths) > 2:
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
-    base, path = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
+    if len(paths) == 2 and base is not None:
+        raise InputError(f"--base: {paths[0]} is named as the base already", hint="leave out one of them")
+    base, path = (paths[0], paths[1]) if len(paths) == 2 else (base, paths[0])
     from attnprune.files import check_new_folder
     from attnprune.sidecar.folder import check_release_code, open_artefact
     from attnprune.sidecar.hub import locate, shown

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="bench", help="Time the attention or a model, implementations side by side.", no_args_is_help=True
 )
-Out = Annotated[Path | None, typer.Option("--out", help="Also write the record to this JSON file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the record to this JSON file. Default: none.")]
 Repeats = Annotated[int, typer.Option("--repeats", help="Timed runs of each.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the random inputs.", min=0)]
 Budget = Annotated[float, typer.Option("--time-budget", help="Seconds; what is left out is listed.")]
@@ -47,9 +47,10 @@ def attention(
         list[str] | None, typer.Option("--provider", help="Only these (repeatable). Default: all that can run here.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="Take q, k, v and biases from this sparse model, with --data.")
+        str | None,
+        typer.Option("--from", help="Take q, k, v and biases from this sparse model, with --data. Default: none."),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="With --from: the text.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="With --from: the text. Default: none.")] = None,
     layer: Annotated[int, typer.Option("--layer", help="With --from: the layer.", min=0)] = 0,
     base: Base = None,
     repeats: Repeats = 10,

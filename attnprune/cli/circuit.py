@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +14,6 @@ from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.cli.signals import EndedBySignal
 from attnprune.errors import ConstraintNotMetError, InputError, InterruptedRunError
-
-if TYPE_CHECKING:
-    from attnprune.circuit.result import CircuitResult
-
-PROMPTS, QUICK_PROMPTS = 64, 32
 
 
 def circuit(
@@ -31,16 +26,19 @@ def circuit(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="ioi, greater-than, sva, ..., or a .csv or .jsonl file.", show_default=False),
+        typer.Option(
+            "--task", help="ioi, greater-than, sva, ..., or a .csv or .jsonl file. Default: none.", show_default=False
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="Second model to compare with: the dense one.", show_default=False)
+        str | None,
+        typer.Option(
+            "--against", help="Second model to compare with: the dense one. Default: none.", show_default=False
+        ),
     ] = None,
     base: Base = None,
     target: Annotated[float, typer.Option("--target", help="Faithfulness to reach, above 0 and up to 1.")] = 0.9,
-    prompts: Annotated[
-        int, typer.Option("--prompts", help=f"Prompt pairs per split; 0: {PROMPTS}, {QUICK_PROMPTS} if quick.", min=0)
-    ] = 0,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompt pairs per split; 0: 64, 32 if quick.", min=0)] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Prompts, random circuits and resamples.", min=0)] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts and sizes, no mask, no deletion.")] = False,
     mask_steps: Annotated[
@@ -68,11 +66,16 @@ def circuit(
         typer.Option("--out", "-o", help="Output folder. Default: ./MODEL-circuit-TASK.", show_default=False),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Continue the search in this folder.", show_default=False)
+        Path | None,
+        typer.Option("--resume", help="Continue the search in this folder. Default: none.", show_default=False),
     ] = None,
     render: Annotated[
         Path | None,
-        typer.Option("--render", help="Draw page and curve of the finished search in this folder.", show_default=False),
+        typer.Option(
+            "--render",
+            help="Draw page and curve of the finished search in this folder. Default: none.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -80,7 +83,7 @@ def circuit(
 ) -> None:
     """Find the smallest circuit of MODEL for a task by exact patching, with controls, and compare two models."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune.circuit.folder import check_folder, default_name, is_begun, read_settings
+    from attnprune.circuit.folder import default_name, is_begun
 
     if render is not None:
         _refuse(context, "--render: draws what a finished search found", besides=("render", "as_json", "quiet"))
@@ -88,7 +91,7 @@ def circuit(
         return
     if resume is not None:
         _refuse(context, "--resume: goes on as the search was begun", besides=("resume", "device", "as_json", "quiet"))
-        folder, settings = resume, read_settings(resume)
+        folder = resume
     else:
         if model is None or task is None:
             raise InputError(
@@ -97,15 +100,13 @@ def circuit(
         if not 0 < target <= 1:
             raise InputError(f"--target {target:g}: is not above 0 and up to 1")
         folder = output or Path(default_name(model, task))
-        settings = {
-            "model": model, "task": task, "against": against, "base": base, "target": target,
-            "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed, "quick": quick,
-            "mask_steps": mask_steps, "deletions": deletions, "controls": controls, "batch_size": batch_size,
-            "command": "attnprune " + shlex.join(sys.argv[1:]),
-        }  # fmt: skip
-        check_folder(folder)
+    options = {
+        "against": against, "base": base, "target": target, "prompts": prompts, "seed": seed, "quick": quick,
+        "mask_steps": mask_steps, "deletions": deletions, "controls": controls, "batch_size": batch_size,
+        "command": "attnprune " + shlex.join(sys.argv[1:]),
+    }  # fmt: skip
     try:
-        _run(folder, settings, device, is_new=resume is None)
+        _run(model, task, folder, options, resume, device)
     except (KeyboardInterrupt, EndedBySignal) as error:
         number = error.number if isinstance(error, EndedBySignal) else signal.SIGINT
         hint = f"continue with: attnprune circuit --resume {shlex.quote(str(folder))}"
@@ -126,13 +127,15 @@ def _given(context: typer.Context, besides: tuple[str, ...]) -> list[str]:
     return [names[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
-def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -> None:
-    from attnprune.circuit.run import run
+def _run(
+    model: str | None, task: str | None, folder: Path, options: dict[str, Any], resume: Path | None, device: str
+) -> None:
+    from attnprune.api.commands import circuit as search
     from attnprune.report import circuits as report
 
     watching = report.Watching(out.stderr, live=out.live, quiet=out.quiet)
-    result = run(folder, settings, device, is_new=is_new, watching=watching)
-    _write_pictures(result, folder)
+    result = search(model, task, out=folder, resume=resume, device=device, progress=watching, **options)
+    _note_curve(folder)
     out.result(result.model_dump(mode="json"), *report.summary(result), f"written to {folder}")
     missed = [m for m in result.models if not m.reached]
     if missed:
@@ -142,27 +145,19 @@ def _run(folder: Path, settings: dict[str, Any], device: str, *, is_new: bool) -
 def _draw(folder: Path) -> None:
     from attnprune.circuit.folder import read_record
     from attnprune.files import reason
+    from attnprune.report.circuit_page import write_pictures
 
     result = read_record(folder)
     try:
-        written = _write_pictures(result, folder)
+        written = write_pictures(result, folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write: {reason(error)}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # numbers that no search ends with
         raise InputError(f"{folder}: this record cannot be drawn: {error}") from error
+    _note_curve(folder)
     out.result({"written": [str(file) for file in written]}, *(f"written: {file}" for file in written))
 
 
-def _write_pictures(result: CircuitResult, folder: Path) -> list[Path]:
-    """Page and curve of a search, both made before one is written; the files written."""
-    from attnprune.files import write_atomic
-    from attnprune.report.circuit_page import render_page
-    from attnprune.report.circuits import curve_png
-
-    contents = {"circuit.html": render_page(result), "curve.png": curve_png(result)}
-    if contents["curve.png"] is None:
+def _note_curve(folder: Path) -> None:
+    if not (folder / "curve.png").exists():
         out.note("no curve.png: matplotlib is not installed")
-    made = {folder / name: content for name, content in contents.items() if content is not None}
-    for file, content in made.items():
-        write_atomic(file, content)
-    return list(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,26 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Benchmarks of lm-eval: hellaswag,lambada_openai. Default: text.",
+            show_default=False,
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--task-folder", help="With --tasks: further definitions for lm-eval. Default: none.", show_default=False
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--task-limit", help="With --tasks: so many documents of each. Default: all.", min=1, show_default=False
+        ),
+    ] = None,
     damage: Annotated[
         bool,
         typer.Option(
@@ -54,15 +75,23 @@ def evaluate(
 ) -> None:
     """Measure loss, base loss, open-gate control, KL, density and edges per query on text."""
     out.configure(json=as_json, quiet=quiet)
-    from pathlib import Path
-
+    from attnprune.api.commands import sidecar_at
     from attnprune.errors import InputError
-    from attnprune.sidecar.folder import open_sidecar
-    from attnprune.sidecar.hub import is_repo, locate_sparse
+    from attnprune.sidecar.hub import is_repo
 
-    folder = locate_sparse(path, revision) or Path(path)
-    is_sidecar = (folder / "attnprune.json").exists() or (folder / "checkpoints").is_dir()
-    sidecar = open_sidecar(folder) if is_sidecar else None
+    sidecar = sidecar_at(path, revision)
+    if tasks is not None:
+        if data or damage:
+            raise InputError("--tasks: brings its own text; leave out --data and --damage")
+        from attnprune.report.evaluation import scores_data, scores_table
+        from attnprune.training.harness import evaluate_tasks
+
+        found = evaluate_tasks(
+            path, sidecar, tasks.split(","), base=base, revision=revision, device=device, limit=task_limit,
+            batch_size=batch_size, definitions=task_folder, allow_base_mismatch=allow_base_mismatch,
+        )  # fmt: skip
+        out.result(scores_data(found), scores_table(found))
+        return
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
     if damage:
@@ -70,7 +99,7 @@ def evaluate(
             raise InputError(f"{path}: is not a local sidecar", hint="--damage takes the folder that a run wrote")
         _damage(sidecar, data, base, device, seq_len, tokens, damage_heads, text_field, allow_base_mismatch)
         return
-    from attnprune.report.evaluation import report_data, report_table
+    from attnprune.report.evaluation import report_data, report_table, warnings_of
     from attnprune.training.evaluation import evaluate_model
 
     reports = evaluate_model(
@@ -78,7 +107,7 @@ def evaluate(
         tokens=tokens or 16_384, batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
     )  # fmt: skip
     facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
-    lines: list[object] = [report_table(reports)]
+    lines: list[object] = [report_table(reports), *warnings_of(reports)]
     if sidecar is not None and not data:
         stored, now = sidecar.manifest.result, reports[0]
         facts["reproduced"] = (now.loss, now.open_edges) == (stored.loss, stored.open_edges)

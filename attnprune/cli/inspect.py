@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +13,17 @@ from attnprune.cli.output import out
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Sidecar or merged folder, or Hub repository.")],
-    text: Annotated[str | None, typer.Option("--text", help="Show which edges stay open on this text.")] = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="With --text: only this layer.")] = None,
-    head: Annotated[int | None, typer.Option("--head", help="With --text: only this head.")] = None,
-    limit: Annotated[int, typer.Option("--limit", help="With --text: edges shown per head.", min=1)] = 8,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Show which edges stay open on this text, the busiest heads first. Default: none."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="With --text: only this layer. Default: all.")] = None,
+    head: Annotated[int | None, typer.Option("--head", help="With --text: only this head. Default: all.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --text: every head and its strongest edges.")] = False,
+    limit: Annotated[int, typer.Option("--limit", help="With --all, --layer, --head: edges per head.", min=1)] = 8,
     save_mask: Annotated[
-        Path | None, typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file.")
+        Path | None,
+        typer.Option("--save-mask", help="With --text: write its edges as a bit mask to this new file. Default: none."),
     ] = None,
     damage: Annotated[
         bool, typer.Option("--damage", help="Show where it lost something, as eval --damage measured it.")
@@ -59,9 +64,10 @@ def inspect(
     if text is None:
         from attnprune.report.sidecar import summary, summary_data
 
-        out.result(summary_data(sidecar), *summary(sidecar))
+        data, shown = _frontier(folder)
+        out.result(summary_data(sidecar) | data, *summary(sidecar), *shown)
         return
-    from attnprune.report.edges import as_data, render
+    from attnprune.report.edges import as_data, render, summary
     from attnprune.sidecar.edges import open_edges
 
     heads = sidecar.manifest.gate.heads
@@ -77,7 +83,21 @@ def inspect(
     if save_mask is not None:
         masks.save(save_mask, found.mask(heads), found.input_ids)
         out.note(f"mask of all heads written to {save_mask}")
-    out.result(as_data(found, chosen), *render(found, chosen, limit))
+    is_chosen = everything or layer is not None or head is not None
+    lines = render(found, chosen, limit) if is_chosen else summary(found, sidecar.manifest.result)
+    out.result(as_data(found, chosen), *lines)
+
+
+def _frontier(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """What there is to show of the frontier that a sidecar belongs to: (for JSON, for a terminal)."""
+    from attnprune.report.frontier import frontier_data, frontier_table
+    from attnprune.runs.frontier import read_frontier
+
+    found = read_frontier(folder)
+    if found is None:
+        return {}, []
+    points, place = found
+    return {"frontier": frontier_data(points), "place": place}, ["", frontier_table(points, place)]
 
 
 def _show_backends(folder: Path, base: str | None, allow_base_mismatch: bool) -> None:

@@ -21,6 +21,7 @@ class Output:
     def __init__(self) -> None:
         self.json = False
         self.quiet = False
+        self.answered = False
         self.stdout = Console(highlight=False, soft_wrap=True)
         self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
         for stream in (sys.stdout, sys.stderr):
@@ -30,6 +31,8 @@ class Output:
     def configure(self, *, json: bool, quiet: bool) -> None:
         """Choose the mode."""
         self.json, self.quiet = json, quiet
+        if not self.live and not debugging():
+            os.environ["TQDM_DISABLE"] = "1"  # bars of transformers, gguf, datasets; tqdm reads it once, on import
 
     @property
     def live(self) -> bool:
@@ -38,6 +41,7 @@ class Output:
 
     def result(self, data: dict[str, Any], *renderables: Any) -> None:
         """The command's answer: one JSON object, or the renderables for a person."""
+        self.answered = True
         if self.json:
             self.stdout.file.write(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
             return
@@ -56,10 +60,10 @@ class Output:
             self.stderr.print(renderable)
 
     def error(self, message: str, hint: str | None, code: int) -> None:
-        """One line on stderr; with --json also one object on stdout."""
+        """One line on stderr; with --json also one object on stdout, unless the result is there already."""
         line = f"attnprune: {printable(message, MAX_LINE)}" + (f" ({printable(hint, MAX_LINE)})" if hint else "")
         sys.stderr.write(line + "\n")
-        if self.json:
+        if self.json and not self.answered:
             payload = {"error": {"message": printable(message), "hint": hint, "exit_code": code}}
             sys.stdout.write(json.dumps(payload) + "\n")
 

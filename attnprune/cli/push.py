@@ -23,7 +23,8 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     revision: Annotated[str, typer.Option("--revision", help="Branch; created if it is not there.")] = "main",
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Hub id of the base, if it was a local folder or .gguf file.")
+        str | None,
+        typer.Option("--base-model", help="Hub id of the base, if it was a local folder or .gguf file. Default: none."),
     ] = None,
     base: Base = None,
     replace: Annotated[
@@ -36,48 +37,25 @@ def push(
 ) -> None:
     """Push a sidecar (or its merged form) to the Hub: a plan first, then the listed files only, then a check."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune.files import temporary_folder
-    from attnprune.publish import push
+    from attnprune.api.commands import push as send
     from attnprune.report.push import push_data, push_table
 
     if base is not None and not merged:
         raise InputError("--base: goes with --merged", hint="the base's name on the Hub is --base-model")
-    plans: list[Plan] = []
+    facts: dict[str, Any] = {}
 
     def show(plan: Plan) -> bool:
-        plans.append(plan)
+        facts.update(push_data(plan))  # now: a merged form lies in a temporary folder
         out.show(push_table(plan))
         return not dry_run
 
-    with temporary_folder() as scratch:
-        source = _merge(folder, scratch / "merged", base, base_model, repo) if merged else folder
-        done = push.push(
-            source, repo, base_model=base_model, private=private, create_pr=create_pr, branch=revision, replace=replace,
-            on_plan=show,
-        )  # fmt: skip
-        facts: dict[str, Any] = push_data(plans[0])
+    done = send(
+        folder, repo, merged=merged, base=base, base_model=base_model, private=private, create_pr=create_pr,
+        revision=revision, replace=replace, on_plan=show,
+    )  # fmt: skip
     if done is None:
         out.result(facts)
         return
     facts |= {"commit": done.commit, "url": done.url, "sent": done.sent}
-    outcome = f"{done.sent} files sent" if done.sent or plans[0].deletions else "nothing to send, all files are there"
+    outcome = f"{done.sent} files sent" if done.sent or facts["deleted"] else "nothing to send, all files are there"
     out.result(facts, f"{outcome}; verified: {done.url}", f"load it with revision {done.commit}")
-
-
-def _merge(folder: Path, target: Path, base: str | None, base_model: str | None, repo: str) -> Path:
-    """The merged form of a sidecar; a merged folder as it is."""
-    from attnprune.publish.plan import base_name
-    from attnprune.sidecar import remote
-    from attnprune.sidecar.folder import is_merged, open_sidecar
-
-    remote.check_repo_id(repo)  # before the minutes that a merge may take
-    if is_merged(folder):
-        return folder
-    sidecar = open_sidecar(folder)
-    base_name(sidecar, base_model)
-    from attnprune.sidecar import loading
-    from attnprune.sidecar.merged import write_merged
-
-    model, tokenizer = loading.load(folder, base)
-    write_merged(model, tokenizer, sidecar, target, same_dtype=True)
-    return target

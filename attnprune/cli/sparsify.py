@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from attnprune.cli.options import Json, Quiet
+from attnprune.cli.options import RUN_DEFAULTS, Json, Quiet
 from attnprune.cli.output import out
-from attnprune.errors import ConstraintNotMetError, InputError
+from attnprune.errors import AttnPruneError, ConstraintNotMetError, InputError
 
 
 def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
+    default = RUN_DEFAULTS.get(names[0])
+    return typer.Option(*names, help=help if default is None else f"{help} Default: {default}.", show_default=False)
 
 
 def sparsify(
@@ -28,6 +29,10 @@ def sparsify(
             help="Hub data set [:config[:split]], file, folder or pattern of .txt, .jsonl or .parquet (also .gz, .xz, "
             ".zst), or 'self'. Repeatable: several are mixed in proportion to their sizes.",
         ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        _option("--weights", help="Shares of several --data in the training text, such as 3,1,1. Default: by size."),
     ] = None,
     output: Annotated[str | None, _option("--out", "-o", help="Output folder. Default: ./MODEL-attnprune.")] = None,
     scope: Annotated[
@@ -55,11 +60,25 @@ def sparsify(
     target_density: Annotated[
         float | None, _option("--target-density", help="Largest density; implies --constraint density.")
     ] = None,
+    frontier: Annotated[
+        str | None,
+        _option(
+            "--frontier",
+            help="Falling densities in percent, such as 5,2,1,0.5: the best state of each is kept, the last one is "
+            "the target. Implies --constraint density. Default: the target alone.",
+        ),
+    ] = None,
+    match: Annotated[
+        float | None, _option("--match", help="Weight of matching the base's hidden states after each layer.")
+    ] = None,
     estimator: Annotated[str | None, _option("--estimator", help="threshold or gumbel.")] = None,
     temperature: Annotated[float | None, _option("--temperature", help="Penalty temperature.")] = None,
     learning_rate: Annotated[float | None, _option("--lr", help="Learning rate of the weights.")] = None,
     gate_learning_rate: Annotated[float | None, _option("--gate-lr", help="Learning rate of the gate biases.")] = None,
     lora_rank: Annotated[int | None, _option("--lora-rank", help="Rank of the adapters.")] = None,
+    lora_targets: Annotated[
+        str | None, _option("--lora-targets", help="Linear layers with adapters: attention, or all.")
+    ] = None,
     optimizer: Annotated[str | None, _option("--optimizer", help="adamw or adamw8bit (bitsandbytes).")] = None,
     precision: Annotated[str | None, _option("--precision", help="fp32, bf16 (autocast) or auto.")] = None,
     gradient_checkpointing: Annotated[
@@ -83,36 +102,67 @@ def sparsify(
     ] = False,
     config: Annotated[Path | None, _option("--config", help="run.toml with defaults; flags override it.")] = None,
     resume: Annotated[Path | None, _option("--resume", help="Continue the unfinished run in this folder.")] = None,
+    finish: Annotated[
+        Path | None, _option("--finish", help="Do not train on: export the best state of the unfinished run there.")
+    ] = None,
+    report_to: Annotated[
+        str | None, _option("--report-to", help="Experiment tracker: tensorboard, wandb or trackio.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Post-train MODEL until its attention is sparse at its own loss, and write a sidecar."""
     out.configure(json=as_json, quiet=quiet)
+    marks: list[float] | None = None
+    if frontier is not None:
+        if target_density is not None:
+            raise InputError("--frontier: its last density is the target; leave out --target-density")
+        *marks, target_density = [density / 100 for density in _numbers("--frontier", frontier)]
     if target_density is not None and constraint is None:
         constraint = "density"
     if recover and constraint is None:
         constraint = "density"  # that of the sidecar
     flags = {
         "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
-        "data": {"source": data or None, "seq_len": seq_len, "eval_tokens": eval_tokens, "text_field": text_field},
+        "data": {
+            "source": data or None, "weights": weights and _numbers("--weights", weights), "seq_len": seq_len,
+            "eval_tokens": eval_tokens, "text_field": text_field,
+        },
         "gate": {"estimator": estimator, "temperature": temperature},
-        "constraint": {"kind": constraint, "tolerance": tolerance, "target_density": target_density},
+        "constraint": {
+            "kind": constraint, "tolerance": tolerance, "target_density": target_density, "frontier": marks,
+        },
         "train": {
             "scope": scope, "recover": "worst" if recover else None, "time": time, "steps": steps,
             "batch_size": batch_size, "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
-            "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "optimizer": optimizer,
+            "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "lora_targets": lora_targets,
+            "match": match, "optimizer": optimizer,
             "precision": precision, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,
         },
-        "output": {"folder": output},
+        "output": {"folder": output, "report_to": report_to},
     }  # fmt: skip
     given = {s: {k: v for k, v in values.items() if v is not None} for s, values in flags.items()}
     given = {section: values for section, values in given.items() if values}
-    return _run(given, config, resume, dry_run)
+    if resume is not None and finish is not None:
+        raise InputError("--finish: leave out --resume")
+    return _run(given, config, resume or finish, finish is not None, dry_run)
 
 
-def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, dry_run: bool) -> int:
+def _numbers(option: str, text: str) -> list[float]:
+    """Numbers between commas.
+
+    Raises:
+        InputError
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: numbers between commas are needed (got {text!r})") from None
+
+
+def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, finish: bool, dry_run: bool) -> int:
     from attnprune.runs.config import build_config, override, read_toml
 
     started = monotonic()
@@ -120,7 +170,8 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         raise InputError("--time: gives the number of steps; leave out --steps")
     if resume is not None:
         if config_file is not None:
-            raise InputError("--resume: takes its settings from the run; leave out --config")
+            option = "--finish" if finish else "--resume"
+            raise InputError(f"{option}: takes its settings from the run; leave out --config")
         from attnprune.runs.folder import read_resumed
 
         config = read_resumed(resume, given)
@@ -152,6 +203,7 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         sidecar = run_recipe(
             config,
             resume=resume is not None,
+            finish=finish,
             callbacks=[display.callback],
             on_plan=show_plan,
             on_note=out.note,
@@ -159,7 +211,8 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
         )
     if sidecar is None:
         return 0
-    out.result(summary_data(sidecar), *summary(sidecar), next_commands(sidecar, config.model.name))
+    data, shown = _frontier(sidecar.path)
+    out.result(summary_data(sidecar) | data, *summary(sidecar), *shown, next_commands(sidecar))
     result = sidecar.manifest.result
     if not result.feasible:
         option = "--target-density" if result.constraint == "density" else "--tolerance"
@@ -168,3 +221,19 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, d
             hint=f"try more --steps or a larger {option}, with another --out",
         )
     return 0
+
+
+def _frontier(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Draw the frontier of a run that has one; what there is to show of it: (for JSON, for a terminal)."""
+    from attnprune.report.frontier import PICTURE_FILE, draw_frontier, frontier_data, frontier_table
+    from attnprune.runs.frontier import read_frontier
+
+    found = read_frontier(folder)
+    if found is None:
+        return {}, []
+    points, place = found
+    try:
+        draw_frontier(points, folder / PICTURE_FILE)
+    except AttnPruneError as error:
+        out.note(f"{error.message}: {error.hint}")
+    return {"frontier": frontier_data(points)}, ["", frontier_table(points, place)]

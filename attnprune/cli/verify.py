@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from attnprune.cli.options import Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 from attnprune.errors import printable
+
+if TYPE_CHECKING:
+    from attnprune.sidecar.verify import Level
 
 
 def verify(
@@ -20,17 +23,11 @@ def verify(
 ) -> None:
     """Check everything that can be checked: schema, hashes, tensors, base identity, and the stored probe."""
     out.configure(json=as_json, quiet=quiet)
-    from attnprune.sidecar.hub import locate
-    from attnprune.sidecar.verify import climb
+    from attnprune.api.commands import verify as check
 
-    levels = []
-    for level in climb(locate(path, revision), base):
-        levels.append(level)
-        if level.error is None:
-            out.note(f"{level.name}: ok, {level.detail}")
-    failed = levels[-1].error
-    if failed is not None:
-        failed.message = f"{levels[-1].name}: {failed.message}"
-        raise failed
+    def passed(level: Level) -> None:
+        out.note(f"{level.name}: ok, {level.detail}")
+
+    levels = check(path, base=base, revision=revision, on_level=passed)
     facts = [{"level": level.name, "detail": level.detail} for level in levels]
     out.result({"path": path, "verified": True, "levels": facts}, printable(f"{path}: verified"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import mimetypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,9 +82,14 @@ def documents(source: str, text_field: str = files.DEFAULT_FIELD, tokenizer: Any
         InputError: a file is missing, empty, binary, not of a known kind, or has no such field; no text at all.
         AttnPruneError: the Hub data set cannot be reached.
     """
-    if not is_local(source) and (source.startswith((".", "/", "~")) or files.readable(Path(source))):
+    if not is_local(source) and (source.startswith((".", "/", "~")) or _is_file_name(source)):
         raise InputError(f"{source}: no such file")
     return Documents(source, text_field, tokenizer)
+
+
+def _is_file_name(source: str) -> bool:
+    """Whether a name ends as files do (.jsonl, .pdf), which no data set on the Hub is expected to."""
+    return files.readable(Path(source)) or (":" not in source and mimetypes.guess_type(source)[0] is not None)
 
 
 def is_local(source: str) -> bool:

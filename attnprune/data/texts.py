@@ -19,7 +19,8 @@ DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 
 
 def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple[Blocks, Blocks]:
-    """(train, held-out) blocks of a resolved run; those of several sources are mixed in proportion to their sizes.
+    """(train, held-out) blocks of a resolved run; those of several sources are mixed in proportion to their sizes, or
+    by the run's weights.
 
     `model` is the base, dense; `model_key`, its content fingerprint, matters only for the source 'self'.
 
@@ -46,7 +47,8 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
         else:
             tokens = limit if is_local(source) else share
             parts[source] = read_blocks(source, text.text_field, tokenizer, text.seq_len, tokens)
-    blocks = mix(list(_cut(parts, limit).values()))
+    parts = _weighted(parts, text.weights) if text.weights else _cut(parts, limit)
+    blocks = mix(list(parts.values()))
     check_tokens(blocks.input_ids, tokenizer, model.config.vocab_size, blocks.name)
     return split(blocks, text.eval_tokens, train.seed)
 
@@ -60,11 +62,24 @@ def _cut(parts: dict[str, Blocks], limit: int) -> dict[str, Blocks]:
         return parts
     cut = dict(parts)
     for source, size in sizes.items():
-        rows = max(1, room * size // sum(sizes.values()) // parts[source].seq_len)
-        kept = parts[source].take(torch.arange(min(rows, len(parts[source]))))
-        [counted] = kept.sources
-        cut[source] = replace(kept, sources=(replace(counted, tokens=kept.input_ids.numel()),))
+        cut[source] = _first(parts[source], max(1, room * size // sum(sizes.values()) // parts[source].seq_len))
     return cut
+
+
+def _weighted(parts: dict[str, Blocks], weights: list[float]) -> dict[str, Blocks]:
+    """The parts cut so that their sizes are in the proportion of the weights; no text is repeated."""
+    share = min(len(blocks) / weight for blocks, weight in zip(parts.values(), weights, strict=True))
+    return {
+        source: _first(blocks, max(1, int(share * weight)))
+        for (source, blocks), weight in zip(parts.items(), weights, strict=True)
+    }
+
+
+def _first(blocks: Blocks, rows: int) -> Blocks:
+    """The first rows of one source, and what it says of them."""
+    kept = blocks.take(torch.arange(min(rows, len(blocks))))
+    [counted] = kept.sources
+    return replace(kept, sources=(replace(counted, tokens=kept.input_ids.numel()),))
 
 
 def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_tokens: int) -> Blocks:

@@ -55,13 +55,25 @@ def model_card(sidecar: Sidecar, repo: str, commit: str, base_model: str | None,
 
 
 def _summary(sidecar: Sidecar, base_model: str | None) -> str:
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "A bundled model"
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _unnamed(sidecar)
     result = sidecar.manifest.result
     form = "merged into one model" if sidecar.manifest.merged is not None else "stored as a sidecar"
     return (
         f"{base}, post-trained with [attnprune](https://pypi.org/project/attnprune/) so that its attention keeps "
         f"{percent(result.density)} of its edges at T = {result.seq_len} ({form}). Each head has a learned bias; an "
         "edge stays only where score + bias > 0. The method is constrained sparse post-training (arXiv 2512.05865)."
+    )
+
+
+def _unnamed(sidecar: Sidecar) -> str:
+    """A base that is not known to be on the Hub: what it was, and how to recognise it."""
+    base = sidecar.manifest.base
+    if base.kind == "bundled":
+        return "A bundled model"
+    what = "`.gguf` file" if base.kind == "gguf" else "folder"
+    return (
+        f"A {_plain(base.model_type)} model from a local {what}, whose name on the Hub was not given "
+        f"(fingerprint of its weights: `{base.content[:16]}`)"
     )
 
 

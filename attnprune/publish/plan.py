@@ -93,10 +93,12 @@ class HubBase:
 
 
 def base_name(sidecar: Sidecar, base_model: str | None) -> str | None:
-    """The Hub id of the base, `base_model` where it was a local one; None for the bundled model.
+    """The Hub id of the base, `base_model` where it was a local one.
+
+    None for the bundled model, and for a merged model of a local base: it holds all that loading takes.
 
     Raises:
-        InputError: a local base without a Hub id, or another one than the sidecar names.
+        InputError: a sidecar of a local base without a Hub id, or another one than the sidecar names.
     """
     entry = sidecar.manifest.base
     if base_model is not None:
@@ -104,7 +106,7 @@ def base_name(sidecar: Sidecar, base_model: str | None) -> str | None:
         known = entry.repo_id if entry.kind == "hub" else "the bundled model" if entry.kind == "bundled" else base_model
         if base_model != known:
             raise InputError(f"--base-model: {sidecar.path} was made from {known}, not {base_model}")
-    elif entry.repo_id is None and entry.kind != "bundled":
+    elif entry.repo_id is None and entry.kind != "bundled" and sidecar.manifest.merged is None:
         what = "a .gguf file" if entry.kind == "gguf" else "a local folder"
         raise InputError(f"{sidecar.path}: made from {what}", hint="name its base on the Hub: --base-model USER/NAME")
     return base_model or entry.repo_id

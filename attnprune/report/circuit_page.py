@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from base64 import b64encode
 from collections.abc import Callable
-from hashlib import sha256
-from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnprune.errors import printable
-from attnprune.report.circuits import chance, verdict
+from attnprune.files import write_atomic
+from attnprune.report.circuits import chance, curve_png, verdict
+from attnprune.report.pages import build
+from attnprune.report.pages import text as _text
 from attnprune.units import duration, number, percent
 
 if TYPE_CHECKING:
@@ -21,32 +19,16 @@ if TYPE_CHECKING:
 _DRAWN = {"graph", "curves", "ranking", "ranked", "counts", "edges", "top_edges", "validation_faithfulness", "test"}
 _DATA = {"method": {"band"}, "models": {"__all__": _DRAWN}}
 
-SCRIPTS = ("circuit_graph.js", "circuit_view.js", "circuit_focus.js")  # in this order, as one
+SCRIPTS = ("page.js", "circuit_graph.js", "circuit_view.js", "circuit_focus.js")  # in this order, as one
 
 
 def render_page(result: CircuitResult) -> str:
     """The page as text (UTF-8). Its content security policy allows no request and no script but its own."""
-    script = "\n" + "".join(_part(name) for name in SCRIPTS)
-    parts = {
-        "title": _text(f"Circuit of {' and '.join(model.name for model in result.models)}: {result.task.name}"),
-        "intro": _intro(result),
-        "toggle": _toggle(result.models),
-        "report": _report(result),
-        "method": _method(result),
-        "data": result.model_dump_json(include=_DATA).replace("<", "\\u003c"),
-        "style": _part("circuit.css"),
-        "script": script,
-        "script_hash": f"sha256-{b64encode(sha256(script.encode()).digest()).decode()}",
-    }
-    return re.sub("@@([a-z_]+)@@", lambda found: parts[found[1]], _part("circuit.html"))
-
-
-def _part(name: str) -> str:
-    return files("attnprune.report").joinpath("web", name).read_text("utf-8")
-
-
-def _text(value: object) -> str:
-    return escape(printable(value))
+    return build(
+        "circuit.html", ("page.css", "circuit.css"), SCRIPTS, result.model_dump_json(include=_DATA),
+        title=_text(f"Circuit of {' and '.join(model.name for model in result.models)}: {result.task.name}"),
+        intro=_intro(result), toggle=_toggle(result.models), report=_report(result), method=_method(result),
+    )  # fmt: skip
 
 
 def _intro(result: CircuitResult) -> str:
@@ -212,3 +194,12 @@ def _method(result: CircuitResult) -> str:
         f"<code>{_text(result.command)}</code> <span class=dim>({duration(result.seconds)})</span>",
     ]
     return "\n".join(f"<p>{line}</p>" for line in lines)
+
+
+def write_pictures(result: CircuitResult, folder: Path) -> list[Path]:
+    """Page and curve of a search, both made before one is written; the files written (no curve without matplotlib)."""
+    contents = {"circuit.html": render_page(result), "curve.png": curve_png(result)}
+    made = {folder / name: content for name, content in contents.items() if content is not None}
+    for file, content in made.items():
+        write_atomic(file, content)
+    return list(made)

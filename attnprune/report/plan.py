@@ -43,7 +43,8 @@ def plan_table(plan: Plan) -> Table:
     total = plan.seconds_per_1000_steps * config.train.steps / 1000
     rows = [
         ("model", f"{config.model.name}, {size(plan.total, '')} parameters, on {config.model.device}"),
-        ("trains", f"{config.train.scope}: {size(plan.trainable, '')} parameters"),
+        ("trains", f"{_scope(config.train)}: {size(plan.trainable, '')} parameters"),
+        ("learns", _signal(config)),
         (
             "data",
             f"{config.data.described}: {plan.train_tokens:,} tokens, {plan.eval_tokens:,} held out, "
@@ -52,6 +53,7 @@ def plan_table(plan: Plan) -> Table:
         *_shares(plan),
         ("step", f"{plan.tokens_per_step:,} tokens, {config.train.precision}: {_batches(plan)}"),
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
+        *_frontier(config.constraint),
         ("memory", f"about {size(plan.memory.total)}{_of_limit(plan)}: {_parts(plan)}"),
         *_cards(plan),
         (
@@ -61,6 +63,27 @@ def plan_table(plan: Plan) -> Table:
         ("output", config.output.folder),
     ]
     return facts_table("Plan", rows + [("note", note) for note in plan.notes])
+
+
+def _scope(train: Any) -> str:
+    if train.scope != "lora":
+        return train.scope
+    return f"lora, rank {train.lora_rank}, {'attention' if train.lora_targets == 'attention' else 'all linear layers'}"
+
+
+def _signal(config: Any) -> str:
+    """What the weights learn from; under a KL constraint that is the KL, whatever `distill` says."""
+    share = 1.0 if config.constraint.kind == "kl" else config.train.distill
+    terms = [(share, "KL(base || sparse)"), (1 - share, "loss of the text")]
+    terms.append((config.train.match, "relative error of the hidden states"))
+    return " + ".join(name if weight == 1 else f"{weight:g} x {name}" for weight, name in terms if weight)
+
+
+def _frontier(constraint: Any) -> list[tuple[str, str]]:
+    """A row for the densities whose best states are kept as well."""
+    if not constraint.frontier:
+        return []
+    return [("frontier", "on the way the best states at " + ", ".join(percent(mark) for mark in constraint.frontier))]
 
 
 def _shares(plan: Plan) -> list[tuple[str, str]]:

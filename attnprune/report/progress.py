@@ -15,9 +15,11 @@ from transformers import TrainerCallback
 from attnprune.report.tables import bar
 from attnprune.units import duration, percent
 
+WIDE = 130  # columns that a line with speed and time left takes
+
 
 class Display(TrainerCallback):
-    """Shows loss, target, multiplier, density, edges per query, tokens/s and time left while the run goes on.
+    """Shows loss, base, gap, limit, multiplier, density, edges per query, tokens/s and time left while the run goes on.
 
     Use as a context manager around the run and pass `callback` to it.
     """
@@ -68,7 +70,9 @@ class Display(TrainerCallback):
         self._live = None
 
     def _speed(self) -> float:
-        """Steps per second over the last steps."""
+        """Steps per second over the last steps; 0 where nothing has trained yet."""
+        if not self.history:
+            return 0.0
         (first, from_step), (last, to_step) = self.history[0], self.history[-1]
         return (to_step - from_step) / (last - first) if last > first else 0.0
 
@@ -76,12 +80,22 @@ class Display(TrainerCallback):
         e = self.eval
         speed = self._speed()
         left = f", {duration((self.steps - step) / speed)} left" if speed and step < self.steps else ""
-        mark = "[green]feasible[/]" if e["eval_feasible"] else "[yellow]over the limit[/]"
+        gap = e["eval_loss"] - e["eval_base_loss"]
+        between = "\n" + " " * 13 if self.console.is_terminal and self.console.width < WIDE else "  "
         return (
-            f"step {step:>6}  density {percent(e['eval_density']):>8}  loss {e['eval_loss']:.4f} "
-            f"(base {e['eval_base_loss']:+.4f})  KL {e['eval_kl']:.4f}  {mark}"
+            f"step {step:>6}  density {percent(e['eval_density']):>7}  loss {e['eval_loss']:.4f}, "
+            f"base {e['eval_base_loss']:.4f}, gap {gap:+.4f}  KL {e['eval_kl']:.4f}{between}{self._mark(step)}"
             f"  [dim]{speed * self.tokens_per_step:,.0f} tokens/s{left}[/]"
         )
+
+    def _mark(self, step: int) -> str:
+        """Whether the constraint holds, and where it does not, whether that is how the run is meant to go."""
+        e = self.eval
+        if e["eval_feasible"]:
+            return "[green]within the limit[/]"
+        if step < e["eval_settled"] and e["eval_value"] <= e["eval_limit"]:
+            return f"[yellow]over the limit, as planned until step {e['eval_settled']:,}[/]"
+        return "[red]over the limit[/]"
 
     def _panel(self) -> Table:
         speed = self._speed()
@@ -94,8 +108,9 @@ class Display(TrainerCallback):
             table.add_row("multiplier", f"{t['multiplier']:.3g}  (relative violation {t['violation']:+.2f})")
             table.add_row("density", f"{percent(t['density'])} of this batch's edges")
         if self.eval:
-            table.add_row("held out", f"density {percent(self.eval['eval_density'])}, "
-                          f"{self.eval['eval_edges_per_query']:.3g} edges per query")  # fmt: skip
+            e = self.eval
+            held_out = f"density {percent(e['eval_density'])}, {e['eval_edges_per_query']:.3g} edges per query"
+            table.add_row("held out", f"{held_out}, {self._mark(self.step)}")
         table.add_row("speed", f"{speed * self.tokens_per_step:,.0f} tokens/s, {left} left")
         return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from attnprune.errors import printable
+from attnprune.report.evaluation import extreme
+from attnprune.report.grid import HeadGrid
 from attnprune.report.tables import bar, facts_table
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import Sidecar, has_release_code
 from attnprune.training.constraint import constraint_text
 from attnprune.units import percent, size
-
-# Density of a head -> colour; each step is about a factor of three.
-_SHADES = [(0.0, "grey35"), (0.003, "blue"), (0.01, "cyan"), (0.03, "green"), (0.1, "yellow"), (0.3, "red")]
 
 
 def summary_data(sidecar: Sidecar) -> dict[str, Any]:
@@ -35,7 +33,22 @@ def summary_data(sidecar: Sidecar) -> dict[str, Any]:
 
 def summary(sidecar: Sidecar) -> list[Any]:
     """The renderables of `inspect`."""
-    return [_outcome(sidecar), "", grid(sidecar.density), "", _heads(sidecar), "", _distances(sidecar)]
+    tables = (HeadGrid(sidecar.density), _heads(sidecar), _distances(sidecar))
+    return [*_loud(sidecar), _outcome(sidecar), *(part for table in tables for part in ("", table))]
+
+
+def verdict_lines(result: format.ResultEntry) -> list[str]:
+    """What nobody may overlook: nothing or everything is open, the constraint does not hold."""
+    lines = [line for line in [extreme(result.open_edges, result.visible_edges)] if line]
+    if not result.feasible:
+        lines.append(f"NOT MET: {constraint_text(result.constraint, result.limit)}")
+    return lines
+
+
+def _loud(sidecar: Sidecar) -> list[Text]:
+    result = sidecar.manifest.result
+    found = extreme(result.open_edges, result.visible_edges)
+    return [Text(found, style="bold red"), Text()] if found else []
 
 
 def _outcome(sidecar: Sidecar) -> Table:
@@ -70,39 +83,6 @@ def _outcome(sidecar: Sidecar) -> Table:
     if manifest.base.kind == "bundled":
         rows.append(("exact", f"{percent(result.exact_match)} of the held-out sums are answered exactly"))
     return facts_table(hub.shown(sidecar.path), rows)
-
-
-def shade(density: float) -> str:
-    """Colour of a head by its density; a closed head is grey."""
-    return [colour for limit, colour in _SHADES if density >= limit and (density > 0 or limit == 0.0)][-1]
-
-
-def _cell(share: float) -> str:
-    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
-
-
-def grid(density: list[np.ndarray]) -> Table:
-    """Layers x heads, each head as a coloured cell with its density in percent."""
-    widest = max(len(layer) for layer in density)
-    wide = widest <= 16
-    table = Table(title="density of each head, %", box=None, padding=(0, 1 if wide else 0), title_justify="left")
-    table.add_column("layer", justify="right", style="dim")
-    for head in range(widest):
-        table.add_column(str(head) if wide or head % 8 == 0 else "", justify="right", style=None, header_style="dim")
-    for index, layer in enumerate(density):
-        cells = []
-        for value in layer:
-            label = ("·" if value == 0 else _cell(value)) if wide else ("·" if value == 0 else "■")
-            cells.append(Text(label, style=shade(float(value)) if value > 0 else "grey35"))
-        table.add_row(str(index), *cells)
-    legend = Text("· closed  ", style="grey35")
-    for (low, colour), (high, _) in pairwise(_SHADES):
-        if high:
-            legend.append(f"■ < {100 * high:g} %  ", style=colour if low else "blue4")
-    legend.append(f"■ >= {100 * _SHADES[-1][0]:g} %", style=_SHADES[-1][1])
-    table.caption = legend
-    table.caption_justify = "left"
-    return table
 
 
 def _heads(sidecar: Sidecar) -> Table:
@@ -140,13 +120,11 @@ def _distances(sidecar: Sidecar) -> Table:
     return table
 
 
-def next_commands(sidecar: Sidecar, model: str) -> Text:
-    """What to type after a run on `model`."""
+def next_commands(sidecar: Sidecar) -> Text:
+    """What to type after a run; a local base is found again where run.toml says it was."""
     path = printable(sidecar.path)
-    named = "" if sidecar.manifest.base.kind in ("hub", "bundled") else f", base={printable(model)!r}"
-    option = f" --base {printable(model)}" if named else ""
     return Text(
-        f"\nlook at it:  attnprune inspect {path}\nmeasure it:  attnprune eval {path}{option}\n"
-        f"load it:     model, tokenizer = attnprune.load({path!r}{named})",
+        f"\nlook at it:  attnprune inspect {path}\nmeasure it:  attnprune eval {path}\n"
+        f"load it:     model, tokenizer = attnprune.load({path!r})",
         style="dim",
     )

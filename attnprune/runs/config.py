@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -48,6 +49,9 @@ class DataConfig(Section):
         default="auto",
         description="Hub data set [:config[:split]], file, folder or pattern, 'self', 'task', auto; or a list to mix",
     )
+    weights: list[Positive] = Field(
+        default=[], description="share of each source in the training text, relative; default: by their sizes"
+    )
     text_field: str = Field(default="text", description="column of .jsonl, .parquet and Hub data sets")
     seq_len: Annotated[int, Field(ge=0)] = Field(
         default=0, description="tokens per block; 0: the model's context, at most 512"
@@ -62,6 +66,12 @@ class DataConfig(Section):
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"a name or a list of names is needed (got {value!r})")
         return names[0] if len(names) == 1 else names
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_source(self) -> Self:
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.sources)} sources")
+        return self
 
     @property
     def sources(self) -> list[str]:
@@ -102,6 +112,14 @@ class ConstraintConfig(Section):
             raise ValueError(f"initial {self.initial:g} is not within minimum and maximum")
         return self
 
+    @model_validator(mode="after")
+    def _frontier_falls(self) -> Self:
+        if self.frontier and self.kind != "density":
+            raise ValueError("frontier needs kind density")
+        if any(above <= below for above, below in pairwise([*self.frontier, self.target_density])):
+            raise ValueError("frontier: the densities have to fall, down to target_density")
+        return self
+
     kind: Literal["loss", "kl", "density"] = Field(default="kl", description="what is constrained")
     tolerance: Positive = Field(default=0.05, description="nats per token above the base (kinds loss and kl)")
     start_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
@@ -113,6 +131,12 @@ class ConstraintConfig(Section):
         description="kind loss: compare with the base on the same tokens; else with its mean held-out loss",
     )
     target_density: Fraction = Field(default=0.01, description="largest density (kind density)")
+    frontier: list[Fraction] = Field(
+        default=[], description="larger densities on the way to target_density, whose best states are kept as well"
+    )
+    fall: Fraction = Field(
+        default=0.2, description="share of the steps in which the density limit falls (kind density), of each stretch"
+    )
     update: Literal["geco", "pi"] = Field(default="geco", description="multiplier update")
     rate: Fraction = Field(default=0.01, description="multiplier step size")
     gain: Annotated[float, Field(ge=0, le=10)] = Field(default=1.0, description="proportional gain")
@@ -163,12 +187,19 @@ class TrainConfig(Section):
     time: str | None = Field(
         default=None, description="wall-clock time of the whole run (90s, 10m, 1h30m), which gives the number of steps"
     )
+    match: NonNegative = Field(
+        default=0.0,
+        description="weight of matching the base's hidden states after each layer, beside what distill says",
+    )
     steps: Count = Field(default=3000, description="optimiser steps")
     batch_size: Count = Field(default=16, description="blocks per step")
     micro_batch_size: int | Literal["auto"] = Field(
         default="auto", description="blocks per forward pass; auto: as many as fit into memory; 0: all at once"
     )
     learning_rate: Positive = Field(default=3e-4, description="weights")
+    rest_learning_rate: Positive | None = Field(
+        default=None, description="weights outside of the attention; default: learning_rate"
+    )
     gate_learning_rate: Positive = Field(default=2e-2, description="gate biases")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.98, description="Adam's second-moment decay")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="linear warm-up")
@@ -182,6 +213,9 @@ class TrainConfig(Section):
     weight_decay: NonNegative = Field(default=0.0, description="on the weights, never on the gates")
     max_grad_norm: Positive = Field(default=1.0, description="gradient clipping")
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="rank of the adapters (scope lora)")
+    lora_targets: Literal["attention", "all"] = Field(
+        default="attention", description="linear layers with adapters: the attention's, or all of every decoder layer"
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
     step: Literal["auto", "fast", "plain"] = Field(
         default="auto", description="fast: never waits for the device, no whole logits; plain: any model"
@@ -204,6 +238,9 @@ class OutputConfig(Section):
     """Where the result goes."""
 
     folder: str = Field(default="", description="output folder; default ./MODEL-attnprune")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none", description="experiment tracker that gets the logs as well"
+    )
 
 
 class RunConfig(Section):

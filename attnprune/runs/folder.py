@@ -111,3 +111,15 @@ def read_resumed(folder: Path, given: dict[str, Any]) -> RunConfig:
             if value != before:
                 raise InputError(f"{section}.{key}: {value!r} differs from the run's {before!r}")
     return config
+
+
+def remembered_model(folder: Path) -> Path | None:
+    """The local model that the run in `folder` was made from; None without run.toml, or with one that says less.
+
+    What was pushed to the Hub names no folders.
+    """
+    try:
+        name = read_toml(folder / RUN_FILE)["model"]["name"]
+    except (InputError, LookupError, TypeError):
+        return None
+    return Path(name) if isinstance(name, str) and os.path.isabs(name) else None

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from attnprune.errors import InputError
+from attnprune.late import Shown
 from attnprune.sidecar import format
 from attnprune.sidecar.folder import Sidecar, is_merged, open_artefact
 from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.weights import DTYPES, Factors, Reader, Weights, stored_weights
+from attnprune.units import percent
 
 _PIECE = 1 << 20  # values whose fp64 copies are in memory at once
 
@@ -46,8 +48,8 @@ class TensorChange:
     relative: float | None
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, repr=False)
+class Difference(Shown):
     """A and B compared.
 
     Densities are those in the manifests; a merged folder keeps that of its sidecar. `same_text`: both were measured on
@@ -65,6 +67,12 @@ class Difference:
     uncompared: list[str]
     notes: list[str]
 
+    def __repr__(self) -> str:
+        return (
+            f"Difference({self.a!r} -> {self.b!r}: density {percent(self.density_a)} -> {percent(self.density_b)}, "
+            f"{len(self.opened)} heads opened, {len(self.closed)} closed, {len(self.tensors)} tensors differ)"
+        )
+
     @property
     def opened(self) -> list[tuple[int, int]]:
         """(layer, head) of the heads that are closed in A and open in B."""
@@ -76,8 +84,10 @@ class Difference:
         return [(h.layer, h.head) for h in self.heads if h.density_b == 0 < h.density_a]
 
 
-def compare(a: str, b: str) -> Difference:
+def compare(a: str, b: str, base: str | None = None) -> Difference:
     """Compare `a` (base model by any of its names, sidecar or merged folder) with `b` (sidecar or merged folder).
+
+    `base` completes two sparse models that cannot be compared without the weights they were made from.
 
     Raises:
         InputError: a damaged input, `b` is a base model, or the two were not made from one base.
@@ -92,7 +102,15 @@ def compare(a: str, b: str) -> Difference:
         _check_same_base(other, sparse)
     heads = list(_head_changes(other, sparse))
     right = stored_weights(sparse)
-    left, right = _with_base(a, sparse, right) if other is None else (stored_weights(other), right)
+    if other is None:
+        if base is not None:
+            raise InputError(f"--base: {a} is a base model itself", hint="leave out --base")
+        left, right = _with_base(a, sparse, right)
+    else:
+        left = stored_weights(other)
+        if base is not None:
+            names = {*left.whole, *left.updates, *right.whole, *right.updates}
+            left, right = (_completed(base, s, w, names) for s, w in ((other, left), (sparse, right)))
     tensors, uncompared = _tensor_changes(left, right)
     same_text = other is None or _text(other) == _text(sparse)  # every edge of a base is open on any text
     return Difference(
@@ -121,10 +139,7 @@ def _notes(a: Weights, b: Weights, same_text: bool, uncompared: list[str]) -> It
     if a.dtype not in ("float32", "float64") and {*a.updates, *b.updates} - {*uncompared}:
         yield f"LoRA updates are compared as they are, before merging rounds the weights to {a.dtype}"
     if uncompared:
-        yield (
-            "what was not compared takes the weights of the base: merge the sidecars "
-            "(attnprune apply SIDECAR --merge OUT) and compare the merged folders"
-        )
+        yield "what was not compared takes the weights of the base: name it with --base"
 
 
 # --- what the two arguments are
@@ -174,7 +189,42 @@ def _head_changes(a: Sidecar | None, b: Sidecar) -> Iterator[HeadChange]:
 
 def _with_base(name: str, sparse: Sidecar, right: Weights) -> tuple[Weights, Weights]:
     """The weights of the base that change in `right`, and `right` as it is once loaded onto that base."""
-    from attnprune.sidecar import bases, loading
+    from attnprune.sidecar import loading
+
+    model = _base_model(name, sparse)
+    parameters = dict(model.named_parameters())
+    if right.updates:
+        before = {n: _reader(parameters[n].clone()) for n in right.updates if n in parameters}
+        loading.merge_lora(model, sparse.weights(), sparse.manifest.weights)
+        whole = {n: _reader(parameters[n]) for n in before}
+        right = replace(right, whole=whole, updates={})
+    else:
+        before = {n: _reader(p) for n, p in parameters.items() if right.complete or n in right.whole}
+    left = Weights(name, sparse.manifest.base.dtype, complete=True, whole=before)
+    return left, replace(right, complete=True)
+
+
+def _completed(name: str, sparse: Sidecar, weights: Weights, names: set[str]) -> Weights:
+    """The tensors `names` of a sparse model, those that it shares with its base from there."""
+    from attnprune.sidecar import loading
+
+    if weights.complete:
+        return weights
+    model = _base_model(name, sparse)
+    if weights.updates:
+        loading.merge_lora(model, sparse.weights(), sparse.manifest.weights)
+    parameters = dict(model.named_parameters())
+    whole = {n: weights.whole.get(n) or _reader(parameters[n]) for n in names if n in parameters}
+    return replace(weights, whole=whole, updates={})
+
+
+def _base_model(name: str, sparse: Sidecar) -> Any:
+    """The model that a sidecar was made from.
+
+    Raises:
+        InputError: it is another one.
+    """
+    from attnprune.sidecar import bases
 
     base = sparse.manifest.base
     revision = base.revision if name == base.repo_id else None
@@ -183,20 +233,12 @@ def _with_base(name: str, sparse: Sidecar, right: Weights) -> tuple[Weights, Wei
         check_base(sparse.manifest, model)
     except InputError as error:
         raise InputError(f"{name}: {error.message}") from None  # the hint names an option that diff does not have
+    return model
 
-    def reader(tensor: Any) -> Reader:  # numpy has no bfloat16
-        return lambda: (tensor.float() if tensor.element_size() < 4 else tensor).detach().numpy()
 
-    parameters = dict(model.named_parameters())
-    if right.updates:
-        before = {n: reader(parameters[n].clone()) for n in right.updates if n in parameters}
-        loading.merge_lora(model, sparse.weights(), sparse.manifest.weights)
-        whole = {n: reader(parameters[n]) for n in before}
-        right = replace(right, whole=whole, updates={})
-    else:
-        before = {n: reader(p) for n, p in parameters.items() if right.complete or n in right.whole}
-    left = Weights(name, base.dtype, complete=True, whole=before)
-    return left, replace(right, complete=True)
+def _reader(tensor: Any) -> Reader:
+    """A parameter as numpy has it, which knows no bfloat16."""
+    return lambda: (tensor.float() if tensor.element_size() < 4 else tensor).detach().numpy()
 
 
 # --- what changed in them

@@ -16,18 +16,28 @@ import numpy as np
 
 from attnprune.errors import InputError
 from attnprune.files import fsync, reason, sha256_of, write_atomic
+from attnprune.late import Shown
 from attnprune.sidecar import format, strangers
+from attnprune.units import percent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Sidecar:
+@dataclass(frozen=True, repr=False)
+class Sidecar(Shown):
     """An opened sidecar. `manifest` and `gates` are checked; the weights are read and checked on first use."""
 
     path: Path
     manifest: format.Manifest
+
+    def __repr__(self) -> str:
+        result = self.manifest.result
+        verdict = "met" if result.feasible else "NOT met"
+        return (
+            f"Sidecar({str(self.path)!r}: {percent(result.density)} of the edges open at T = {result.seq_len}, "
+            f"loss {result.loss - result.base_loss:+.4f}, KL {result.kl:.4f}, constraint {verdict})"
+        )
 
     @cached_property
     def gates(self) -> dict[str, np.ndarray]:

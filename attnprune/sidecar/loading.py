@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from attnprune.attention.interface import attach
 from attnprune.errors import InputError
-from attnprune.runs.folder import DEMO
+from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.bases import load_base, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
@@ -30,18 +31,22 @@ class LoadedModel(NamedTuple):
 
 
 def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
-    """(name, revision) of the base that a sidecar names.
+    """(name, revision) of the base that a sidecar names, or that run.toml beside it remembers.
 
     Raises:
-        InputError: the sidecar was made from a local folder or file, which only its user can name.
+        InputError: it was made from a local folder or file that is not where it was; only its user can name that.
     """
     base = sidecar.manifest.base
     if base.kind == "bundled":
         return DEMO, None
     if base.kind in ("hub", "local") and base.repo_id:
         return base.repo_id, base.revision
+    remembered = remembered_model(sidecar.path)
+    if remembered is not None and os.path.exists(remembered):
+        return str(remembered), None
     what = "a local .gguf file" if base.kind == "gguf" else "a local folder"
-    raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}); name it", hint="use --base MODEL")
+    gone = "" if remembered is None else f", {remembered}, which is not there"
+    raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}){gone}; name it", hint="use --base MODEL")
 
 
 def load(
@@ -61,7 +66,8 @@ def load(
 
     Args:
         path: a sidecar or merged folder, or a Hub repository USER/NAME that holds one.
-        base: Hub id, folder or .gguf file of the base model; default: the one the sidecar names.
+        base: Hub id, folder or .gguf file of the base model; default: the one that the sidecar names, or a local one
+            that is still where the run found it.
         revision: branch, tag or commit of the repository.
         dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in. Another dtype
             moves scores that sit on their threshold, so a few edges differ.

@@ -26,22 +26,27 @@ _MOST_STEPS = 10**8
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of an optimiser step, an evaluation, a checkpoint, loading the base, and finding the first biases."""
+    """Seconds: of an optimiser step, an evaluation, a checkpoint, loading the base, and finding the first biases.
+
+    `sidecars`: how many are exported, one for each density of a frontier.
+    """
 
     step: float
     evaluation: float
     checkpoint: float
     loading: float
     start: float = 0.0
+    sidecars: int = 1
 
     @property
     def ending(self) -> float:
-        """Seconds from the last evaluation to the finished sidecar."""
-        return self.loading + ENDING * self.evaluation
+        """Seconds from the last evaluation to the last finished sidecar."""
+        return self.sidecars * (self.loading + ENDING * self.evaluation)
 
     def whole(self, steps: int, train: TrainConfig) -> float:
         """Seconds from the plan to the sidecar."""
         evaluations, checkpoints = -(-steps // train.eval_every), -(-steps // train.save_every)
+        evaluations += self.sidecars - 1  # where one density is left for the next
         parts = steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
         return self.start + parts + self.ending
 

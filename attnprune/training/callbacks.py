@@ -18,14 +18,15 @@ from attnprune.files import append_line, reopen_lines
 from attnprune.training import checkpoints
 from attnprune.training.budget import MARGIN, Costs
 from attnprune.training.constraint import Multiplier
+from attnprune.training.schedule import Schedule
 
 
 class DualState(TrainerCallback, ExportableState):
     """What a run knows besides the model; saved in `trainer_state.json` and restored on resume.
 
-    The multiplier, the best evaluation so far, the density at which the falling density limit starts (None: that of
-    the first batch, once it is known), and the faster ways to run a step that the run took (`compile`, `cuda_graph`),
-    which a resumed run takes as well.
+    The multiplier, the best evaluation so far (and that for each larger density of a frontier), the density at which
+    the falling limit starts (None: that of the first batch, once it is known), and the faster ways to run a step that
+    the run took (`compile`, `cuda_graph`), which a resumed run takes as well.
 
     The multiplier moves in `on_step_end`, after the optimiser step, so that gradient accumulation and a save at a step
     boundary see one update per step. Restoring replaces this object: look it up, never keep a reference.
@@ -37,16 +38,29 @@ class DualState(TrainerCallback, ExportableState):
         best: dict[str, Any] | None = None,
         start_density: float | None = 1.0,
         ways: dict[str, str] | None = None,
+        frontier: dict[str, dict[str, Any]] | None = None,
     ):
         self.multiplier = Multiplier(**multiplier)
         self.best = best
         self.start_density = start_density
         self.ways = ways or {}
+        self.frontier = frontier or {}
         self.observed: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
         args = {"multiplier": self.multiplier.state(), "best": self.best, "start_density": self.start_density}
-        return {"args": {**args, "ways": self.ways}, "attributes": {}}
+        return {"args": {**args, "ways": self.ways, "frontier": self.frontier}, "attributes": {}}
+
+    def best_of(self, density: str | None) -> dict[str, Any] | None:
+        """The best evaluation for a density of the frontier; None: for the run's own constraint."""
+        return self.best if density is None else self.frontier.get(density)
+
+    def keep(self, density: str | None, found: dict[str, Any]) -> None:
+        """Make an evaluation the best one."""
+        if density is None:
+            self.best = found
+        else:
+            self.frontier[density] = found
 
     def on_step_end(self, args, state, control, **kwargs):
         violation = sum(o["violation"] for o in self.observed) / len(self.observed)
@@ -61,6 +75,17 @@ class Seal(TrainerCallback):
         if state.is_world_process_zero:
             checkpoints.seal(Path(str(args.output_dir)) / f"{checkpoints.PREFIX}{state.global_step}")
             checkpoints.rotate(Path(str(args.output_dir)), keep=2)
+
+
+class EndOfStretch(TrainerCallback):
+    """Evaluates where the density limit is about to leave one mark of a frontier for the next."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.schedule.ends_stretch(state.global_step):
+            control.should_evaluate = True
 
 
 class BeforeOptimizer(TrainerCallback):

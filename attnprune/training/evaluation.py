@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.texts import addition_task, load_blocks, read_blocks
@@ -42,17 +43,48 @@ def evaluate_model(
     """
     device = bases.pick_device(device)
     if sidecar is None:
-        model = bases.load_base(name, revision=revision, device=device)
-        length = seq_len or min(512, bases.context_length(model.model) or 512)
-        return [
-            measure(model.model, text_blocks(s, text_field, model, length, tokens), batch_size=batch_size)
-            for s in sources
-        ]
+        loaded = bases.load_base(name, revision=revision, device=device)
+        return _measured(loaded, sources, seq_len, tokens, batch_size, text_field)
     dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
     length = seq_len or sidecar.manifest.result.seq_len
     texts = [text_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
     reference = bases.dense(dense.model)
     return [measure(sparse, blocks, reference=reference, control=True, batch_size=batch_size) for blocks in texts]
+
+
+def evaluate_loaded(
+    model: Any,
+    tokenizer: Any,
+    sources: list[str],
+    *,
+    seq_len: int = 0,
+    tokens: int = 16_384,
+    batch_size: int = 0,
+    text_field: str = "text",
+) -> list[Report]:
+    """One Report per text of a model in memory; one with gates is also measured with all of them open.
+
+    Raises:
+        InputError: unknown text, or text that only a model by name writes.
+    """
+    if "self" in sources:
+        raise InputError("self: is text that a base model by name writes")
+    was_training = model.training
+    model.eval()
+    try:
+        return _measured(bases.BaseModel(model, tokenizer, "local"), sources, seq_len, tokens, batch_size, text_field)
+    finally:
+        model.train(was_training)
+
+
+def _measured(
+    loaded: bases.BaseModel, sources: list[str], seq_len: int, tokens: int, batch_size: int, text_field: str
+) -> list[Report]:
+    """Reports of a model that has no base to be compared with."""
+    model, length = loaded.model, seq_len or min(512, bases.context_length(loaded.model) or 512)
+    has_gates = bool(gates_of(model))
+    texts = [text_blocks(source, text_field, loaded, length, tokens) for source in sources]
+    return [measure(model, blocks, control=has_gates, batch_size=batch_size) for blocks in texts]
 
 
 def load_pair(

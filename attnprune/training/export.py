@@ -20,7 +20,8 @@ from attnprune.runs.config import RunConfig
 from attnprune.sidecar import bases, format, loading
 from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
-from attnprune.training.trainer import constraint_of, trainable_state
+from attnprune.training.schedule import constraint_of
+from attnprune.training.trainer import trainable_state
 
 
 def export(
@@ -47,7 +48,7 @@ def export(
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
-        "requires": ["gate:threshold"] + ([f"weights:{entry.kind}"] if entry.kind != "none" else []),
+        "requires": _required(entry, config),
         "created_by": f"attnprune {metadata.version('attnprune')}",
         "base": {key: value for key, value in base_entry.items() if value is not None},
         "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
@@ -59,6 +60,13 @@ def export(
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
     _check_written(staged, biases, weights)
     return publish(staging, folder, staged.manifest)
+
+
+def _required(entry: format.WeightsEntry, config: RunConfig) -> list[str]:
+    """The features that a reader has to know."""
+    weights = [f"weights:{entry.kind}"] if entry.kind != "none" else []
+    anywhere = [format.LORA_ALL] if entry.kind == "lora" and config.train.lora_targets == "all" else []
+    return ["gate:threshold", *weights, *anywhere]
 
 
 def _check_written(staged: Sidecar, biases: list[np.ndarray], weights: dict[str, Tensor]) -> None:
@@ -128,6 +136,7 @@ def result_entry(report: Report, config: RunConfig, held_out: Blocks) -> dict[st
     left_out = ("heads", "agreement")
     sources = [{"data": source.name, "tokens": source.tokens} for source in held_out.sources]
     return {key: v for key, v in asdict(report).items() if key not in left_out} | {
+        "exact_match": report.exact_match or 0.0,  # the format asks for a number where there was nothing to match
         "data_sha256": held_out.fingerprint,
         **({"sources": sources} if len(sources) > 1 else {}),
         "steps": config.train.steps,

@@ -7,8 +7,8 @@ e = 4 bytes per number, or 2 under bf16 autocast:
 - optimiser: gradients, AdamW's two moments (8 bytes; 2 with adamw8bit) and, on a CPU, the best state, of what trains;
 - casts (bf16 from fp32 weights): 2 bytes per parameter, kept from forward to backward;
 - activations per token and layer, what autograd keeps: e (3 f + 2 q + 2 k) + 8 d for MLP, attention and the two norms
-  (in fp32); + 2 e d where the attention's matrices train; + e (f + d) + 8 d where everything trains. With
-  checkpointing 4 d, and all of it for one layer;
+  (in fp32); + 2 e d where the attention's matrices train; + e (f + d) where the MLP's train as well, + 8 d where
+  everything trains. With checkpointing 4 d, and all of it for one layer. + (4 + e) d where hidden states are matched;
 - attention's own: one bool per pair of the mask, and on a CPU the chunk of scores that is worked on;
 - logits per token: 28 V bytes with a base to compare with (logits, log-probabilities and gradients of both models),
   20 V without. A step that computes them in chunks holds one chunk's.
@@ -107,6 +107,8 @@ class Estimator:
         counted = tokens if self.chunk is None else min(tokens, self.chunk)
         layer = self._activations()
         kept = 4 * s.width * s.layers + layer if train.gradient_checkpointing else layer * s.layers
+        if train.match:  # the base's states, and the differences
+            kept += (4 + (2 if self.bf16 else 4)) * s.width * s.layers
         scores = min(CHUNK_ELEMENTS, tokens * self.seq_len * s.heads)
         working = 4 * WORKING_COPIES * scores if self.on_cpu else 0
         return Memory(
@@ -126,8 +128,10 @@ class Estimator:
         kept = e * (3 * s.mlp + 2 * s.query + 2 * s.key) + 8 * s.width
         if self.train.scope != "gates":
             kept += 2 * e * s.width
+        if self.train.scope == "full" or (self.train.scope == "lora" and self.train.lora_targets == "all"):
+            kept += e * (s.mlp + s.width)
         if self.train.scope == "full":
-            kept += e * (s.mlp + s.width) + 8 * s.width
+            kept += 8 * s.width
         return kept
 
     def fits(self, available: float) -> int:

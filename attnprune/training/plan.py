@@ -250,7 +250,9 @@ def _costs(
         start = _timed(lambda: bias_for_mass(model, ids, config.gate.initial_mass))
         start *= min(CALIBRATION_BLOCKS, len(train))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Costs(step, evaluation, checkpoint=16 * trainable / DISK, loading=clock.loading, start=start)
+    sidecars = len(config.constraint.frontier) + 1
+    checkpoint = (12 + 4 * sidecars) * trainable / DISK  # the state, Adam's two, and the best states
+    return Costs(step, evaluation, checkpoint, clock.loading, start, sidecars)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -25,20 +25,23 @@ from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.files import locked, temporary_folder, write_atomic
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
+from attnprune.runs.frontier import Point, point_folder, write_frontier
 from attnprune.sidecar import bases, format
-from attnprune.sidecar.folder import Sidecar
+from attnprune.sidecar.folder import Sidecar, open_sidecar
 from attnprune.sidecar.identity import model_key
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
 from attnprune.training.calibration import calibrate, starts_from_mass
-from attnprune.training.callbacks import Deadline, MetricsFile, StopOnSignal
+from attnprune.training.callbacks import Deadline, EndOfStretch, MetricsFile, StopOnSignal
 from attnprune.training.export import export
 from attnprune.training.plan import Clock, Plan, make_plan
 from attnprune.training.recover import choose_layers, hold_still
 from attnprune.training.resolve import load_base, load_dtype, resolve
+from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
+from attnprune.training.trackers import tracker
 from attnprune.training.trainer import SparsifyTrainer
 from attnprune.units import seconds
 
@@ -47,6 +50,7 @@ def sparsify(
     config: RunConfig,
     *,
     resume: bool = False,
+    finish: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     on_plan: Callable[[Plan], bool] | None = None,
     on_note: Callable[[str], None] = lambda line: None,
@@ -57,6 +61,7 @@ def sparsify(
     Args:
         config: the run; 'auto' values are resolved here and written back to run.toml.
         resume: continue the run in `config.output.folder` from its last intact checkpoint.
+        finish: do not train; export the best state that the unfinished run in that folder has reached.
         callbacks: transformers callbacks, e.g. a progress display.
         on_plan: called with the plan before the first step; return False to stop there (dry run).
         on_note: receives one-line notes.
@@ -71,10 +76,11 @@ def sparsify(
     started = time.monotonic() if started is None else started
     config, notes = resolve(config)
     folder = Path(config.output.folder)
-    if not resume:
+    if not (resume or finish):
         check_output(folder)
+    callbacks = [*(callbacks or []), *tracker(config.output.report_to, folder)]
     with locked(folder):
-        return _run(config, notes, folder, resume, callbacks or [], on_plan, on_note, started)
+        return _run(config, notes, folder, resume or finish, finish, callbacks, on_plan, on_note, started)
 
 
 def _run(
@@ -82,6 +88,7 @@ def _run(
     notes: list[str],
     folder: Path,
     resume: bool,
+    finish: bool,
     callbacks: list[TrainerCallback],
     on_plan: Callable[[Plan], bool] | None,
     on_note: Callable[[str], None],
@@ -132,28 +139,29 @@ def _run(
         run_facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
     more += hold_still(model, config)
     deadline = None if config.train.time is None else started + seconds(config.train.time)
-    plan = make_plan(model, reference, config, train_blocks, held_out, notes + more, clock, on_note)
-    if on_plan is not None and not on_plan(plan):
-        return None
-    config = plan.config
-    if deadline is not None and plan.costs is not None:
-        callbacks = [*callbacks, Deadline(deadline, plan.costs)]
+    if not finish:
+        plan = make_plan(model, reference, config, train_blocks, held_out, notes + more, clock, on_note)
+        if on_plan is not None and not on_plan(plan):
+            return None
+        config = plan.config
+        if deadline is not None and plan.costs is not None:
+            callbacks = [*callbacks, Deadline(deadline, plan.costs)]
     try:
         checkpoint = _start(folder, config, run_facts, resume, on_note)
+        if finish and checkpoint is None:
+            raise InputError(f"{folder}: no checkpoint to finish from", hint=f"attnprune sparsify --resume {folder}")
         if checkpoint is None and starts_from_mass(config):
             on_note("finding the gates' first biases from scores")
             calibrate(model, config, train_blocks)
         trainer = _train(
-            model, config, train_blocks, held_out, reference, folder, init is not None, checkpoint, callbacks
+            model, config, train_blocks, held_out, reference, folder, init is not None, checkpoint, callbacks, finish
         )
         if trainer.state.global_step < config.train.steps:
-            on_note(f"time: ended at step {trainer.state.global_step:,} of {config.train.steps:,}")
+            on_note(f"ended at step {trainer.state.global_step:,} of {config.train.steps:,}")
             config.train.steps = trainer.state.global_step  # what the result says; run.toml keeps what was planned
-        trainer.load_best()
-        trainer.model.cpu()  # makes room on a GPU
         trainer.release()
-        with temporary_folder(folder / CHECKPOINTS) as staging:
-            sidecar = export(trainer.model, load_base(config), base_entry, config, held_out, staging, folder)
+        trainer.model.cpu()  # makes room on a GPU
+        sidecar = _export_all(trainer, config, base_entry, held_out, folder, on_note)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return sidecar
     except AttnPruneError as error:
@@ -167,6 +175,41 @@ def _run(
         failure = AttnPruneError(f"{folder}: cannot write: {getattr(error, 'strerror', None) or text.splitlines()[0]}")
         _describe_state(failure, folder)
         raise failure from error
+
+
+def _export_all(
+    trainer: SparsifyTrainer,
+    config: RunConfig,
+    base_entry: dict[str, Any],
+    held_out: Blocks,
+    folder: Path,
+    on_note: Callable[[str], None],
+) -> Sidecar:
+    """One sidecar for each density of the frontier, and last that of the run, with which it has finished."""
+    points: list[Point] = []
+    for mark in trainer.marks:
+        own = mark is trainer.marks[-1]
+        place = "." if own else point_folder(mark.limit)
+        judged = config.model_copy(deep=True)
+        judged.constraint.frontier = []
+        if not own:
+            on_note(f"exporting {place}")
+            judged.constraint.target_density = mark.limit
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / RUN_FILE, folder / place / RUN_FILE)  # says what it was measured on
+        trainer.load_best(mark)
+        with temporary_folder(folder / CHECKPOINTS) as staging:
+            made = export(trainer.model, load_base(config), base_entry, judged, held_out, staging, folder / place)
+        points.append(Point(folder=place, limit=mark.limit, **_measured(made)))
+        if config.constraint.frontier:
+            write_frontier(folder, points)
+    return open_sidecar(folder)
+
+
+def _measured(sidecar: Sidecar) -> dict[str, Any]:
+    """What a sidecar's result says that its place on a frontier says as well."""
+    known = Point.model_fields.keys() - {"folder", "limit"}
+    return {key: value for key, value in sidecar.manifest.result.model_dump().items() if key in known}
 
 
 def attach_gates(model: Any, config: RunConfig) -> None:
@@ -231,22 +274,28 @@ def _train(
     from_sidecar: bool,
     checkpoint: Path | None,
     callbacks: list[TrainerCallback],
+    finish: bool,
 ) -> SparsifyTrainer:
-    """Train to the end, or save and raise InterruptedRunError on a signal."""
+    """Train to the end, or save and raise InterruptedRunError on a signal; with `finish` end at the checkpoint."""
     inner = config.model_copy(deep=True)
     inner.output.folder = str(folder / CHECKPOINTS)
     stopper = StopOnSignal()
-    callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
+    callbacks = [MetricsFile(folder / METRICS_FILE), EndOfStretch(Schedule.of(config)), stopper, *callbacks]
     trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, from_sidecar)
     if checkpoint is not None:
         trainer.restore_best(checkpoint)
     set_seed(config.train.seed)
+    if finish:
+        assert checkpoint is not None
+        with quiet():
+            trainer.finish(checkpoint)
+        return trainer
     with stopper, quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stopper.received is not None and trainer.state.global_step < config.train.steps:
             raise InterruptedRunError(
                 f"interrupted: saved checkpoint-{trainer.state.global_step}",
                 stopper.received,
-                hint=f"continue with: attnprune sparsify --resume {folder}",
+                hint=f"continue with: attnprune sparsify --resume {folder}; or --finish to export the best so far",
             )
     return trainer

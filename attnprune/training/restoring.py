@@ -20,9 +20,14 @@ from transformers import Trainer, TrainerState
 
 from attnprune.errors import AttnPruneError, InputError, first_line_with_type
 
-MODEL_FILE, BEST_FILE, STATE_FILE = "model.safetensors", "best.safetensors", "trainer_state.json"
+MODEL_FILE, STATE_FILE = "model.safetensors", "trainer_state.json"
 # transformers goes on without them, on another path.
 _WANTED = (MODEL_FILE, STATE_FILE, "optimizer.pt", "scheduler.pt")
+
+
+def best_file(density: float | None) -> str:
+    """Name of the file with the best state for the run's own constraint, or for a density of its frontier."""
+    return "best.safetensors" if density is None else f"best-{density}.safetensors"
 
 
 @contextmanager
@@ -43,12 +48,13 @@ def reading(checkpoint: str | Path | None) -> Iterator[None]:
         raise _cannot_continue(checkpoint, why) from error
 
 
-def check_contents(checkpoint: Path, trains: Mapping[str, Tensor], callbacks: set[str]) -> None:
+def check_contents(checkpoint: Path, trains: Mapping[str, Tensor], callbacks: set[str], best: list[str]) -> None:
     """Refuse a checkpoint that is not one of this run, before it is read.
 
     Args:
         trains: the tensors that the run trains, by name.
         callbacks: class names of the callbacks whose state the run needs.
+        best: names of the files with best states, which may be there.
 
     Raises:
         InputError: a file or a state is missing, or tensors have other names or shapes.
@@ -68,7 +74,7 @@ def check_contents(checkpoint: Path, trains: Mapping[str, Tensor], callbacks: se
         missing = callbacks - set(state.stateful_callbacks or ())
         if missing:
             raise _cannot_continue(checkpoint, f"{STATE_FILE} holds no {min(missing)}")
-        for name in (MODEL_FILE, BEST_FILE):
+        for name in (MODEL_FILE, *best):
             if name == MODEL_FILE or (checkpoint / name).exists():
                 _check_tensors(checkpoint, name, trains)
 

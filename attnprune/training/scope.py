@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
 from attnprune.errors import AttnPruneError
 from attnprune.runs.config import RunConfig
+from attnprune.training.compiled import decoder_layers
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -22,16 +23,16 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda module: getattr(module, GATE_ATTRIBUTE).layer)
 
 
-def projection_names(model: nn.Module) -> list[str]:
-    """Names of the linear projections inside the attention modules (q, k, v, o; or the fused qkv and o)."""
-    gated = {id(module) for module in attention_modules(model)}
-    return [
-        f"{name}.{child}"
-        for name, module in model.named_modules()
-        if id(module) in gated
-        for child, layer in module.named_children()
-        if isinstance(layer, (nn.Linear, Conv1D))
-    ]
+def projection_names(model: nn.Module, targets: str = "attention") -> list[str]:
+    """Names of the linear layers that get adapters, in the model's order.
+
+    Args:
+        targets: "attention": q, k, v, o (or the fused qkv and o) of the attention modules; "all": every linear layer of
+            every decoder layer.
+    """
+    inside = attention_modules(model) if targets == "attention" else decoder_layers(model)
+    linear = {id(m) for parent in inside for m in parent.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return [name for name, module in model.named_modules() if id(module) in linear]
 
 
 class DenseBase:
@@ -113,7 +114,7 @@ def _add_lora(model: Any, config: RunConfig) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise AttnPruneError("scope lora needs peft", hint="pip install 'attnprune[lora]'") from None
-    names = projection_names(model)
+    names = projection_names(model, config.train.lora_targets)
     modules = dict(model.named_modules())
     rank = config.train.lora_rank
     lora = LoraConfig(

@@ -13,6 +13,7 @@ from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.sidecar import hub
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
+from attnprune.sidecar.format import LORA_ALL
 from attnprune.sidecar.identity import check_base
 
 
@@ -64,6 +65,8 @@ def start_from(model: Any, sidecar: Sidecar, config: RunConfig) -> None:
         what, scope = "weights", "full"
         if entry.kind == "lora":
             what, scope = f"adapters of rank {entry.rank} (alpha {entry.alpha:g})", f"lora --lora-rank {entry.rank}"
+            if LORA_ALL in sidecar.manifest.requires:
+                what, scope = f"{what} on all linear layers", f"{scope} --lora-targets all"
         raise InputError(
             f"{sidecar.path}: its {what} do not fit a run with scope {config.train.scope}", hint=f"--scope {scope}"
         )

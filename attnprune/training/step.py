@@ -20,11 +20,12 @@ from attnprune.data.blocks import IGNORED_LABEL
 from attnprune.errors import AttnPruneError, InputError
 from attnprune.measure import kl_divergence, token_losses
 from attnprune.runs.config import RunConfig
-from attnprune.training.compiled import CompiledLayers
+from attnprune.training.compiled import CompiledLayers, decoder_layers
 from attnprune.training.loss import Distilled, Head, distill
+from attnprune.training.matching import layer_outputs, relative_error
 from attnprune.training.scope import DenseBase, causal_lm
 
-TERMS = ("lagrangian", "train_loss", "base_loss", "penalty", "density", "kl")
+TERMS = ("lagrangian", "train_loss", "base_loss", "penalty", "density", "kl", "state_error")
 
 
 class MicroStep:
@@ -38,7 +39,8 @@ class MicroStep:
         coefficients: fp32 [2], of the edges and of the damage in what is minimised.
         seed: int64 scalar, of the `gumbel` estimator's noise; None without noise.
 
-    A call returns fp32 [6]: the `TERMS` of this batch. The KL is 0 where the base does not run.
+    A call returns fp32 [7]: the `TERMS` of this batch. The KL is 0 where the base does not run, and the error of the
+    hidden states where they are not matched.
     """
 
     def __init__(self, model: Any, base: DenseBase, config: RunConfig, mean_base_loss: float | None = None):
@@ -48,6 +50,7 @@ class MicroStep:
         self.gates = gates_of(model)
         self.compares = compares_with_base(config)
         self.share = 1.0 if config.constraint.kind == "kl" else config.train.distill
+        self.match = config.train.match
         self.takes_log = config.constraint.kind == "density" or config.gate.penalty == "log"
         self.amp = torch.bfloat16 if config.train.precision == "bf16" else None
         self.head = head_of(self.core, self.amp) if config.train.step == "fast" else None
@@ -58,13 +61,17 @@ class MicroStep:
         for gate in self.gates:
             gate.noise_seed = seed
         with self._known_masks(ids):
-            sparse = self._run(self.core, ids)
+            sparse, states = self._run(self.core, ids)
             penalty, density = _edges(self.gates)  # before the base, which may run the same gates forced open
-            dense = None
+            dense, base_states = None, []
             if self.compares:
                 with self.base.active():
-                    dense = self._run(self.base.model, ids)
+                    dense, base_states = self._run(self.base.model, ids)
         damage, kl, loss, base_loss = self._compare(sparse, dense, labels)
+        error = torch.zeros_like(loss)
+        if self.match:
+            error = relative_error(states, base_states)
+            damage = damage + self.match * error
         if self.mean_base_loss is not None:
             mean = torch.full_like(base_loss, self.mean_base_loss)
             damage, base_loss = damage + (1 - self.share) * (base_loss - mean), mean
@@ -73,19 +80,21 @@ class MicroStep:
         total.backward()
         for gate in self.gates:
             gate.last = None  # it holds the graph, whose nodes would outlive the step
-        return torch.stack([term.detach().float() for term in (total, loss, base_loss, penalty, density, kl)])
+        return torch.stack([term.detach().float() for term in (total, loss, base_loss, penalty, density, kl, error)])
 
-    def _run(self, model: Any, ids: Tensor) -> Tensor:
-        """Last hidden states [B, T, D], or logits [B, T, V] of a model that trains with whole logits.
+    def _run(self, model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Last hidden states [B, T, D], or logits [B, T, V] of a model that trains with whole logits; and those after
+        each layer, where they are matched.
 
         Autocast only here: evaluation is in full precision, like the artefact that is measured in the end.
         """
-        with torch.autocast(ids.device.type, self.amp, enabled=self.amp is not None):
+        recorded = layer_outputs(model) if self.match else nullcontext([])
+        with torch.autocast(ids.device.type, self.amp, enabled=self.amp is not None), recorded as states:
             if self.head is None:
-                return model(input_ids=ids, use_cache=False).logits
+                return model(input_ids=ids, use_cache=False).logits, states
             # A mask of ones hides nothing; without one transformers asks the device whether the text is packed.
             with self.layers.active(model) if self.layers else nullcontext():
-                return last_hidden_states(model, ids)
+                return last_hidden_states(model, ids), states
 
     def _compare(self, sparse: Tensor, dense: Tensor | None, labels: Tensor) -> Distilled:
         if self.head is not None:
@@ -122,7 +131,8 @@ class MicroStep:
 def compares_with_base(config: RunConfig) -> bool:
     """Whether the base runs at every training step: to be learned from, or as the other side of the constraint."""
     constraint = config.constraint
-    return config.train.distill > 0 or constraint.kind == "kl" or (constraint.kind == "loss" and constraint.paired)
+    learns = config.train.distill > 0 or config.train.match > 0
+    return learns or constraint.kind == "kl" or (constraint.kind == "loss" and constraint.paired)
 
 
 def settle_step(model: Any, config: RunConfig) -> list[str]:
@@ -132,6 +142,11 @@ def settle_step(model: Any, config: RunConfig) -> list[str]:
         InputError: a way was asked for that this model or device cannot have.
     """
     train = config.train
+    if train.match:
+        try:
+            decoder_layers(causal_lm(model))
+        except LookupError as error:
+            raise InputError(f"train.match: {error}") from None
     obstacle = whole_logits(model)
     if train.step == "fast" and obstacle:
         raise InputError(f"train.step: fast is not possible: {obstacle}", hint="leave it at auto")

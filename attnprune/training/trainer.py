@@ -1,21 +1,22 @@
-"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only."""
+"""SparsifyTrainer: transformers' Trainer with the constrained loss, through public overrides and callbacks only.
+
+Long because the overrides share the state of one run.
+"""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from attnprune.attention.gates import mix_seed, seed_tensor
-from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.measure import Report, mean_loss, measure
@@ -23,13 +24,12 @@ from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
 from attnprune.training.graph import RecordedStep, Step, fastest
+from attnprune.training.optimizer import make_optimizer
 from attnprune.training.recover import is_state
-from attnprune.training.restoring import BEST_FILE, MODEL_FILE, StrictResume, check_contents, reading
+from attnprune.training.restoring import MODEL_FILE, STATE_FILE, StrictResume, best_file, check_contents, reading
+from attnprune.training.schedule import Schedule, marks_of
 from attnprune.training.scope import DenseBase
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
-
-DENSITY_WAY = 0.2  # share of the steps in which the density limit falls to its target
-DENSITY_AIM = 0.95  # of the target: held-out text came out up to 7 % denser than the training text that is controlled
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -61,9 +61,11 @@ class SparsifyTrainer(StrictResume):
         from_sidecar: bool = False,
     ):
         self.config = config
-        self.constraint = constraint_of(config)
+        self.marks = marks_of(config)
+        self.constraint = self.marks[-1]
+        self.schedule = Schedule.of(config)
         self.reference = reference
-        self.best_state: dict[str, Tensor] = {}
+        self.best_states: dict[Constraint, dict[str, Tensor]] = {}
         c = config.constraint
         multiplier = Multiplier(
             value=c.initial, update=c.update, rate=c.rate, gain=c.gain, smoothing=c.smoothing,
@@ -92,25 +94,9 @@ class SparsifyTrainer(StrictResume):
         return next(c for c in self.callback_handler.callbacks if isinstance(c, DualState))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with three groups: matrices (decayed), vectors, and gate biases with their own learning rate."""
+        """The run's own optimiser."""
         if self.optimizer is None:
-            train = self.config.train
-            gate_ids = {id(gate.bias) for gate in gates_of(self.model)}
-            weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in gate_ids]
-            groups = [
-                {"params": [p for p in weights if p.ndim > 1], "weight_decay": train.weight_decay},
-                {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-                {
-                    "params": [gate.bias for gate in gates_of(self.model)],
-                    "weight_decay": 0.0,
-                    "lr": train.gate_learning_rate,
-                },
-            ]
-            groups = [group for group in groups if group["params"]]
-            options: dict[str, Any] = {"lr": train.learning_rate, "betas": (0.9, train.adam_beta2)}
-            if train.optimizer == "adamw" and self.args.device.type == "cuda":
-                options["fused"] = True  # one kernel for all parameters
-            self.optimizer = _optimizer_class(train.optimizer)(groups, **options)
+            self.optimizer = make_optimizer(self.model, self.config.train, self.args.device.type)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
@@ -144,7 +130,7 @@ class SparsifyTrainer(StrictResume):
         multiplier = self.dual.multiplier.value
         if self.constraint.kind == "density":
             damage, edges = lagrangian_weights(multiplier * self.config.constraint.tolerance)
-        elif self.state.global_step >= self._pressure_steps:
+        elif self.state.global_step >= self.schedule.pressure_steps:
             damage, edges = 1.0, 0.0  # the run ends inside the feasible set
         else:
             edges, damage = lagrangian_weights(multiplier / self._current_constraint().limit)
@@ -162,8 +148,9 @@ class SparsifyTrainer(StrictResume):
         for first in range(0, len(numbers) - 1, terms):
             observed: dict[str, float] = dict(zip(TERMS, numbers[first : first + terms], strict=True))
             del observed["lagrangian"]  # Trainer logs it
-            if not self._micro_step.compares:
-                del observed["kl"]
+            for term, seen in (("kl", self._micro_step.compares), ("state_error", self._micro_step.match)):
+                if not seen:
+                    del observed[term]
             observed["gap"] = observed["train_loss"] - observed["base_loss"]
             if dual.start_density is None:
                 dual.start_density = observed["density"]
@@ -181,25 +168,8 @@ class SparsifyTrainer(StrictResume):
             raise AttnPruneError(f"training: non-finite gradient at step {number}")
 
     def _current_constraint(self) -> Constraint:
-        """The constraint of this step.
-
-        A density falls geometrically to its target over the first steps, so that the weights can follow. A tolerance
-        starts wide and narrows: edges close early, and the weights learn for the rest of the run to do without them.
-        """
-        done, limit = self.state.global_step, self.constraint.limit
-        if self.constraint.kind == "density":
-            way = min(1.0, (done + 1) / max(1, DENSITY_WAY * self.config.train.steps))
-            aim = limit * DENSITY_AIM if limit < 1 else limit
-            start = max(aim, self.dual.start_density or 0.0)
-            return replace(self.constraint, limit=start ** (1 - way) * aim**way)
-        left = max(0.0, 1 - done / max(1, self._pressure_steps))
-        return replace(self.constraint, limit=limit * (1 + (self.config.constraint.start_factor - 1) * left))
-
-    @property
-    def _pressure_steps(self) -> int:
-        """Steps before the final phase."""
-        train = self.config.train
-        return train.steps - int(train.steps * train.final_fraction)
+        """The constraint of this step."""
+        return self.schedule.constraint(self.state.global_step, self.dual.start_density or 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the constraint's numbers of the last micro-batch to each training log."""
@@ -221,7 +191,11 @@ class SparsifyTrainer(StrictResume):
             for key, value in asdict(report).items()
             if key not in ("heads", "data", "control_loss") and value is not None
         }
-        metrics[f"{metric_key_prefix}_feasible"] = self._feasible(report)
+        feasible = self.constraint.feasible(_constrained_value(self.constraint, report))
+        metrics[f"{metric_key_prefix}_feasible"] = feasible
+        metrics[f"{metric_key_prefix}_value"] = _constrained_value(self.constraint, report)
+        metrics[f"{metric_key_prefix}_limit"] = self._current_constraint().limit  # of this step; see settled
+        metrics[f"{metric_key_prefix}_settled"] = self.schedule.settled
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -233,8 +207,8 @@ class SparsifyTrainer(StrictResume):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trainable_state(self.model), folder / MODEL_FILE)
-        if self.best_state:
-            save_file(self.best_state, folder / BEST_FILE)
+        for mark, state in self.best_states.items():
+            save_file(state, folder / self._best_file(mark))
 
     def release(self) -> None:
         """Let go of what only training needs: the recorded step with its memory, gradients, the optimiser."""
@@ -251,52 +225,56 @@ class SparsifyTrainer(StrictResume):
             InputError: it is not one of this run.
         """
         trains = {name: p for name, p in self.model.named_parameters() if is_state(p)}
-        check_contents(checkpoint, trains, {DualState.__name__})
-        if (checkpoint / BEST_FILE).exists():
-            with reading(checkpoint):
-                self.best_state = load_file(checkpoint / BEST_FILE)
+        files = {mark: self._best_file(mark) for mark in self.marks}
+        check_contents(checkpoint, trains, {DualState.__name__}, list(files.values()))
+        for mark, file in files.items():
+            if (checkpoint / file).exists():
+                with reading(checkpoint):
+                    self.best_states[mark] = load_file(checkpoint / file)
 
-    def load_best(self) -> None:
-        """Put the best state into the model."""
-        self.model.load_state_dict(self.best_state, strict=False)
+    def finish(self, checkpoint: Path) -> None:
+        """Measure a checkpoint that `restore_best` has read as if training had ended there."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_callback_state()
+        self.evaluate()
 
-    def _constrained_value(self, report: Report) -> float:
-        assert report.kl is not None
-        assert report.density is not None
-        return self.constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
+    def load_best(self, mark: Constraint | None = None) -> None:
+        """Put the best state into the model: for one of `marks`, or for the run's own constraint."""
+        self.model.load_state_dict(self.best_states[mark or self.constraint], strict=False)
 
-    def _feasible(self, report: Report) -> bool:
-        return self.constraint.feasible(self._constrained_value(report))
+    def _best_file(self, mark: Constraint) -> str:
+        return best_file(None if mark is self.constraint else mark.limit)
 
     def _keep_if_best(self, report: Report) -> None:
         """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
-        value, feasible = self._constrained_value(report), self._feasible(report)
-        goal = report.loss if self.constraint.kind == "density" else report.density
-        rank = [0.0, goal] if feasible else [1.0, value]
-        best = self.dual.best
-        if best is None or rank < best["rank"]:
-            numbers = {k: v for k, v in asdict(report).items() if k != "heads"}
-            self.dual.best = {"rank": rank, "step": self.state.global_step, "feasible": feasible, **numbers}
-            self.best_state = trainable_state(self.model)
+        state: dict[str, Tensor] = {}
+        for mark in self.marks:
+            value = _constrained_value(mark, report)
+            feasible = mark.feasible(value)
+            goal = report.loss if mark.kind == "density" else report.density
+            rank = [0.0, goal] if feasible else [1.0, value]
+            best = self.dual.best_of(self._mark_name(mark))
+            if best is None or rank < best["rank"]:
+                numbers = {k: v for k, v in asdict(report).items() if k != "heads"}
+                found = {"rank": rank, "step": self.state.global_step, "feasible": feasible, **numbers}
+                self.dual.keep(self._mark_name(mark), found)
+                state = state or trainable_state(self.model)
+                self.best_states[mark] = state
+
+    def _mark_name(self, mark: Constraint) -> str | None:
+        return None if mark is self.constraint else str(mark.limit)
 
 
-def constraint_of(config: RunConfig) -> Constraint:
-    """The constraint of a run."""
-    c = config.constraint
-    return Constraint(c.kind, c.target_density if c.kind == "density" else c.tolerance)
+def _constrained_value(constraint: Constraint, report: Report) -> float:
+    assert report.kl is not None
+    assert report.density is not None
+    return constraint.value(loss_gap=report.loss_gap, kl=report.kl, density=report.density)
 
 
 def _sent(values: list[float], device: torch.device) -> Tensor:
     """Host numbers as fp32 on the device, without waiting for it."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit  # pyright: ignore[reportReturnType]
-    return torch.optim.AdamW
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:

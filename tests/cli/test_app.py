@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.helpers.command import ENVIRONMENT, attnprune, listing
 from tests.helpers.factory import save_text, save_tiny_llama
@@ -59,6 +60,15 @@ QUICK = [
     (("sparsify", "demo", "--target-density", "nan"), "constraint.target_density"),
     (("sparsify", "demo", "--tolerance", "0"), "constraint.tolerance"),
     (("sparsify", "demo", "--scope", "some"), "train.scope"),
+    (("sparsify", "demo", "--frontier", "5,x"), "--frontier: numbers between commas"),
+    (("sparsify", "demo", "--frontier", "1,5"), "the densities have to fall"),
+    (("sparsify", "demo", "--frontier", "5,1", "--constraint", "kl"), "frontier needs kind density"),
+    (("sparsify", "demo", "--frontier", "5,1", "--target-density", "0.1"), "leave out --target-density"),
+    (("sparsify", "demo", "--weights", "1,2"), "weights: 2 for 1 sources"),
+    (("sparsify", "demo", "--match", "-1"), "train.match"),
+    (("sparsify", "demo", "--lora-targets", "mlp"), "train.lora_targets"),
+    (("sparsify", "--finish", "model"), "nothing to resume"),
+    (("sparsify", "--finish", "model", "--resume", "model"), "leave out --resume"),
     (("sparsify", "model", "--data", "text.txt"), "exists and is not empty"),
     (("sparsify", "demo", "--out", "text.txt"), "is a file"),
     (("sparsify", "demo", "--out", "text.txt/sub"), "not writable"),
@@ -71,6 +81,7 @@ QUICK = [
     (("inspect", "model-attnprune", "--text", "a", "--layer", "9"), "--layer"),
     (("eval", "model"), "say what to measure on"),
     (("apply", "a", "b", "c"), "takes a base and a sidecar"),
+    (("apply", "a", "b", "--base", "c"), "is named as the base already"),
     (("apply", "model-attnprune", "--merge", "model"), "exists and is not empty"),
     (("sparsify", "demo", "--out", "missing/../text.txt"), "is a file"),
     (("inspect", "a\x1b[31mb"), "a\\x1b[31mb"),
@@ -99,7 +110,6 @@ SLOWER = [
     (("sparsify", "broken.gguf", "--out", "x"), 2, "cannot read this GGUF"),
     (("apply", "other", "model-attnprune"), 2, "not the weights"),
     (("apply", "wider", "model-attnprune"), 2, "wrong base"),
-    (("inspect", "model-attnprune", "--text", "hello"), 2, "--base"),
     (("inspect", "model-attnprune", "--base", "model", "--text", "a" * 65), 2, "more than the 64"),
     (("eval", "model", "--data", "text.txt", "--seq-len", "65"), 2, "context of 64"),
 ]
@@ -144,7 +154,7 @@ def test_inspect_shows_and_dumps(place):
     for part in ("density of each head", "constraint", "open share by distance"):
         assert part in shown.stdout
     data = json.loads(attnprune("inspect", "model-attnprune", "--json", cwd=place).stdout)
-    assert data["manifest"]["format_version"] == "1.1"
+    assert data["manifest"]["format_version"] == "1.2"
     assert [len(layer) for layer in data["density"]] == [4, 4]
 
 
@@ -228,9 +238,10 @@ def test_a_name_too_long_for_the_file_system_is_bad_input(place, arguments):
 
 @pytest.mark.parametrize("option", ["--tolerance", "--target-density"])
 def test_constraint_not_met_exits_3_and_keeps_the_result(place, tmp_path, option):
-    tight = [*TINY, option, "1e-9", "--steps", "4", "--out", tmp_path / "run"]
+    tight = [*TINY, option, "1e-9", "--steps", "4", "--out", tmp_path / "run", "--json"]
     done = attnprune("sparsify", "model", "--data", "text.txt", *tight, cwd=place)
     assert done.returncode == 3
+    assert json.loads(done.stdout)["manifest"]["result"]["feasible"] is False  # one object, the result
     assert "does not hold" in done.stderr.splitlines()[-1]
     assert f"a larger {option}" in done.stderr.splitlines()[-1]
     assert (tmp_path / "run" / "attnprune.json").exists()
@@ -241,6 +252,22 @@ def test_run_toml_repeats_the_run(place, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("gates.safetensors", "delta.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (place / "model-attnprune" / name).read_bytes()
+
+
+def test_a_frontier_is_written_shown_and_drawn(place, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("sparsify", "model", "--data", "text.txt", *TINY, "--frontier", "90,80", "--steps", 8, "--out", out)
+    done = attnprune(*arguments, "--json", cwd=place)
+    assert done.returncode in (0, 3), done.stderr  # 8 steps of a toy
+    assert [point["folder"] for point in json.loads(done.stdout)["frontier"]] == ["frontier/90", "."]
+    with Image.open(out / "frontier.png") as picture:
+        assert picture.width > 500
+    for folder, place_of in ((out / "frontier/90", 0), (out, 1)):
+        shown = json.loads(attnprune("inspect", folder, "--json", cwd=place).stdout)
+        assert shown["place"] == place_of
+        lines = attnprune("inspect", folder, cwd=place).stdout.splitlines()
+        marked = [line.split()[1] for line in lines if line.lstrip().startswith("▶")]
+        assert marked == [shown["frontier"][place_of]["folder"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -260,6 +287,9 @@ def test_signal_prints_the_resume_command_that_finishes_the_run(place, tmp_path,
     assert f"attnprune sparsify --resume {out}" in last
     refused(place, *arguments, message="holds an unfinished run")
     refused(place, "sparsify", "--resume", out, "--seed", "5", message="train.seed: 5 differs")
+    done = attnprune("sparsify", "--finish", out, cwd=place)
+    assert done.returncode in (0, 3), done.stderr  # by the steps that were done
+    assert (out / "attnprune.json").exists()
 
 
 def test_disk_full_is_one_line_and_keeps_the_good_checkpoint(place, tmp_path):

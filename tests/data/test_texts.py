@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from attnprune.data import texts
 from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source
 from attnprune.data.texts import addition_task, load_blocks
+from attnprune.errors import InputError
 from attnprune.runs.config import build_config
 from tests.helpers.factory import refused
 from tests.helpers.texts import StartTokens, byte_tokenizer, prose
@@ -135,6 +136,19 @@ def test_the_proportions_stay_where_there_is_too_much(two_texts):
     train, held_out = blocks_of(list(two_texts), train_tokens=600, eval_tokens=200)
     assert [source.tokens for source in train.sources] == [590, 200]  # 2,999 bytes and 1,060
     assert len(train) + len(held_out) == 79
+
+
+def test_weights_say_the_proportions_and_repeat_nothing(two_texts):
+    train, held_out = blocks_of(list(two_texts), weights=[1, 1])
+    assert [source.tokens for source in train.sources] == [1000, 1000]
+    assert len(train) + len(held_out) == 200
+    train, _ = blocks_of(list(two_texts), weights=[0.5, 0.1])
+    assert [source.tokens for source in train.sources] == [3000, 600]
+
+
+def test_a_weight_for_each_source_is_needed(two_texts):
+    with pytest.raises(InputError, match=r"data: weights: 1 for 2 sources"):
+        blocks_of(list(two_texts), weights=[1])
 
 
 def test_streams_share_what_the_run_needs(two_texts, monkeypatch):

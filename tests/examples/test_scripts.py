@@ -15,6 +15,7 @@ from attnprune.training import recipe
 from examples.write_schema import FORMATS, SCHEMAS, schema_text
 from tests.helpers.factory import save_text, save_tiny_llama
 from tests.helpers.paths import ROOT
+from tests.helpers.sidecars import save_sidecar
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -52,6 +53,19 @@ def test_recipe_file_runs_on_a_tiny_model(tmp_path):
     run("-m", "attnprune", "sparsify", model, *recipe, *small)
     manifest = json.loads((tmp_path / "run" / "attnprune.json").read_text())
     assert manifest["weights"]["kind"] == "lora"
+
+
+def test_trace_sentences_compares_two_models(tmp_path):
+    base = save_tiny_llama(tmp_path / "base", max_position_embeddings=128)
+    sidecar = save_sidecar(tmp_path / "sidecar", base).path
+    run("examples/trace_sentences.py", sidecar, "--base", base, "--sentences", 2, "--out", tmp_path / "out.json")
+    record = json.loads((tmp_path / "out.json").read_text())
+    sizes = [(row["dense"]["messages"], row["sparse"]["messages"]) for row in record["traces"]]
+    assert len(sizes) == 2
+    ratio = record["ratio_dense_sparse"]
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    (a, b), (c, d) = sizes
+    assert ratio["value"] == pytest.approx((a / b * c / d) ** 0.5, abs=1e-3)
 
 
 def words(count: int, seed: int) -> str:

@@ -216,7 +216,7 @@ def test_a_base_model_that_cannot_be_is_refused(hub, run):
         run("push", OTHER, REPO, "--base-model", name, code=2, part="bad repo id")
     run("push", OTHER, REPO, "--base-model", "someone/bert", code=2, part="is a bert model, not llama")
     run("push", SIDECAR, REPO, "--base-model", "someone/bert", code=2, part="was made from the bundled model")
-    run("push", OTHER, REPO, "--merged", "--base", OTHER, code=2, part="made from a local folder")
+    run("push", OTHER, REPO, "--merged", "--base", OTHER, code=2, part="this is a sidecar, not a base model")
     run("push", OTHER, REPO, "--base", OTHER, code=2, part="goes with --merged")
     assert REPO not in hub.repos
 
@@ -703,3 +703,21 @@ def test_every_command_takes_a_repository(pushed, run):
     pushed.log.clear()
     run("inspect", "tester/merged", part="matches this release")
     assert "model.safetensors" not in {r.path.split("/")[-1] for r in pushed.log}
+
+
+def test_a_merged_model_of_a_local_base_is_pushed_and_says_what_is_known_of_it(hub, run, tmp_path):
+    base = save_tiny_llama(tmp_path / "base")
+    sidecar = save_sidecar(tmp_path / "sidecar", base, "lora")
+    run("push", sidecar.path, REPO, code=2, part="made from a local folder")
+    run("push", sidecar.path, REPO, "--merged", "--base", base)
+    card = hub.files(REPO)["README.md"].decode()
+    about = yaml.safe_load(card.split("---")[1])
+    assert "base_model" not in about
+    assert "A llama model from a local folder, whose name on the Hub was not given" in card
+    assert sidecar.manifest.base.content[:16] in card
+    assert str(tmp_path) not in card
+    run("verify", REPO, part="verified")
+    hub.put("someone/base", {"config.json": b"{}"})
+    run("push", sidecar.path, REPO, "--merged", "--base", base, "--base-model", "someone/base")
+    card = hub.files(REPO)["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "someone/base"

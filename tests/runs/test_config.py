@@ -39,7 +39,11 @@ def round_trip(config):
 # TOML round trips
 
 
-CHOSEN = {"time": "1h30m", "micro_batch_size": 8}  # where any text would not do
+CHOSEN = {  # where any text would not do
+    "time": "1h30m", "micro_batch_size": 8, "weights": [0.3], "frontier": [0.5, 0.1 + 1e-17], "recover": [0, 18],
+    "rest_learning_rate": 1e-4 / 3,
+}  # fmt: skip
+WITH = {"frontier": {"kind": "density"}}  # what a value needs beside it
 
 
 def another_value(name, field):
@@ -61,7 +65,7 @@ def another_value(name, field):
 def test_every_field_survives_toml(section, name, field):
     value = another_value(name, field)
     assert value != field.default
-    config = build_config({section: {name: value}})
+    config = build_config({section: {name: value, **WITH.get(name, {})}})
     assert get(config, section, name) == value
     assert round_trip(config) == config
     assert config != RunConfig()

@@ -202,6 +202,9 @@ def tensors(name, change):
     return mutate
 
 
+ALL_LINEAR = ["gate:threshold", "weights:lora", "lora:all-linear"]
+
+
 def rename_target(new):
     """Adapters of another module, which the adapter's configuration names as well."""
 
@@ -358,6 +361,11 @@ S = {
     **{
         f"S43-{name}": (VERIFY, "lora", rename_target(name), f"target {name} is not allowed")
         for name in ("model.layers.0.mlp.q_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm")
+    },
+    **{
+        f"S43-all-{name}": (VERIFY, "lora", both(manifest(requires=ALL_LINEAR), rename_target(name)),
+                            f"target {name} is not allowed")
+        for name in ("model.embed_tokens", "lm_head")
     },
     "S44-delta": (VERIFY, "delta", tensors(DELTA, lambda a: a["model.w"].flat.__setitem__(0, np.nan)), "non-finite"),
     "S44-lora": (VERIFY, "lora", tensors(ADAPTER, lambda a: a[LORA_A].flat.__setitem__(0, np.inf)), "non-finite"),

@@ -348,7 +348,7 @@ def test_what_takes_the_base_is_not_compared(place):
         found = compare(a, b)
         assert (found.tensors, found.uncompared) == ([], names)
         [note] = found.notes
-        assert note.startswith("what was not compared takes the weights of the base: merge the sidecars")
+        assert note.startswith("what was not compared takes the weights of the base: name it with --base")
         assert "weights       8 tensors not compared" in text(found, 80)
     whole = place / "llama-lora1-merged"
     for a, b in ((lora, whole), (whole, lora), (none, whole)):
@@ -709,3 +709,29 @@ def test_a_merged_model_need_not_fit_in_memory(place, copied):
     finally:
         tracemalloc.stop()
     assert peak < 20e6
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_a_base_completes_what_could_not_be_compared(place, base):
+    """LoRA against delta by way of their merged forms, tensor by tensor."""
+    a, b = (place / f"{base}-{kind}1" for kind in ("lora", "delta"))
+    found = diff.compare(str(a), str(b), str(place / base))
+    models = [loading.load(side, str(place / base)).model for side in (a, b)]
+    before, after = (dict(model.named_parameters()) for model in models)
+    moved = {n: (after[n] - before[n]).norm().item() for n in before if "attnprune" not in n}
+    expected = {n: value for n, value in moved.items() if value > 0}
+    assert {t.name: t.change for t in found.tensors} == pytest.approx(expected, rel=1e-5)
+    assert {t.name: t.relative for t in found.tensors} == pytest.approx(
+        {n: value / before[n].norm().item() for n, value in expected.items()}, rel=1e-5
+    )
+    assert len(expected) >= 4
+    assert (found.uncompared, found.notes) == ([], [])
+    assert compare(a, b).uncompared
+    shown = attnprune("diff", a, b, "--base", place / base, "--json")
+    assert json.loads(shown.stdout)["uncompared"] == []
+
+
+def test_a_base_that_is_no_base_of_both_is_refused(place):
+    a, b = place / "llama-lora1", place / "llama-delta1"
+    refused(lambda: diff.compare(str(a), str(b), str(place / "gpt2")), "wrong base")
+    refused(lambda: diff.compare(str(place / "llama"), str(b), str(place / "llama")), "is a base model itself")

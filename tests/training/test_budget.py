@@ -156,7 +156,7 @@ def test_a_run_that_drifts_ends_early_with_an_artefact(inputs, tmp_path, monkeyp
     assert 1 <= ended < 8
     assert [line["step"] for line in lines if "eval_density" in line][-1] == ended
     planned = tomllib.loads((sidecar.path / "run.toml").read_text())["train"]["steps"]
-    assert f"time: ended at step {ended} of {planned:,}" in notes
+    assert f"ended at step {ended} of {planned:,}" in notes
 
 
 def test_a_time_given_to_a_run_that_goes_on_is_refused(inputs, tmp_path):

@@ -76,7 +76,7 @@ def waits(function):
 @pytest.mark.parametrize(
     ("record", "part"),
     [
-        (forgets, "stats 0, 0, 0, 0, 0, 0, not"),
+        (forgets, f"stats {', '.join(['0'] * len(TERMS))}, not"),
         (waits, "RuntimeError: operation not permitted when stream is capturing"),
     ],
 )

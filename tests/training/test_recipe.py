@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 import sys
 import tomllib
 
@@ -181,6 +182,10 @@ def test_other_base_is_refused(uninterrupted, tmp_path):
     assert attnprune.load(uninterrupted.path, base=str(other), allow_base_mismatch=True)
 
 
-def test_unnamed_local_base_asks_for_base(uninterrupted):
+def test_unnamed_local_base_asks_for_base(uninterrupted, tmp_path):
+    """Its run.toml remembers it; what was copied without that file does not."""
+    attnprune.load(open_sidecar(uninterrupted.path).path)
+    bare = shutil.copytree(uninterrupted.path, tmp_path / "bare")
+    (bare / "run.toml").unlink()
     with pytest.raises(InputError, match="name it"):
-        attnprune.load(open_sidecar(uninterrupted.path).path)
+        attnprune.load(bare)

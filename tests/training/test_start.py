@@ -16,7 +16,7 @@ from attnprune.errors import InputError, InterruptedRunError
 from attnprune.runs.folder import CHECKPOINTS, read_resumed, without_local_paths
 from attnprune.sidecar import bases
 from attnprune.sidecar.merged import write_merged
-from attnprune.training import recipe, trainer
+from attnprune.training import recipe, schedule
 from attnprune.training.start import start_from
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.recipes import _SignalAt, artefact, logged, run_config
@@ -47,7 +47,7 @@ def test_the_density_limit_falls_from_where_the_sidecar_left_it(uninterrupted, i
         "train": {**STILL, "steps": 100, "eval_every": 100, "save_every": 100},
     }
     recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
-    way, aim = trainer.DENSITY_WAY * 100, 0.1 * trainer.DENSITY_AIM
+    way, aim = 0.2 * 100, 0.1 * schedule.AIM
     pairs = zip(logged(tmp_path / "run", "violation"), logged(tmp_path / "run", "density"), strict=True)
     limits = [density / math.exp(violation) for violation, density in pairs]  # logged every tenth step
     shares = [min(1.0, step / way) for step in range(10, 101, 10)]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 import attnprune
 from attnprune.errors import InputError
-from attnprune.training import recipe, trainer
+from attnprune.training import recipe, schedule, trainer
 from tests.helpers.factory import byte_tokenizer
 from tests.helpers.recipes import logged, run_config
 
@@ -48,7 +48,7 @@ def test_a_density_limit_falls_geometrically_to_a_little_below_its_target(inputs
     recipe.sparsify(run_config(inputs, tmp_path / "run", **overrides))
     pairs = zip(logged(tmp_path / "run", "violation"), logged(tmp_path / "run", "density"), strict=True)
     limits = [density / math.exp(violation) for violation, density in pairs]
-    aim = 0.25 * trainer.DENSITY_AIM
+    aim = 0.25 * schedule.AIM
     assert limits == pytest.approx([math.sqrt(aim), *[aim] * 9], rel=1e-4)
 
 

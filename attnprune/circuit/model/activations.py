@@ -238,10 +238,10 @@ def head_outputs(block: Block, heads: int, x: Tensor, total: Tensor) -> Tensor:
     """
     per_head = x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
     made = torch.bmm(per_head, block.output_weight(heads)).unflatten(1, x.shape[:2])
-    return made if block.attention_post_norm is None else made * _norm_factor(block.attention_post_norm, total)
+    return made if block.attention_post_norm is None else made * norm_factor(block.attention_post_norm, total)
 
 
-def _norm_factor(norm: nn.Module, total: Tensor) -> Tensor:
+def norm_factor(norm: nn.Module, total: Tensor) -> Tensor:
     """The factor [B, S, D] by which an RMS norm multiplies `total`: its weight times one number per token."""
     weight = norm.forward(torch.full_like(total[0, 0], 1e3))  # so large that epsilon is nothing
     weighted = weight * total

@@ -22,25 +22,12 @@ function focus(what) {
 const around = (node) => shown.filter((e) => e.from === node || e.to.includes(node));
 const scoreOf = (e) => e.score === null ? "not finite" : (e.sign === "hurts" ? "+" : "") + e.score.toPrecision(3);
 
-// What lies under the pointer, or up to 5 pixels off: thin edges are hard to hit.
-function under(x, y) {
-  for (const reach of [0, 2, 4])
-    for (const [dx, dy] of reach ? [[0, -1], [0, 1], [-1, 0], [1, 0], [-1, -1], [1, 1], [-1, 1], [1, -1]] : [[0, 0]]) {
-      const element = document.elementFromPoint(x + dx * reach, y + dy * reach);
-      const found = element && (nodeOf.get(element) ?? edgeOf.get(element));
-      if (found !== undefined && found !== null) return found;
-    }
-  return null;
-}
+const found = (element) => nodeOf.get(element) ?? edgeOf.get(element);
 
 function point(event) {
-  const found = under(event.clientX, event.clientY), tip = byId("tip");
-  if (found !== state.focus) focus(found);
-  tip.hidden = found === null;
-  if (found === null) return;
-  tip.textContent = found.name ? `${found.name}  ${scoreOf(found)}` : state.model.names[found];
-  tip.style.left = `${clamp(event.clientX + 14, 0, innerWidth - tip.offsetWidth - 8)}px`;
-  tip.style.top = `${event.clientY + 16}px`;
+  const what = under(event.clientX, event.clientY, found);
+  if (what !== state.focus) focus(what);
+  showTip(event, what === null ? null : what.name ? `${what.name}  ${scoreOf(what)}` : state.model.names[what]);
 }
 
 function walk(event) {

@@ -1,17 +1,4 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
 const DRAWN = 2000; // paths that a browser redraws without delay
-const byId = (id) => document.getElementById(id);
-const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
-
-function make(parent, tag, attributes = {}, text) {
-  const svg = tag === "svg" || parent.namespaceURI.endsWith("svg");
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (text !== undefined) element.textContent = text;
-  parent.append(element);
-  return element;
-}
 
 // ---- Graph: nodes in the order they run: input 0, heads and MLP of each layer, logits.
 function prepare(model) {

@@ -13,6 +13,7 @@ from attnprune.sidecar.format.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     ATTENTION_MODULES,
+    LORA_ALL,
     MANIFEST_FILE,
     MAX_TENSORS,
 )
@@ -76,7 +77,7 @@ def check_lora(raw: bytes, manifest: Manifest, config: AdapterConfig) -> None:
             raise InputError(f"{ADAPTER_FILE}: {tensor} is not a lora tensor")
         target, side = match.groups()
         suffixes = [wanted for wanted in config.target_modules if f".{target}".endswith(f".{wanted}")]
-        if not suffixes or not ATTENTION_MODULES.intersection(target.split(".")):
+        if not suffixes or not _may_change(target, manifest):
             raise InputError(f"{ADAPTER_FILE}: target {target} is not allowed")
         seen.update(suffixes)
         if f"base_model.model.{target}.lora_{'B' if side == 'A' else 'A'}.weight" not in tensors:
@@ -86,3 +87,11 @@ def check_lora(raw: bytes, manifest: Manifest, config: AdapterConfig) -> None:
     unused = sorted(set(config.target_modules) - seen)
     if unused:
         raise InputError(f"{ADAPTER_CONFIG_FILE}: target_modules: no tensors for {unused[0]!r}")
+
+
+def _may_change(target: str, manifest: Manifest) -> bool:
+    """Whether adapters may change a module: those of a layer's attention, or with LORA_ALL of a numbered layer, so that
+    embeddings and the output layer stay those of the base."""
+    parts = target.split(".")
+    inside = LORA_ALL in manifest.requires and any(part.isdecimal() for part in parts)
+    return inside or bool(ATTENTION_MODULES.intersection(parts))

@@ -7,9 +7,10 @@ import re
 from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
 
 FORMAT = "attnprune"
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 SIZES_HIDDEN = "merged:sizes"
-FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", SIZES_HIDDEN})
+LORA_ALL = "lora:all-linear"
+FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", LORA_ALL, SIZES_HIDDEN})
 
 GATES_FILE = "gates.safetensors"
 DELTA_FILE = "delta.safetensors"
@@ -34,7 +35,7 @@ MAX_GATE = 1e4
 MAX_GATES_BYTES = 256 << 20  # 1024 layers of 1024 heads
 MAX_FILES = 1024
 
-# Modules that hold an attention in the supported families; LoRA may change nothing else.
+# Modules that hold an attention in the supported families; without LORA_ALL, LoRA may change nothing else.
 ATTENTION_MODULES = frozenset({"self_attn", "attn", "attention"})
 # Files that some loader would execute; none belongs beside a sidecar.
 CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib"})

@@ -1,4 +1,4 @@
-"""examples/transformer_lens.py: what a sparse model computes is the same in TransformerLens (where it is installed)."""
+"""attnprune.lens: what a sparse model computes is the same in TransformerLens (where it is installed)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.helpers.paths import ROOT
 pytest.importorskip("transformer_lens.model_bridge", reason="pip install transformer-lens")
 
 import attnprune
+from attnprune import lens
 from attnprune.attention.interface import gates_forced_open
-from examples.transformer_lens import hooked
 from tests.helpers.factory import byte_tokenizer, refused, save_tiny_llama
 from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
 
@@ -43,7 +43,7 @@ def pair(place, name):
     """(attnprune's model, the bridge, token ids [2, T])."""
     model = attnprune.load(*place[name]).model
     length = min(24, model.config.max_position_embeddings)
-    return model, hooked(*place[name]), torch.randint(model.config.vocab_size, (2, length))
+    return model, lens.load(*place[name]), torch.randint(model.config.vocab_size, (2, length))
 
 
 def logits_of(model, ids, **options):
@@ -116,7 +116,7 @@ def test_compatibility_mode_does_not_fold_value_biases(pair, name):
 
 @every
 def test_text_gets_the_tokens_of_the_models_own_tokenizer(place, name):
-    tokenizer, bridge = attnprune.load(*place[name]).tokenizer, hooked(*place[name])
+    tokenizer, bridge = attnprune.load(*place[name]).tokenizer, lens.load(*place[name])
     assert bridge.to_tokens("12+34")[0].tolist() == tokenizer("12+34").input_ids
 
 
@@ -128,7 +128,7 @@ def test_a_family_whose_pattern_hooks_cannot_change_is_refused(tmp_path):
     OPTForCausalLM(config).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     sidecar = save_sidecar(tmp_path / "sidecar", tmp_path / "base")
-    refused(lambda: hooked(sidecar.path, str(tmp_path / "base")), "opt: ", "TransformerLens")
+    refused(lambda: lens.load(sidecar.path, str(tmp_path / "base")), "opt: ", "TransformerLens")
 
 
 def script(*arguments):

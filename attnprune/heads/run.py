@@ -1,0 +1,268 @@
+"""A whole atlas: model and text by name, the counts of every head, the dense base beside a sparse model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unicodedata import category
+
+import torch
+from torch import Tensor
+
+from attnprune.circuit.model.adapters import Anatomy, anatomy_of
+from attnprune.circuit.search.splits import pattern_visible
+from attnprune.data.blocks import Blocks, mix
+from attnprune.data.sources import check_distinct
+from attnprune.data.texts import addition_task, read_blocks
+from attnprune.data.vocabulary import check_tokens
+from attnprune.errors import InputError
+from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
+from attnprune.heads.directions import written
+from attnprune.heads.result import Atlas, Direction, Example, Head, ModelAtlas, Reading, Share, Window, labels
+from attnprune.measure import offset_edges
+from attnprune.sidecar import bases, hub, loading
+from attnprune.sidecar.folder import is_merged, open_artefact
+
+MAX_TOKENS = 1024  # of a block: all its pairs are held at once, for one layer
+DIRECTIONS, PROMOTED = 3, 6  # of a head; tokens of a direction, on either side
+AROUND = 7  # tokens before an end of an example, and half as many behind
+
+Watch = Callable[[str, int, int], None]
+"""Told what is going on: (stage, done, of)."""
+
+Text = Callable[[int], str]
+"""A token as text."""
+
+
+class _Named(NamedTuple):
+    """A loaded model. `seq_len`: tokens of a block that fit it, 0 where nothing says."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    seq_len: int = 0
+
+
+def atlas(
+    model: Any,
+    data: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: Any = None,
+    base: str | None = None,
+    dense: bool = True,
+    tokens: int = 16_384,
+    seq_len: int = 0,
+    text_field: str = "text",
+    device: str = "auto",
+    watch: Watch = lambda stage, done, of: None,
+    command: str = "",
+) -> Atlas:
+    """Describe every head of a model over a text: how often it opens, how far it reads, what kind of edges it has.
+
+    Args:
+        model: sidecar or merged folder, base model, Hub name, .gguf file or "demo"; or a model in memory, sparse or
+            dense, with its `tokenizer`.
+        data: text files, folders, patterns or Hub data sets, or "task" (the bundled model's own); several are read in
+            equal parts.
+        base: base of a sidecar or merged folder, where it has to be named.
+        dense: describe the dense base beside a sparse model that is given by name.
+        tokens: at most this many, in whole blocks.
+        seq_len: tokens of a block, at most 1,024; 0: as the sparse model was measured, else 512 or the context.
+        text_field: column of the text.
+        device: auto, cpu or cuda, for models given by name.
+        watch: told the stage and how far it is.
+
+    Raises:
+        InputError: no such model or text, text without content or shorter than a block, a block longer than the
+            context, tokens that the model does not have, a base of another structure.
+        UnsupportedModelError: no adapter for the family.
+    """
+    started = time.monotonic()
+    sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
+    if not sources:
+        raise InputError("data: names no text")
+    if tokens < 1:
+        raise InputError(f"tokens {tokens}: is not a number above 0")
+    notes: list[str] = []
+    blocks, found = None, []
+    for named in _models(model, tokenizer, base, device, dense, notes):
+        if blocks is None:
+            blocks = _blocks(named, sources, tokens, seq_len, text_field)
+        elif (why := _misfit(found[0], named, blocks)) is not None:
+            raise InputError(f"{named.name}: is not the base of {found[0].name}: {why}")
+        found.append(_model_atlas(named, blocks, watch))
+    assert blocks is not None
+    return Atlas(
+        command=command, data=blocks.name, tokens=blocks.input_ids.numel(), blocks=len(blocks), seq_len=blocks.seq_len,
+        offset_edges=offset_edges(blocks.seq_len).tolist(), models=found, notes=notes,
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _models(
+    model: Any, tokenizer: Any, base: str | None, device: str, dense: bool, notes: list[str]
+) -> Iterator[_Named]:
+    """The model, and the dense base if there is one to describe; each is loaded when it is its turn."""
+    if not isinstance(model, str | Path):
+        if tokenizer is None:
+            raise InputError("atlas: a model in memory needs its tokenizer")
+        if base is not None:
+            raise InputError("base: is for models given by name")
+        yield _Named(type(model).__name__, model, tokenizer)
+        return
+    name, where = str(model), bases.pick_device(device)
+    folder = hub.sparse_folder(name)
+    if folder is None:
+        if base is not None:
+            raise InputError(f"--base: {name} is a dense model itself")
+        loaded = bases.load_base(name, device=where)
+        yield _Named(name, loaded.model, loaded.tokenizer)
+        return
+    sidecar = open_artefact(folder)
+    yield _Named(name, *loading.load(folder, base, device=where), sidecar.manifest.result.seq_len)
+    if not dense:
+        return
+    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
+    if base is not None:
+        dense_name, revision = base, None
+    elif is_merged(folder):
+        notes.append("the dense base is not beside it: a merged folder does not hold it; name it with --base")
+        return
+    else:
+        dense_name, revision = loading.default_base(sidecar)
+    loaded = bases.load_base(dense_name, revision=revision, device=where, dtype=dtype)
+    yield _Named(dense_name, loaded.model, loaded.tokenizer)
+
+
+def _misfit(first: ModelAtlas, named: _Named, blocks: Blocks) -> str | None:
+    """Why a model cannot stand beside the first one, head by head on the same tokens; None if it can."""
+    config = named.model.config
+    for what, value, expected in (
+        ("layers", config.num_hidden_layers, first.layers),
+        ("heads per layer", config.num_attention_heads, first.heads_per_layer),
+    ):
+        if value != expected:
+            return f"{value} {what}, not {expected}"
+    if int(blocks.input_ids.max()) >= config.vocab_size:
+        return f"a vocabulary of {config.vocab_size}"
+    longest = bases.context_length(named.model)
+    return None if longest is None or longest >= blocks.seq_len else f"a context of {longest}"
+
+
+def _blocks(named: _Named, sources: list[str], tokens: int, seq_len: int, text_field: str) -> Blocks:
+    """The text as blocks of equal length."""
+    if sources == ["task"]:
+        blocks = addition_task(named.tokenizer)[1]
+        blocks = blocks.take(torch.arange(min(len(blocks), max(1, tokens // blocks.seq_len))))
+    else:
+        context = bases.context_length(named.model) or MAX_TOKENS
+        longest = min(context, MAX_TOKENS)
+        if seq_len > longest:
+            limit = f"the model's context of {context}" if seq_len > context else f"the {MAX_TOKENS} that fit"
+            raise InputError(f"a block of {seq_len} tokens is more than {limit}")
+        check_distinct(sources)
+        length, share = seq_len or min(named.seq_len or 512, longest), max(1, tokens // len(sources))
+        blocks = mix([read_blocks(source, text_field, named.tokenizer, length, share) for source in sources])
+    check_tokens(blocks.input_ids, named.tokenizer, named.model.config.vocab_size, blocks.name)
+    return replace(blocks, labels=blocks.input_ids)
+
+
+def _model_atlas(named: _Named, blocks: Blocks, watch: Watch) -> ModelAtlas:
+    started = time.monotonic()
+    anatomy = anatomy_of(named.model)
+    kind = "sparse" if anatomy.gated else "dense"
+    delimiters = _delimiters(blocks.input_ids, named.tokenizer)
+    with pattern_visible(anatomy):
+        counts = count(anatomy, blocks.input_ids, delimiters, lambda done, of: watch(f"{kind}: blocks", done, of))
+    heads, text = [], cache(lambda token: named.tokenizer.decode([token]))
+    for layer, counted in enumerate(counts):
+        watch(f"{kind}: values", layer, len(counts))
+        heads += _heads(anatomy, layer, counted, blocks, text)
+    return ModelAtlas(
+        name=named.name, kind=kind, layers=anatomy.graph.layers, heads_per_layer=anatomy.graph.heads, heads=heads,
+        closed=[(head.layer, head.head) for head in heads if head.closed], seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _delimiters(ids: Tensor, tokenizer: Any) -> Tensor:
+    """Which tokens of the blocks are delimiters, bool like `ids`."""
+    unique, place = ids.unique(return_inverse=True)
+    return torch.tensor([is_delimiter(tokenizer.decode([token])) for token in unique.tolist()])[place]
+
+
+def is_delimiter(text: str) -> bool:
+    """Whether a token is punctuation, symbols or line breaks and nothing else, but for spaces around them."""
+    marks = [character for character in text if character not in " \t"]
+    return bool(marks) and all(c in "\n\r" or category(c)[0] == "P" or category(c) in ("Sc", "Sk", "Sm") for c in marks)
+
+
+def _heads(anatomy: Anatomy, layer: int, counted: LayerCounts, blocks: Blocks, text: Text) -> list[Head]:
+    """The dossiers of a layer."""
+    visible = int(counted.visible.sum()) * len(blocks)
+    queries = blocks.input_ids.numel()
+    by_mass = _readings(counted.mass, counted)
+    by_edges = _readings(counted.edges, counted) if anatomy.gated else [None] * len(by_mass)
+    promoted = written(anatomy, layer, DIRECTIONS, min(PROMOTED, anatomy.model.config.vocab_size))
+    return [
+        Head(
+            layer=layer, head=head, open=count, visible=visible, queries=int(counted.queries[head]) / queries,
+            edges_per_query=count / queries, edges=by_edges[head], mass=by_mass[head],
+            examples=_examples(counted.strongest, head, blocks, text),
+            directions=[
+                Direction(
+                    share=float(share), raises=list(map(text, up.tolist())), lowers=list(map(text, down.tolist()))
+                )
+                for share, up, down in zip(*(part[head] for part in promoted), strict=True)
+            ],
+        )
+        for head, count in enumerate(counted.open.tolist())
+    ]  # fmt: skip
+
+
+def _readings(tally: Tally, counted: LayerCounts) -> list[Reading]:
+    """Where the edges or the mass of each head of a layer go."""
+    length = len(counted.visible)
+    edges = offset_edges(length).to(tally.distances.device)
+    bucket = torch.bucketize(torch.arange(length, device=edges.device), edges[1:], right=True)
+    by_bucket = tally.distances.new_zeros(len(tally.distances), len(edges) - 1).index_add_(1, bucket, tally.distances)
+    totals = tally.rows.sum(1)
+    readings = []
+    for head, total in enumerate(totals.tolist()):
+        scale = 1 / total if total else 0.0
+        pairs = zip(COUNTED, tally.found[head].tolist(), tally.expected[head].tolist(), strict=True)
+        kinds = {name: Share(share=found * scale, control=chance * scale) for name, found, chance in pairs}
+        far = tally.distances[head, 2:]
+        offset = 2 + int(far.argmax()) if len(far) and float(far.max()) > 0 else 0
+        at, chance = (x[head].item() * scale for x in tally.at_distance(offset, counted.visible)) if offset else (0, 0)
+        kinds["offset"] = Share(share=at, control=chance)
+        readings.append(
+            Reading(
+                total=total, kinds=kinds, offset=offset, distances=(by_bucket[head] * scale).tolist(),
+                labels=labels(kinds, int(counted.open[head])),
+            )
+        )  # fmt: skip
+    return readings
+
+
+def _examples(strongest: Strongest, head: int, blocks: Blocks, text: Text) -> list[Example]:
+    columns = (strongest.strength, strongest.weight, strongest.block, strongest.query, strongest.key)
+    return [
+        Example(
+            block=block, query=query, key=key, weight=weight, strength=strength,
+            text=_windows(blocks.input_ids[block], query, key, text),
+        )
+        for strength, weight, block, query, key in zip(*(x[head].tolist() for x in columns), strict=True)
+        if strength > 0
+    ]  # fmt: skip
+
+
+def _windows(ids: Tensor, query: int, key: int, text: Text) -> list[Window]:
+    """The tokens around key and query, in one window where they meet."""
+    spans = [(max(0, at - AROUND), min(len(ids), at + AROUND // 2 + 1)) for at in (key, query)]
+    if spans[1][0] <= spans[0][1]:
+        spans = [(spans[0][0], spans[1][1])]
+    return [Window(start=start, tokens=list(map(text, ids[start:end].tolist()))) for start, end in spans]

@@ -1,0 +1,112 @@
+"""Traces on the terminal: the ranked messages, and what the set is worth. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from attnprune.errors import printable
+from attnprune.units import duration, percent
+
+if TYPE_CHECKING:
+    from attnprune.tracing.result import Measured, Message, ModelTrace, Trace
+
+ROWS = 20  # messages of a table
+NARROW = 14  # characters of a token
+
+
+def shown(token: str, limit: int | None = None) -> str:
+    """A token as people read it: spaces as dots, control characters escaped."""
+    return printable(token.replace(" ", "·"), limit)
+
+
+def said(result: Trace, limit: int) -> str:
+    """The end of the text up to the traced token, on one line."""
+    line = printable("".join(token.text for token in result.tokens))
+    return line if len(line) <= limit else "…" + line[1 - limit :]
+
+
+def summary(result: Trace) -> list[Any]:
+    """The answer for a person: per model the ranked messages; then all that was measured, side by side."""
+    lines: list[Any] = [f"{said(result, 76)}"]
+    for model in result.models:
+        lines += [messages_table(result, model), ""]
+    lines.append(sets_table(result))
+    lines.append(
+        f"share kept: 1 - KL(full || set) / KL(full || none), all other messages closed exactly; target "
+        f"{result.target:g}; {duration(result.seconds)}"
+    )
+    return lines + [f"note: {note}" for note in result.notes]
+
+
+def messages_table(result: Trace, model: ModelTrace) -> Table:
+    """The messages of a set, the most effective first."""
+    title = f"{Path(model.name).name} ({model.kind}): {_tokens(model)}"
+    table = Table(title=escape(printable(title, 78)), title_justify="left", title_style="bold", box=None)
+    for name, justify in (("", "right"), ("head", "right"), ("from", "left"), ("to", "left"), ("weight", "right"),
+                          ("effect", "right"), ("value raises", "left")):  # fmt: skip
+        table.add_column(name, justify=justify, header_style="dim", no_wrap=True)  # pyright: ignore[reportArgumentType]
+    for rank, message in enumerate(model.messages[:ROWS], 1):
+        table.add_row(str(rank), *_cells(result, message))
+    if len(model.messages) > ROWS:
+        table.add_row("", "", f"[dim]+{len(model.messages) - ROWS:,} more[/]")
+    return table
+
+
+def _cells(result: Trace, m: Message) -> list[str]:
+    effect = f"{m.effect:.3g}" if m.exact else f"≈{m.effect:.2g}"
+    raises = escape(" ".join(shown(shift.text, 9) for shift in m.raises[:2]))
+    return [
+        f"{m.layer}.{m.head}", _token(result, m.key), _token(result, m.query), f"{m.weight:.2f}", effect,
+        f"[dim]{raises}[/]",
+    ]  # fmt: skip
+
+
+def _token(result: Trace, position: int) -> str:
+    return f"[cyan]{escape(shown(result.tokens[position].text, NARROW))}[/][dim] {position}[/]"
+
+
+def _tokens(model: ModelTrace) -> str:
+    return f"{shown(model.predicted.text)} {percent(model.predicted.probability)}, against {shown(model.against.text)}"
+
+
+def sets_table(result: Trace) -> Table:
+    """What the set keeps, beside its controls: a column per model."""
+    table = Table(title="What the messages keep", title_justify="left", title_style="bold", box=None)
+    table.add_column("", style="dim")
+    for model in result.models:
+        table.add_column(escape(printable(f"{Path(model.name).name} ({model.kind})", 28)), justify="right")
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *map(escape, cells))
+
+    models = result.models
+    row("predicted", *(f"{shown(m.predicted.text)} {percent(m.predicted.probability)}" for m in models))
+    row("against", *(f"{shown(m.against.text)} {percent(m.against.probability)}" for m in models))
+    row("messages kept", *(f"{len(m.messages):,}" for m in models))
+    row("  sent", *(f"{m.open:,} of {m.visible:,}" for m in models))
+    row("  none can go", *("yes" if m.minimal else "not tried for each" for m in models))
+    row("share kept", *(f"{m.kept.share:z.3f}" for m in models))
+    row("  all others", *(f"{m.complement.share:z.3f}" for m in models))
+    row("  random sets", *(_range(m.random.share, m.random.share_low, m.random.share_high) for m in models))
+    row("KL to full, nats", *(f"{m.kept.kl:.4g}" for m in models))
+    row("  all others", *(f"{m.complement.kl:.4g}" for m in models))
+    row("  none", *(f"{m.closed.kl:.4g}" for m in models))
+    row("probability", *(percent(m.kept.probability) for m in models))
+    row("  full", *(percent(m.full.probability) for m in models))
+    row("logit difference", *(_difference(m.kept) for m in models))
+    row("  full", *(_difference(m.full) for m in models))
+    row("  all others", *(_difference(m.complement) for m in models))
+    row("  none", *(_difference(m.closed) for m in models))
+    return table
+
+
+def _range(value: float, low: float, high: float) -> str:
+    return f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
+
+
+def _difference(m: Measured) -> str:
+    return f"{m.difference:.3f}"

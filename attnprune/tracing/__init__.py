@@ -1,0 +1,1 @@
+"""Traces: the smallest set of attention messages that keeps one prediction, decided by closing all others."""

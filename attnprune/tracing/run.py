@@ -1,0 +1,289 @@
+"""A whole trace: model and text by name, the search, its controls, the dense base beside a sparse model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.search.splits import pattern_visible
+from attnprune.data.vocabulary import check_tokens
+from attnprune.errors import InputError
+from attnprune.sidecar import bases, hub, loading
+from attnprune.sidecar.folder import is_merged, open_sidecar
+from attnprune.tracing.messages import Messages
+from attnprune.tracing.moved import top_shifts
+from attnprune.tracing.result import Candidate, Measured, Message, ModelTrace, RandomSets, Shift, Token, Trace
+from attnprune.tracing.search import Watch, smallest
+
+MAX_TOKENS = 512
+LEAST_PROBABILITY = 1e-6  # of a token that the model is said to predict
+LEAST_KL = 1e-6  # nats; attention that changes less takes no part in a prediction
+DRAWS = 8
+SHIFTS = 5  # tokens that a value raises most, and as many that it lowers
+
+
+class _Named(NamedTuple):
+    """A model to trace, loaded. `is_base`: the dense base of a sparse one, traced beside it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    is_base: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a trace is about: token ids [1, T], the other token or None, the share to keep."""
+
+    ids: Tensor
+    against: int | None
+    target: float
+    seed: int
+
+
+def trace(
+    model: Any,
+    text: str,
+    *,
+    tokenizer: Any = None,
+    token: int = -1,
+    target: float = 0.9,
+    against: str | None = None,
+    base: str | None = None,
+    dense: bool = True,
+    device: str = "auto",
+    seed: int = 0,
+    watch: Watch = lambda stage, done, of: None,
+    command: str = "",
+) -> Trace:
+    """Find the smallest set of attention messages that keeps one prediction, with all others closed exactly.
+
+    Args:
+        model: sidecar or merged folder, base model, Hub name, .gguf file or "demo"; or a model in memory, sparse or
+            dense, with its `tokenizer`, or both as `attnprune.load` gives them.
+        text: at most 512 tokens, and no more than the model's context.
+        token: the token (0 is the first, -1 the last) behind which the prediction stands; later ones are left out.
+        target: share of the prediction to keep, above 0 and up to 1: 1 - KL(full || kept) / KL(full || none), in nats.
+        against: a token as text; logit differences are those of the predicted token less this one. Default: the
+            runner-up of the model.
+        base: base of a sidecar or merged folder, where it has to be named.
+        dense: trace the dense base beside a sparse model that is given by name.
+        device: auto, cpu or cuda, for models given by name.
+        seed: of the random sets.
+        watch: told the stage and how far it is.
+
+    Raises:
+        InputError: an empty or too long text, a token index out of range, `against` that is not one token or that the
+            model does not predict, attention that takes no part in the prediction.
+        UnsupportedModelError: no adapter for the family.
+    """
+    started = time.monotonic()
+    if not 0 < target <= 1:
+        raise InputError(f"target {target:g}: is not above 0 and up to 1")
+    if not text:
+        raise InputError("text: is empty")
+    notes: list[str] = []
+    traces: list[ModelTrace] = []
+    asked: _Asked | None = None
+    tokens: list[Token] = []
+    for named in _models(model, tokenizer, base, device, dense, notes):
+        if asked is None:
+            asked = _ask(named, text, token, target, against, seed)
+            tokens = [_token(named.tokenizer, index) for index in asked.ids[0].tolist()]
+        traces.append(_trace_model(named, asked, watch, notes))
+    assert asked is not None
+    return Trace(
+        command=command, text=text, tokens=tokens, position=len(tokens) - 1, target=target, given=against is not None,
+        seed=seed, models=traces, notes=notes, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _models(
+    model: Any, tokenizer: Any, base: str | None, device: str, dense: bool, notes: list[str]
+) -> Iterator[_Named]:
+    """The model, and the dense base if there is one to trace; each is loaded when it is its turn."""
+    if isinstance(model, loading.LoadedModel):
+        model, tokenizer = model
+    if not isinstance(model, str | Path):
+        if tokenizer is None:
+            raise InputError("trace: a model in memory needs its tokenizer")
+        yield _Named(type(model).__name__, model, tokenizer)
+        return
+    name, where = str(model), bases.pick_device(device)
+    folder = hub.sparse_folder(name)
+    if folder is None:
+        loaded = bases.load_base(name, device=where)
+        yield _Named(name, loaded.model, loaded.tokenizer)
+        return
+    yield _Named(name, *loading.load(folder, base, device=where))
+    if not dense:
+        return
+    if is_merged(folder):
+        if base is None:
+            notes.append("the dense base is not traced: a merged folder does not hold it; name it with --base")
+            return
+        dense_name, revision, dtype = base, None, torch.float32
+    else:
+        sidecar = open_sidecar(folder)
+        dense_name, revision = (base, None) if base is not None else loading.default_base(sidecar)
+        dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
+    loaded = bases.load_base(dense_name, revision=revision, device=where, dtype=dtype)
+    yield _Named(dense_name, loaded.model, loaded.tokenizer, is_base=True)
+
+
+def _ask(named: _Named, text: str, token: int, target: float, against: str | None, seed: int) -> _Asked:
+    """Text and options as tokens of the model."""
+    ids = named.tokenizer(text, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    if length == 0:
+        raise InputError("text: has no tokens")
+    longest = min(MAX_TOKENS, bases.context_length(named.model) or MAX_TOKENS)
+    if length > longest:
+        raise InputError(f"text: {length} tokens are more than the {longest} that can be traced")
+    check_tokens(ids[0], named.tokenizer, named.model.config.vocab_size, "text")
+    if not -length <= token < length:
+        raise InputError(f"token {token}: the text has {length} tokens, 0 to {length - 1}")
+    ids = ids[:, : token % length + 1].to(named.model.device)
+    return _Asked(ids, None if against is None else _single_token(named, against), target, seed)
+
+
+def _single_token(named: _Named, against: str) -> int:
+    """The one token that a text is.
+
+    Raises:
+        InputError: it is none or several, unknown, or beyond the model's vocabulary.
+    """
+    ids = named.tokenizer(against, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    if len(ids) != 1:
+        pieces = " ".join(repr(named.tokenizer.decode([index])) for index in ids[:6].tolist())
+        raise InputError(
+            f"against {against!r}: is {len(ids)} tokens{': ' if len(ids) else ''}{pieces}, not one",
+            hint="most words are a token with the space before them, as in ' Mary'",
+        )
+    if int(ids[0]) == named.tokenizer.unk_token_id:
+        raise InputError(f"against {against!r}: is not in the vocabulary")
+    check_tokens(ids, named.tokenizer, named.model.config.vocab_size, "against")
+    return int(ids[0])
+
+
+def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -> ModelTrace:
+    started = time.monotonic()
+    anatomy = anatomy_of(named.model)
+    kind = "sparse" if anatomy.gated else "dense"
+
+    def told(stage: str, done: int, of: int) -> None:
+        watch(f"{kind}: {stage}", done, of)
+
+    with pattern_visible(anatomy):
+        messages = Messages(anatomy, asked.ids)
+        pair = _pair(messages, named, asked.against, notes)
+        every = torch.arange(len(messages), device=messages.device)
+        none = every[:0]
+        closed = messages.kl([none]).item()
+        if closed < LEAST_KL:
+            raise InputError(f"{named.name}: with every message closed the prediction is the same: nothing to trace")
+        found = smallest(messages, (1 - asked.target) * closed, told)
+        told("controls", 0, 1)
+        size = len(found.kept)
+        others = every[~torch.isin(every, found.kept)]
+        generator = torch.Generator().manual_seed(asked.seed)
+        drawn = [every[torch.randperm(len(every), generator=generator)[:size]] for _ in range(DRAWS)]
+        prefixes = [found.kept[:count] for count in _sizes(size)]
+        sets = [every, none, found.kept, others, *drawn, *prefixes]
+        full, all_closed, kept, complement, *rest = _measure(messages, sets, pair, closed)
+        return ModelTrace(
+            name=named.name, kind=kind, layers=anatomy.graph.layers, heads=anatomy.graph.heads,
+            visible=anatomy.graph.layers * anatomy.graph.heads * asked.ids.shape[1] * (asked.ids.shape[1] + 1) // 2,
+            open=int((messages.weights != 0).sum()), candidates=len(messages),
+            predicted=_candidate(messages, named.tokenizer, pair[0]),
+            against=_candidate(messages, named.tokenizer, pair[1]),
+            full=full, closed=all_closed, kept=kept, complement=complement, random=_random(rest[:DRAWS]),
+            messages=_described(messages, named.tokenizer, found.kept, found.effects, found.exact),
+            curve=rest[DRAWS:], minimal=found.minimal, runs=messages.runs, seconds=time.monotonic() - started,
+        )  # fmt: skip
+
+
+def _pair(messages: Messages, named: _Named, against: int | None, notes: list[str]) -> tuple[int, int]:
+    """The predicted token and the one that it is compared with.
+
+    Raises:
+        InputError: that one is the predicted token, or the model does not predict it at all.
+    """
+    best, second = messages.logits.topk(2).indices.tolist()
+    if against is None or (named.is_base and against == best):
+        if against is not None:
+            notes.append(f"{named.name} predicts the other token itself; it is compared with its runner-up")
+        return best, second
+    text = repr(named.tokenizer.decode([against]))
+    likely = ", ".join(repr(named.tokenizer.decode([index])) for index in messages.logits.topk(5).indices.tolist())
+    if against == best:
+        raise InputError(f"against {text}: is the predicted token itself", hint=f"likely ones: {likely}")
+    probability = messages.log_p[against].exp().item()
+    if probability < LEAST_PROBABILITY and not named.is_base:
+        raise InputError(
+            f"against {text}: the model does not predict it here (probability {probability:.2g})",
+            hint=f"likely ones: {likely}",
+        )
+    return best, against
+
+
+def _sizes(size: int) -> list[int]:
+    """Sizes of the curve: about 16, in equal steps of their logarithm."""
+    return sorted({max(1, round(size ** (step / 16))) for step in range(17)}) if size else []
+
+
+def _measure(messages: Messages, sets: list[Tensor], pair: tuple[int, int], closed: float) -> list[Measured]:
+    logits = messages.run(sets)
+    kl = messages.divergence(logits).clamp(min=0).tolist()
+    probabilities = logits.softmax(-1)[:, pair[0]].tolist()
+    differences = (logits[:, pair[0]] - logits[:, pair[1]]).tolist()
+    best = logits.argmax(-1).tolist()
+    return [
+        Measured(
+            size=len(chosen), kl=kl[i], share=1 - kl[i] / closed, difference=differences[i],
+            probability=probabilities[i], same=best[i] == pair[0],
+        )
+        for i, chosen in enumerate(sets)
+    ]  # fmt: skip
+
+
+def _random(drawn: list[Measured]) -> RandomSets:
+    kl, share = [m.kl for m in drawn], [m.share for m in drawn]
+    return RandomSets(
+        draws=len(drawn), kl=sum(kl) / len(kl), kl_low=min(kl), kl_high=max(kl), share=sum(share) / len(share),
+        share_low=min(share), share_high=max(share),
+    )  # fmt: skip
+
+
+def _described(messages: Messages, tokenizer: Any, kept: Tensor, effects: Tensor, exact: bool) -> list[Message]:
+    weights = messages.weights[tuple(messages.candidates[kept].t())].tolist()
+    rows = messages.candidates[kept].tolist()
+    moved = top_shifts(messages, kept, SHIFTS)
+    return [
+        Message(
+            layer=layer, head=head, query=query, key=key, weight=weight, effect=effect, exact=exact,
+            raises=_shifts(tokenizer, up), lowers=_shifts(tokenizer, down),
+        )
+        for (layer, head, query, key), weight, effect, (up, down) in zip(
+            rows, weights, effects.tolist(), moved, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _shifts(tokenizer: Any, moved: list[tuple[int, float]]) -> list[Shift]:
+    return [Shift(**_token(tokenizer, index).model_dump(), logit=round(logit, 4)) for index, logit in moved]
+
+
+def _token(tokenizer: Any, index: int) -> Token:
+    return Token(id=index, text=tokenizer.decode([index]))
+
+
+def _candidate(messages: Messages, tokenizer: Any, index: int) -> Candidate:
+    return Candidate(**_token(tokenizer, index).model_dump(), probability=messages.log_p[index].exp().item())

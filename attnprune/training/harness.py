@@ -1,0 +1,109 @@
+"""The field's own benchmarks through lm-eval (EleutherAI's harness): base, sparse model and open gates side by side."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnprune.attention.interface import gates_forced_open
+from attnprune.errors import AttnPruneError, InputError, first_line
+from attnprune.sidecar import bases
+from attnprune.sidecar.folder import Sidecar
+from attnprune.training.evaluation import load_pair
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one task: the harness' value and its standard error (None where it states none)."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+
+
+def evaluate_tasks(
+    name: str,
+    sidecar: Sidecar | None,
+    tasks: list[str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    limit: int | None = None,
+    batch_size: int = 0,
+    definitions: Path | None = None,
+    allow_base_mismatch: bool = False,
+) -> dict[str, list[Score]]:
+    """Scores of a base model ("model"), or of a sidecar's "base", "sparse" and "open gates", in the order of the tasks.
+
+    Args:
+        tasks: names of lm-eval's tasks or groups.
+        limit: only the first documents of each task.
+        definitions: folder with further task definitions (YAML).
+
+    Raises:
+        InputError: a task that lm-eval does not know.
+        AttnPruneError: lm-eval is missing, or a task's data cannot be had.
+    """
+    manager = _manager(definitions)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise InputError(f"--tasks: lm-eval has no task {unknown[0]!r}", hint="lm-eval ls tasks shows them")
+    device = bases.pick_device(device)
+
+    def scores(model: Any, tokenizer: Any) -> list[Score]:
+        return _scores(model, tokenizer, tasks, manager, limit, batch_size or 8)
+
+    if sidecar is None:
+        loaded = bases.load_base(name, revision=revision, device=device)
+        return {"model": scores(loaded.model, loaded.tokenizer)}
+    dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
+    found = {"base": scores(dense.model, dense.tokenizer), "sparse": scores(sparse, dense.tokenizer)}
+    with gates_forced_open(sparse):
+        found["open gates"] = scores(sparse, dense.tokenizer)
+    return found
+
+
+def _manager(definitions: Path | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise AttnPruneError("tasks need lm-eval", hint="pip install 'attnprune[eval]'") from None
+    if definitions is not None and not definitions.is_dir():
+        raise InputError(f"{definitions}: no such folder")
+    return TaskManager(include_path=None if definitions is None else str(definitions))
+
+
+def _scores(
+    model: Any, tokenizer: Any, tasks: list[str], manager: Any, limit: int | None, batch_size: int
+) -> list[Score]:
+    import lm_eval
+    from lm_eval.models import huggingface
+
+    harness: Any = huggingface.HFLM  # its signature and that of simple_evaluate come from decorators
+    evaluate: Any = lm_eval.simple_evaluate
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        wrapped = harness(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit, verbosity="ERROR")
+    except (OSError, ValueError, LookupError) as error:  # data that cannot be reached or is not what a task needs
+        raise AttnPruneError(f"tasks: {first_line(error)}", hint="their data comes from the Hub") from error
+    return [
+        Score(task, key.removesuffix(",none"), float(value), _number(numbers.get(_error_key(key))))
+        for task, numbers in found["results"].items()
+        for key, value in numbers.items()
+        if isinstance(value, (int, float)) and "_stderr" not in key and key not in ("alias", "sample_len")
+    ]
+
+
+def _error_key(key: str) -> str:
+    """`acc,none` -> `acc_stderr,none`."""
+    metric, _, group = key.partition(",")
+    return f"{metric}_stderr,{group}"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

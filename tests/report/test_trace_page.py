@@ -1,0 +1,253 @@
+"""The page of a trace in a real browser: what it draws is the set, it follows messages, it asks for nothing."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from attnprune.report.trace_page import render_page
+from attnprune.report.trace_picture import trace_png
+from attnprune.report.traces import summary
+from tests.helpers.pages import HOSTILE, Outline, Page, in_browser
+from tests.helpers.traces import model_trace, trace_of
+
+CONTROL = "\x1b[31m\n\u202e\u200b\x00 x"
+
+
+@pytest.fixture
+def two_models():
+    return trace_of(model_trace(24, 10), model_trace(60, 10, "some/base", "dense", seed=1))
+
+
+@pytest.fixture
+def open_trace(browser, tmp_path):
+    """Open the page of a trace; what it did wrong by the end of the test fails the test."""
+    pages = []
+
+    def open_result(result, **options):
+        path = tmp_path / f"trace-{len(pages)}.html"
+        path.write_text(render_page(result), "utf-8")
+        pages.append(Page(browser, path, **options))
+        return pages[-1]
+
+    yield open_result
+    for page in pages:
+        page.js("0")  # events so far have arrived
+        assert page.errors() == []
+        assert [url for url in page.requests() if not url.startswith("data:")] == [page.url]
+
+
+def drawn(page):
+    return page.js("[...document.querySelectorAll('.message')].filter(m => m.style.display !== 'none').length")
+
+
+def hot(page):
+    """The messages that are followed, as [layer, head, query, key]."""
+    ends = "map(m => [m.layer, m.head, m.query, m.key])"
+    rows = page.js(f"state.model.messages.filter(m => m.element.classList.contains('hot')).{ends}")
+    return {tuple(row) for row in rows}
+
+
+def followed(messages, start):
+    """What a click on a message must mark: by the definition, in its own words."""
+
+    def grow(message, touches):
+        return {message}.union(*(grow(other, touches) for other in messages if touches(other, message)))
+
+    up = grow(start, lambda m, e: m[0] < e[0] and m[2] == e[3])
+    down = grow(start, lambda m, e: m[0] > e[0] and m[3] == e[2])
+    return up | down
+
+
+def middle(page, selector):
+    """Where an arc is half-way."""
+    return page.js(
+        "(p => { const q = p.getPointAtLength(p.getTotalLength() / 2).matrixTransform(p.getScreenCTM());"
+        f"return [q.x, q.y] }})({selector})"
+    )
+
+
+def press(page, x, y):
+    for kind in ("mousePressed", "mouseReleased"):
+        page.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+@in_browser
+def test_slider_changes_the_drawing_and_the_tiles(open_trace, two_models):
+    page = open_trace(two_models)
+    assert drawn(page) == 24
+    assert page.text("#counts dd").startswith("0.910")
+    seen = set()
+    for k in (1, 2, 7, 13, 24):
+        page.slide(k)
+        assert drawn(page) == k
+        assert page.text("#k-text") == f"{k} of 24"
+        seen.add(page.text("#counts dd"))
+        assert page.js("document.querySelectorAll('#list tr.out').length") == 24 - k
+    assert len(seen) == 5
+
+
+@in_browser
+def test_shares_say_whether_they_were_measured(open_trace, two_models):
+    page = open_trace(two_models)
+    points = {p.size: p.share for p in two_models.models[0].curve}
+    for k in range(1, 25):
+        page.slide(k)
+        value, note = page.text("#counts dd").split("measured")[0], page.text("#counts dd")
+        if k in points:
+            assert value == f"{points[k]:.3f}"
+        else:
+            low, high = max(s for s in points if s < k), min(s for s in points if s > k)
+            assert f"between {low} and {high} messages" in note
+            assert points[low] <= float(value.removeprefix("≈ ").removesuffix("not ")) <= points[high]
+
+
+@in_browser
+def test_click_follows_a_message_up_and_down(open_trace, two_models):
+    page = open_trace(two_models)
+    messages = {(m.layer, m.head, m.query, m.key) for m in two_models.models[0].messages}
+    assert hot(page) == set()
+    page.move(*middle(page, "document.querySelectorAll('.message')[23]"))
+    assert page.text("#tip").startswith(page.js("tipOf(messageOf.get(document.querySelectorAll('.message')[23]))")[:6])
+    press(page, *middle(page, "document.querySelectorAll('.message')[23]"))
+    chosen = tuple(page.js("(m => [m.layer, m.head, m.query, m.key])(state.chosen)"))
+    assert hot(page) == followed(messages, chosen)
+    assert page.js("document.getElementById('graph').classList.contains('focused')")
+    assert page.text("#detail h2").endswith(f"layer {chosen[0]}, head {chosen[1]}")
+    page.js("document.getElementById('graph').focus()")
+    sizes = set()
+    for _ in range(20):
+        page.press("ArrowRight", 39)
+        chosen = tuple(page.js("(m => [m.layer, m.head, m.query, m.key])(state.chosen)"))
+        assert hot(page) == followed(messages, chosen)
+        sizes.add(len(hot(page)))
+    assert len(sizes) > 3
+    page.press("Escape", 27)
+    assert hot(page) == set()
+
+
+@in_browser
+def test_following_stays_within_the_size(open_trace, two_models):
+    page = open_trace(two_models)
+    page.slide(8)
+    page.js("choose(state.model.messages[0])")
+    first = {(m.layer, m.head, m.query, m.key) for m in two_models.models[0].messages[:8]}
+    assert hot(page) <= first
+    page.js("document.querySelector('#list').scrollIntoView()")
+    page.click("#list tbody tr:nth-child(12)")  # beyond the size: it is shown
+    assert drawn(page) == 12
+    assert page.js("state.chosen.rank") == 11
+
+
+@in_browser
+def test_toggle_switches_the_model(open_trace, two_models):
+    page = open_trace(two_models)
+    page.click("[name=model][value='1']")
+    assert drawn(page) == 60
+    assert page.js("document.querySelectorAll('#list tbody tr').length") == 60
+    page.click("[name=model][value='0']")
+    assert drawn(page) == 24
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_hundred_tokens_fit_and_are_drawn_at_once(open_trace, width):
+    tokens = [f" word{i}" for i in range(100)]
+    page = open_trace(trace_of(model_trace(400, 100, layers=30, heads=9), tokens=tokens))
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    milliseconds = page.js(
+        "(t => { turnTo(models[0]); document.body.offsetHeight; return performance.now() - t })(performance.now())"
+    )
+    assert milliseconds < 2000
+    assert drawn(page) == 400
+    assert page.js("document.querySelectorAll('#graph .token').length") == 100
+    assert page.js("document.documentElement.scrollWidth") == width  # the picture scrolls in its own box
+    assert page.js("document.getElementById('scroll').scrollWidth") > width
+
+
+@in_browser
+def test_heads_have_colours_in_light_and_dark(open_trace, two_models):
+    stroke = "[...document.querySelectorAll('.message')].map(m => [messageOf.get(m).head, getComputedStyle(m).stroke])"
+    pages = [open_trace(two_models, dark=dark) for dark in (False, True)]
+    light, dark = ({(head, colour) for head, colour in page.js(stroke)} for page in pages)
+    assert len(light) == len(dark) == 4
+    assert not light & dark
+    assert page_ground(pages[0]) != page_ground(pages[1])
+
+
+def page_ground(page):
+    return page.js("getComputedStyle(document.body).backgroundColor")
+
+
+@in_browser
+def test_tokens_never_become_markup(open_trace):
+    tokens = [HOSTILE, CONTROL, "@@data@@", " end"]
+    models = [model_trace(9, 4, HOSTILE, token=HOSTILE), model_trace(9, 4, "@@data@@", "dense", seed=1, token=CONTROL)]
+    page = open_trace(trace_of(*models, tokens=tokens))
+    for value in ("1", "0"):
+        page.click(f"[name=model][value='{value}']")
+        page.js("choose(state.model.messages[0])")
+        assert page.js("window.hacked") is None
+    assert page.js("document.querySelectorAll('img, svg[onload]').length") == 0
+    assert page.js("document.scripts.length") == 2
+    labels = page.js("[...document.querySelectorAll('.token title')].map(t => t.textContent)")
+    assert labels[0] == HOSTILE.replace(" ", "·") + "(0)"
+    assert labels[1] == r"\x1b[31m\n\u202e\u200b\x00·x(1)"
+
+
+@in_browser
+def test_an_empty_set(open_trace):
+    page = open_trace(trace_of(model_trace(0, 10)))
+    assert drawn(page) == 0
+    page.js("document.getElementById('graph').focus()")
+    page.press("ArrowRight", 39)
+    assert page.text("#counts dd").startswith("0.000")
+
+
+def test_text_without_a_browser(two_models):
+    outline = Outline(render_page(two_models))
+    text = " ".join(outline.text)
+    assert not {"src", "srcset", "action", "onload", "onerror", "onclick"} & {name for name, _ in outline.attributes}
+    assert [value for name, value in outline.attributes if name == "href"] == ["data:,"]
+    for fact in ("share 0.910", "share -0.020, from -0.100 to 0.050 in 8 draws", "a note", "24 of", "behind token 9"):
+        assert fact in text
+
+
+def test_hostile_text_without_a_browser():
+    def tags(text):
+        return Outline(render_page(trace_of(model_trace(5, 3, text, token=text), tokens=[text] * 3))).tags
+
+    assert tags(HOSTILE) == tags("harmless")
+    assert not {"\x1b", "\u202e", "\x00"} & set(render_page(trace_of(model_trace(5, 3), tokens=[CONTROL] * 3)))
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_table_fits_and_drives_no_terminal(width):
+    tokens = [CONTROL, " Mary" * 9, "\u202eend"] + [CONTROL, "[/]猫"] * 48 + ["[red]When[/red]"]
+    models = [model_trace(40, 100, token="[/]\x1b[2J"), model_trace(40, 100, "x" * 90, "dense", layers=30, heads=32)]
+    console = Console(width=width, record=True, force_terminal=False, highlight=False, soft_wrap=True)
+    with console.capture() as captured:
+        for line in summary(trace_of(*models, tokens=tokens)):
+            console.print(line) if not isinstance(line, str) else console.print(line, markup=False)
+    lines = captured.get().splitlines()
+    tables = [line for line in lines if not line.startswith(("share kept", "…"))]
+    assert max(map(len, tables)) <= width
+    assert not {"\x1b", "\u202e", "\x00"} & set(captured.get())
+    assert "[red]When[/red]"[:12] in captured.get()
+    assert "+20 more" in captured.get()
+    for cell in ("weight", "effect", "share kept", "random sets", "0.910"):
+        assert cell in captured.get()
+
+
+@pytest.mark.parametrize("count", [0, 3, 300])
+def test_the_picture(count):
+    tokens = ["When", CONTROL, "猫", " end"] * 25
+    picture = Image.open(BytesIO(trace_png(trace_of(model_trace(count, 100, layers=30, heads=9), tokens=tokens))))
+    assert picture.format == "PNG"
+    assert picture.width > 1000
+    colours = {pixel for _, pixel in picture.getcolors(1 << 24)}
+    coloured = [c for c in colours if max(c) - min(c) > 90]
+    assert bool(coloured) == (count > 0)

@@ -7,6 +7,7 @@ import pytest
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from tests.helpers.command import ENVIRONMENT
 from tests.helpers.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -20,7 +21,8 @@ def outputs(book):
 def test_it_runs_to_the_end(file, tmp_path):
     book = nbformat.read(file, as_version=4)
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(tmp_path / "kernel"))
-    NotebookClient(book, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client = NotebookClient(book, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(cleanup_kc=True, env=ENVIRONMENT)  # ends the kernel, whose one thread leaves room for other tests
     shown = [output for output in outputs(book) if output.output_type in ("execute_result", "display_data")]
     assert any("text/html" in output.data for output in shown)
     assert not [output for output in outputs(book) if output.output_type == "error"]

@@ -104,7 +104,7 @@ def write_sidecar(folder: Path, base: Path, kind: str) -> None:
     staging = folder.with_name(f".{folder.name}")
     save_files(staging, export.gate_arrays(biases, gate_statistics(sparse, blocks)), weights, adapter)
     measured = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "open_edges")
-    measured += ("visible_edges", "exact_match", "seq_len", "tokens", "data")
+    measured += ("visible_edges", "seq_len", "tokens", "data")
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
@@ -115,6 +115,7 @@ def write_sidecar(folder: Path, base: Path, kind: str) -> None:
         "weights": changed.model_dump(exclude_none=True),
         "files": file_entries(staging),
         "result": {key: getattr(report, key) for key in measured}
+        | {"exact_match": report.exact_match or 0.0}  # the format asks for a number
         | {"data_sha256": blocks.fingerprint, "steps": 0, "seed": SEEDS[name]}
         | {"constraint": "density", "limit": 0.5, "feasible": report.density <= 0.5},
         "probe": measure_probe(sparse, *probe_rows(ids, bases.context_length(sparse))).model_dump(),

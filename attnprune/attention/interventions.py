@@ -61,7 +61,7 @@ def _sparse(edges: Tensor, shape: tuple[int, ...]) -> Tensor:
     for column in reversed(range(edges.shape[1])):
         edges = edges[edges[:, column].argsort(stable=True)]
     values = torch.ones(len(edges), dtype=torch.bool, device=edges.device)
-    return torch.sparse_coo_tensor(edges.T, values, shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(edges.T, values, shape, is_coalesced=True, check_invariants=False)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
+from attnprune.api import commands
 from attnprune.circuit import run as circuit_run
 from attnprune.cli import app
-from attnprune.cli import push as push_command
 from attnprune.publish import push
 from attnprune.sidecar import merged
 from tests.helpers.factory import left, save_tiny_llama
@@ -48,9 +48,10 @@ def _send(number):
 
 @every_signal
 def test_a_signal_during_push_merged_leaves_nothing_in_the_temporary_folder(run, tmp_path, monkeypatch, number, code):
-    def half_merged(model, tokenizer, sidecar, target, **options):
+    def half_merged(folder, target, *rest):
         target.mkdir()
         (target / "model.safetensors").write_bytes(b"x" * 1000)
+        return target
 
     seen = []
 
@@ -58,7 +59,7 @@ def test_a_signal_during_push_merged_leaves_nothing_in_the_temporary_folder(run,
         seen.extend(path.name for path in (tmp_path / "tmp").rglob("model.safetensors"))
         _send(number)
 
-    monkeypatch.setattr(merged, "write_merged", half_merged)
+    monkeypatch.setattr(commands, "_merged", half_merged)
     monkeypatch.setattr(push, "push", sending)
     assert run("push", VECTORS / "first-release", "tester/x", "--merged") == (code, "attnprune: interrupted")
     assert seen == ["model.safetensors"]
@@ -91,7 +92,7 @@ def test_a_signal_during_a_search_says_how_to_go_on(run, tmp_path, monkeypatch, 
 def test_an_ignored_signal_stays_ignored(run, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(push_command, "_merge", lambda *rest: os.kill(os.getpid(), signal.SIGHUP) or "nowhere")
+        monkeypatch.setattr(commands, "_merged", lambda *rest: os.kill(os.getpid(), signal.SIGHUP) or "nowhere")
         code, line = run("push", "nowhere", "tester/x", "--merged")
         assert (code, line) == (2, "attnprune: nowhere: no such folder")
     finally:

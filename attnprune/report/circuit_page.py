@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnprune.files import write_atomic
 from attnprune.report.circuits import chance, curve_png, verdict
-from attnprune.report.pages import build
+from attnprune.report.pages import build, toggle
 from attnprune.report.pages import text as _text
 from attnprune.units import duration, number, percent
 
@@ -27,7 +27,8 @@ def render_page(result: CircuitResult) -> str:
     return build(
         "circuit.html", ("page.css", "circuit.css"), SCRIPTS, result.model_dump_json(include=_DATA),
         title=_text(f"Circuit of {' and '.join(model.name for model in result.models)}: {result.task.name}"),
-        intro=_intro(result), toggle=_toggle(result.models), report=_report(result), method=_method(result),
+        intro=_intro(result), toggle=toggle([(m.kind, m.name, m.name) for m in result.models]), report=_report(result),
+        method=_method(result),
     )  # fmt: skip
 
 
@@ -46,18 +47,6 @@ def _intro(result: CircuitResult) -> str:
         why = _text("; ".join(result.compare.reasons))
         lines.append(f'<p class="card warn"><b>The two models cannot be compared:</b> {why}</p>')
     return "\n".join(lines)
-
-
-def _toggle(models: list[ModelCircuit]) -> str:
-    """Radio buttons when there are two models."""
-    if len(models) < 2:
-        return ""
-    buttons = "\n".join(
-        f'<label title="{_text(model.name)}"><input type="radio" name="model" value="{index}"'
-        f"{' checked' if index == 0 else ''}>{model.kind} <span class=dim>{_text(model.name)}</span></label>"
-        for index, model in enumerate(models)
-    )
-    return f"<fieldset><legend>model</legend>\n{buttons}</fieldset>"
 
 
 def _report(result: CircuitResult) -> str:

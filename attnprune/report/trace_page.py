@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnprune.report.pages import build, text
+from attnprune.report.pages import build, text, toggle
 from attnprune.report.traces import said, shown
 from attnprune.units import duration, percent
 
@@ -24,7 +24,8 @@ def render_page(result: Trace) -> str:
     return build(
         "trace.html", ("page.css", "trace.css"), ("page.js", "trace_view.js"), _data(result),
         title=text(f"Trace of {Path(first.name).name}: {said(result, 60)} → {shown(first.predicted.text)}"),
-        intro=_intro(result), toggle=_toggle(result.models), report=_report(result), method=_method(result),
+        intro=_intro(result), toggle=toggle([(m.kind, m.name, Path(m.name).name) for m in result.models]),
+        report=_report(result), method=_method(result),
     )  # fmt: skip
 
 
@@ -59,18 +60,6 @@ def _intro(result: Trace) -> str:
         f"{result.target:g}</p>"
         for model in result.models
     )
-
-
-def _toggle(models: list[ModelTrace]) -> str:
-    """Radio buttons when there are two models."""
-    if len(models) < 2:
-        return ""
-    buttons = "\n".join(
-        f'<label title="{text(model.name)}"><input type="radio" name="model" value="{index}"'
-        f"{' checked' if index == 0 else ''}>{model.kind} <span class=dim>{text(Path(model.name).name)}</span></label>"
-        for index, model in enumerate(models)
-    )
-    return f"<fieldset><legend>model</legend>\n{buttons}</fieldset>"
 
 
 def _report(result: Trace) -> str:

@@ -24,18 +24,24 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def open_page(browser, tmp_path):
-    """Open the page of a result; what it did wrong by the end of the test fails the test."""
+def open_html(browser, tmp_path):
+    """Open a page; what it did wrong by the end of the test fails the test."""
     pages = []
 
-    def open_result(result):
-        path = tmp_path / f"circuit-{len(pages)}.html"
-        path.write_text(render_page(result), "utf-8")
-        pages.append(Page(browser, path))
+    def open_text(text, **options):
+        path = tmp_path / f"page-{len(pages)}.html"
+        path.write_text(text, "utf-8")
+        pages.append(Page(browser, path, **options))
         return pages[-1]
 
-    yield open_result
+    yield open_text
     for page in pages:
         page.js("0")  # events so far have arrived
         assert page.errors() == []
         assert [url for url in page.requests() if not url.startswith("data:")] == [page.url]
+
+
+@pytest.fixture
+def open_page(open_html):
+    """Open the page of a circuit."""
+    return lambda result: open_html(render_page(result))

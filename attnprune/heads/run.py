@@ -126,15 +126,11 @@ def _models(
     yield _Named(name, *loading.load(folder, base, device=where), sidecar.manifest.result.seq_len)
     if not dense:
         return
-    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-    if base is not None:
-        dense_name, revision = base, None
-    elif is_merged(folder):
+    if base is None and is_merged(folder):
         notes.append("the dense base is not beside it: a merged folder does not hold it; name it with --base")
         return
-    else:
-        dense_name, revision = loading.default_base(sidecar)
-    loaded = bases.load_base(dense_name, revision=revision, device=where, dtype=dtype)
+    dense_name, _ = loading.which_base(sidecar, base)
+    loaded = loading.load_dense(sidecar, base, where)
     yield _Named(dense_name, loaded.model, loaded.tokenizer)
 
 

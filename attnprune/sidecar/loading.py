@@ -15,7 +15,7 @@ from attnprune.attention.interface import attach
 from attnprune.errors import InputError
 from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
-from attnprune.sidecar.bases import load_base, torch_dtype
+from attnprune.sidecar.bases import BaseModel, load_base, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
 from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.merged import load_merged
@@ -47,6 +47,24 @@ def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
     what = "a local .gguf file" if base.kind == "gguf" else "a local folder"
     gone = "" if remembered is None else f", {remembered}, which is not there"
     raise InputError(f"{sidecar.path}: made from {what} ({base.model_type}){gone}; name it", hint="use --base MODEL")
+
+
+def which_base(sidecar: Sidecar, base: str | None) -> tuple[str, str | None]:
+    """(name, revision) of the base: the one that a user names, else `default_base`."""
+    return default_base(sidecar) if base is None else (base, None)
+
+
+def load_dense(sidecar: Sidecar, base: str | None = None, device: str = "cpu") -> BaseModel:
+    """The base that a sparse model was made from, in that base's dtype.
+
+    Args:
+        base: Hub id, folder or .gguf file; default: see `default_base`.
+
+    Raises:
+        InputError, AttnPruneError: as `default_base` and `load_base`.
+    """
+    name, revision = which_base(sidecar, base)
+    return load_base(name, revision=revision, device=device, dtype=torch_dtype(sidecar.manifest.base.dtype))
 
 
 def load(
@@ -84,8 +102,7 @@ def load(
         model, tokenizer = load_merged(folder, verify=verify)
         return LoadedModel((cast(model, dtype) if dtype else model).to(device).eval(), tokenizer)
     sidecar = open_sidecar(folder)
-    name, base_revision = (base, None) if base is not None else default_base(sidecar)
-    loaded = load_base(name, revision=base_revision, dtype=torch_dtype(sidecar.manifest.base.dtype))
+    loaded = load_dense(sidecar, base)
     apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
     if verify and not allow_base_mismatch:
         verify_probe(loaded.model, sidecar.manifest)

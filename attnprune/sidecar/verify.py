@@ -52,12 +52,11 @@ def _sidecar_steps(path: Path, base: str | None) -> Steps:
         return f"{sum(heads)} gates in {len(heads)} layers, weights: {weights}"
 
     def identity() -> str:
-        from attnprune.sidecar import bases, loading
+        from attnprune.sidecar import loading
 
         sidecar = opened[0]
-        name, revision = (base, None) if base is not None else loading.default_base(sidecar)
-        dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-        found = bases.load_base(name, revision=revision, dtype=dtype)
+        name, _ = loading.which_base(sidecar, base)
+        found = loading.load_dense(sidecar, base)
         loading.apply_sidecar(found.model, sidecar)
         loaded.append(found.model)
         return f"{name} is the base it was made for"

@@ -129,12 +129,11 @@ def _models(
         if base is None:
             notes.append("the dense base is not traced: a merged folder does not hold it; name it with --base")
             return
-        dense_name, revision, dtype = base, None, torch.float32
+        dense_name, loaded = base, bases.load_base(base, device=where)
     else:
         sidecar = open_sidecar(folder)
-        dense_name, revision = (base, None) if base is not None else loading.default_base(sidecar)
-        dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-    loaded = bases.load_base(dense_name, revision=revision, device=where, dtype=dtype)
+        dense_name, _ = loading.which_base(sidecar, base)
+        loaded = loading.load_dense(sidecar, base, where)
     yield _Named(dense_name, loaded.model, loaded.tokenizer, is_base=True)
 
 

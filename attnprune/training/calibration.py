@@ -49,9 +49,8 @@ def bias_for_mass(model: Any, input_ids: Tensor, mass: float) -> Tensor:
     hooks = [gate.register_forward_pre_hook(record, with_kwargs=True) for gate in gates]
     try:
         with gates_forced_open(model):
-            causal_lm(model).base_model(
-                input_ids=input_ids, use_cache=False
-            )  # nobody needs the logits, which are large
+            # Without the output layer: nobody needs the logits, which are large.
+            causal_lm(model).base_model(input_ids=input_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

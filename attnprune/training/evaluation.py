@@ -41,9 +41,8 @@ def evaluate_model(
     Raises:
         InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
     """
-    device = bases.pick_device(device)
     if sidecar is None:
-        loaded = bases.load_base(name, revision=revision, device=device)
+        loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device))
         return _measured(loaded, sources, seq_len, tokens, batch_size, text_field)
     dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
     length = seq_len or sidecar.manifest.result.seq_len
@@ -95,9 +94,7 @@ def load_pair(
     Raises:
         InputError: no base that can be found, or another one than the sidecar was made from.
     """
-    name, revision = (base, None) if base is not None else loading.default_base(sidecar)
-    dtype = bases.torch_dtype(sidecar.manifest.base.dtype)
-    dense = bases.load_base(name, revision=revision, device=bases.pick_device(device), dtype=dtype)
+    dense = loading.load_dense(sidecar, base, bases.pick_device(device))
     sparse = copy.deepcopy(dense.model)
     loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)
     return dense, sparse

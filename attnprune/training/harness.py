@@ -52,13 +52,12 @@ def evaluate_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(f"--tasks: lm-eval has no task {unknown[0]!r}", hint="lm-eval ls tasks shows them")
-    device = bases.pick_device(device)
 
     def scores(model: Any, tokenizer: Any) -> list[Score]:
         return _scores(model, tokenizer, tasks, manager, limit, batch_size or 8)
 
     if sidecar is None:
-        loaded = bases.load_base(name, revision=revision, device=device)
+        loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device))
         return {"model": scores(loaded.model, loaded.tokenizer)}
     dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
     found = {"base": scores(dense.model, dense.tokenizer), "sparse": scores(sparse, dense.tokenizer)}
@@ -95,7 +94,7 @@ def _scores(
         Score(task, key.removesuffix(",none"), float(value), _number(numbers.get(_error_key(key))))
         for task, numbers in found["results"].items()
         for key, value in numbers.items()
-        if isinstance(value, (int, float)) and "_stderr" not in key and key not in ("alias", "sample_len")
+        if isinstance(value, (int, float)) and "_stderr" not in key and key != "sample_len"
     ]
 
 

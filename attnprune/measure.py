@@ -7,7 +7,6 @@ all layers, with the run-time rule; loss is token-mean cross-entropy in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attnprune.attention.interface import gates_forced_open, gates_of
+from attnprune.attention.interventions import Recorder, recording
 from attnprune.data.blocks import IGNORED_LABEL, Blocks
 from attnprune.late import Shown
 from attnprune.units import percent
@@ -187,17 +187,6 @@ def offset_edges(seq_len: int) -> Tensor:
     return torch.tensor(edges, dtype=torch.int32)
 
 
-@contextmanager
-def _recording(gates, recorders):
-    for gate, recorder in zip(gates, recorders, strict=True):
-        gate.on_chunk = recorder
-    try:
-        yield
-    finally:
-        for gate in gates:
-            gate.on_chunk = None
-
-
 @torch.no_grad()
 def gate_statistics(model: nn.Module, blocks: Blocks) -> GateStatistics:
     """Run the blocks through the model and describe its open edges.
@@ -213,7 +202,7 @@ def gate_statistics(model: nn.Module, blocks: Blocks) -> GateStatistics:
     sinks = [torch.zeros_like(gate.bias, dtype=torch.int64) for gate in gates]
     visible = [0] * len(gates)
 
-    def recorder(layer: int) -> Callable[[slice, slice, Tensor], None]:
+    def recorder(layer: int) -> Recorder:
         def record(rows: slice, cols: slice, is_open: Tensor) -> None:
             _, head, query, key = is_open.nonzero(as_tuple=True)
             distance = (query + rows.start) - (key + cols.start)
@@ -224,7 +213,7 @@ def gate_statistics(model: nn.Module, blocks: Blocks) -> GateStatistics:
 
         return record
 
-    with _recording(gates, [recorder(layer) for layer in range(len(gates))]):
+    with recording(gates, [recorder(layer) for layer in range(len(gates))]):
         for first in range(0, len(blocks), batch_size):
             model(input_ids=blocks.input_ids[first : first + batch_size].to(device), use_cache=False)
             for layer, gate in enumerate(gates):

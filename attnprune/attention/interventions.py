@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,23 @@ from torch import Tensor, nn
 from attnprune.attention.interface import Gate, gates_forced_open, gates_of
 from attnprune.errors import InputError
 
+Recorder = Callable[[slice, slice, Tensor], None]
+"""Gets (queries, keys, is_open [B, H, Q, K]) of each part of a layer's attention."""
+
 _FAR = 1e30  # beyond any score: a bias that decides alone, and finite as a bias has to be
+
+
+@contextmanager
+def recording(gates: Sequence[Gate], recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Tell each gate's recorder which edges are open in the forward passes inside the block."""
+    before = [gate.on_chunk for gate in gates]
+    try:
+        for gate, recorder in zip(gates, recorders, strict=True):
+            gate.on_chunk = recorder
+        yield
+    finally:
+        for gate, hook in zip(gates, before, strict=True):
+            gate.on_chunk = hook
 
 
 @torch.no_grad()
@@ -33,21 +49,15 @@ def masks(model: nn.Module, ids: Tensor | Sequence[int]) -> list[Tensor]:
     gates, rows = _gates(model), _rows(model, ids)
     found: list[list[Tensor]] = [[] for _ in gates]
 
-    def recorder(layer: int):
+    def recorder(layer: int) -> Recorder:
         def record(queries: slice, keys: slice, is_open: Tensor) -> None:
             start = torch.tensor([0, 0, queries.start, keys.start], device=is_open.device)
             found[layer].append(is_open.nonzero() + start)
 
         return record
 
-    before = [gate.on_chunk for gate in gates]
-    for layer, gate in enumerate(gates):
-        gate.on_chunk = recorder(layer)
-    try:
+    with recording(gates, [recorder(layer) for layer in range(len(gates))]):
         model(input_ids=rows, use_cache=False)
-    finally:
-        for gate, hook in zip(gates, before, strict=True):
-            gate.on_chunk = hook
     batch, length = rows.shape
     whole = [
         _sparse(torch.cat(parts), (batch, len(gate.bias), length, length))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnprune.circuit.model.activations import norm_factor
 from attnprune.circuit.model.adapters import Anatomy
-from attnprune.tracing.moved import norm_scale
+from attnprune.tracing.moved import logits_of, norm_scale
 
 
 class Written(NamedTuple):
@@ -29,16 +29,13 @@ def written(anatomy: Anatomy, layer: int, directions: int, count: int) -> Writte
     """The `count` tokens that each of the first directions promotes, and those that its opposite does."""
     share, outputs = singular(anatomy, layer, directions)
     model: Any = anatomy.model
-    unembedding: Tensor = model.get_output_embeddings().weight
-    block, norm = anatomy.blocks[layer], anatomy.final_norm
+    dtype = model.get_output_embeddings().weight.dtype
+    block = anatomy.blocks[layer]
     if block.attention_post_norm is not None:
-        outputs = outputs * norm_factor(block.attention_post_norm, outputs.to(unembedding.dtype)).float()
-    some = torch.linspace(-1, 1, outputs.shape[-1], device=outputs.device, dtype=unembedding.dtype)[None]
-    scale, centred = norm_scale(norm, some)
-    if centred:
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    moved = (outputs * scale[0]).to(unembedding.dtype) @ unembedding.t()
-    moved = moved.float() - moved.float().mean(-1, keepdim=True)
+        outputs = outputs * norm_factor(block.attention_post_norm, outputs.to(dtype)).float()
+    some = torch.linspace(-1, 1, outputs.shape[-1], device=outputs.device, dtype=dtype)[None]
+    scale, centred = norm_scale(anatomy.final_norm, some)
+    moved = logits_of(model, outputs, scale[0], centred)
     high, low = moved.topk(count), moved.topk(count, largest=False)
     turn = (low.values[..., :1].abs() > high.values[..., :1]).expand_as(high.indices)  # the larger side first
     return Written(share, torch.where(turn, low.indices, high.indices), torch.where(turn, high.indices, low.indices))

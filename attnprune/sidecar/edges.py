@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnprune.attention.interface import gates_of
+from attnprune.attention.interventions import Recorder, recording
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.sidecar.masks import pack
@@ -71,15 +72,14 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
     check_tokens(ids[0], tokenizer, model.config.vocab_size, "--text")
     found: list[tuple[int, Tensor]] = []
     gates = gates_of(model)
-    for gate in gates:
-        gate.on_chunk = lambda rows, cols, is_open, layer=gate.layer: found.append(
+
+    def recorder(layer: int) -> Recorder:
+        return lambda rows, cols, is_open: found.append(
             (layer, is_open[0].nonzero() + torch.tensor([0, rows.start, cols.start]))
         )
-    try:
+
+    with recording(gates, [recorder(gate.layer) for gate in gates]):
         attentions = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    finally:
-        for gate in gates:
-            gate.on_chunk = None
     edges = [
         Edge(layer, head, query, key, float(attentions[layer][0, head, query, key]))
         for layer, rows in found

@@ -36,14 +36,18 @@ def top_shifts(messages: Messages, chosen: Tensor, count: int) -> list[tuple[Shi
 @torch.no_grad()
 def shifts(messages: Messages, chosen: Tensor) -> Tensor:
     """How far candidates [n] (their numbers) move each logit against the mean of all, fp32 [n, V]."""
-    model: Any = messages.anatomy.model
-    unembedding: Tensor = model.get_output_embeddings().weight
     query = messages.candidates[chosen, 2]
-    written = written_by(messages, chosen)
     scale, centred = norm_scale(messages.anatomy.final_norm, messages.stream)
+    return logits_of(messages.anatomy.model, written_by(messages, chosen), scale[query], centred)
+
+
+def logits_of(model: Any, written: Tensor, scale: Tensor, centred: bool) -> Tensor:
+    """Logits of parts of the stream [..., D] against their mean, fp32 [..., V]; `scale` and `centred` of the final
+    norm, see `norm_scale`."""
+    unembedding: Tensor = model.get_output_embeddings().weight
     if centred:
         written = written - written.mean(-1, keepdim=True)
-    moved = ((written * scale[query]).to(unembedding.dtype) @ unembedding.t()).float()
+    moved = ((written * scale).to(unembedding.dtype) @ unembedding.t()).float()
     return moved - moved.mean(-1, keepdim=True)
 
 

@@ -41,7 +41,7 @@ class Costs:
     @property
     def ending(self) -> float:
         """Seconds from the last evaluation to the last finished sidecar."""
-        return self.sidecars * (self.loading + ENDING * self.evaluation)
+        return self.loading + self.sidecars * ENDING * self.evaluation
 
     def whole(self, steps: int, train: TrainConfig) -> float:
         """Seconds from the plan to the sidecar."""

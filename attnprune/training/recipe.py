@@ -32,12 +32,11 @@ from attnprune.sidecar.identity import model_key
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
 from attnprune.training.calibration import calibrate, starts_from_mass
-from attnprune.training.callbacks import Deadline, EndOfStretch, MetricsFile, StopOnSignal
+from attnprune.training.callbacks import Deadline, MetricsFile, StopOnSignal
 from attnprune.training.export import export
 from attnprune.training.plan import Clock, Plan, make_plan
 from attnprune.training.recover import choose_layers, hold_still
 from attnprune.training.resolve import load_base, load_dtype, resolve
-from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
@@ -186,6 +185,7 @@ def _export_all(
     on_note: Callable[[str], None],
 ) -> Sidecar:
     """One sidecar for each density of the frontier, and last that of the run, with which it has finished."""
+    base = load_base(config)
     points: list[Point] = []
     for mark in trainer.marks:
         own = mark is trainer.marks[-1]
@@ -199,7 +199,7 @@ def _export_all(
             shutil.copy(folder / RUN_FILE, folder / place / RUN_FILE)  # says what it was measured on
         trainer.load_best(mark)
         with temporary_folder(folder / CHECKPOINTS) as staging:
-            made = export(trainer.model, load_base(config), base_entry, judged, held_out, staging, folder / place)
+            made = export(trainer.model, base, base_entry, judged, held_out, staging, folder / place)
         points.append(Point(folder=place, limit=mark.limit, **_measured(made)))
         if config.constraint.frontier:
             write_frontier(folder, points)
@@ -280,7 +280,7 @@ def _train(
     inner = config.model_copy(deep=True)
     inner.output.folder = str(folder / CHECKPOINTS)
     stopper = StopOnSignal()
-    callbacks = [MetricsFile(folder / METRICS_FILE), EndOfStretch(Schedule.of(config)), stopper, *callbacks]
+    callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
     trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, from_sidecar)
     if checkpoint is not None:
         trainer.restore_best(checkpoint)

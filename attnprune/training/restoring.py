@@ -25,7 +25,7 @@ MODEL_FILE, STATE_FILE = "model.safetensors", "trainer_state.json"
 _WANTED = (MODEL_FILE, STATE_FILE, "optimizer.pt", "scheduler.pt")
 
 
-def best_file(density: float | None) -> str:
+def best_file(density: str | None) -> str:
     """Name of the file with the best state for the run's own constraint, or for a density of its frontier."""
     return "best.safetensors" if density is None else f"best-{density}.safetensors"
 

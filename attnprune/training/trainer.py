@@ -21,13 +21,13 @@ from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.measure import Report, mean_loss, measure
 from attnprune.runs.config import RunConfig
-from attnprune.training.callbacks import BeforeOptimizer, DualState, Seal
+from attnprune.training.callbacks import BeforeOptimizer, DualState, EndOfStretch, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
 from attnprune.training.graph import RecordedStep, Step, fastest
 from attnprune.training.optimizer import make_optimizer
 from attnprune.training.recover import is_state
 from attnprune.training.restoring import MODEL_FILE, STATE_FILE, StrictResume, best_file, check_contents, reading
-from attnprune.training.schedule import Schedule, marks_of
+from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
 
@@ -61,9 +61,9 @@ class SparsifyTrainer(StrictResume):
         from_sidecar: bool = False,
     ):
         self.config = config
-        self.marks = marks_of(config)
-        self.constraint = self.marks[-1]
         self.schedule = Schedule.of(config)
+        self.marks = self.schedule.marks
+        self.constraint = self.marks[-1]
         self.reference = reference
         self.best_states: dict[Constraint, dict[str, Tensor]] = {}
         c = config.constraint
@@ -77,7 +77,7 @@ class SparsifyTrainer(StrictResume):
             args=_training_arguments(config, len(train), eval_on_start=from_sidecar),
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[dual, BeforeOptimizer(self._look), *callbacks, Seal()],
+            callbacks=[dual, BeforeOptimizer(self._look), EndOfStretch(self.schedule), *callbacks, Seal()],
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
         self.model_accepts_loss_kwargs = False
@@ -208,7 +208,7 @@ class SparsifyTrainer(StrictResume):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trainable_state(self.model), folder / MODEL_FILE)
         for mark, state in self.best_states.items():
-            save_file(state, folder / self._best_file(mark))
+            save_file(state, folder / best_file(self._mark_name(mark)))
 
     def release(self) -> None:
         """Let go of what only training needs: the recorded step with its memory, gradients, the optimiser."""
@@ -225,7 +225,7 @@ class SparsifyTrainer(StrictResume):
             InputError: it is not one of this run.
         """
         trains = {name: p for name, p in self.model.named_parameters() if is_state(p)}
-        files = {mark: self._best_file(mark) for mark in self.marks}
+        files = {mark: best_file(self._mark_name(mark)) for mark in self.marks}
         check_contents(checkpoint, trains, {DualState.__name__}, list(files.values()))
         for mark, file in files.items():
             if (checkpoint / file).exists():
@@ -242,9 +242,6 @@ class SparsifyTrainer(StrictResume):
     def load_best(self, mark: Constraint | None = None) -> None:
         """Put the best state into the model: for one of `marks`, or for the run's own constraint."""
         self.model.load_state_dict(self.best_states[mark or self.constraint], strict=False)
-
-    def _best_file(self, mark: Constraint) -> str:
-        return best_file(None if mark is self.constraint else mark.limit)
 
     def _keep_if_best(self, report: Report) -> None:
         """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
@@ -263,6 +260,7 @@ class SparsifyTrainer(StrictResume):
                 self.best_states[mark] = state
 
     def _mark_name(self, mark: Constraint) -> str | None:
+        """A density of the frontier as text; None for the run's own constraint."""
         return None if mark is self.constraint else str(mark.limit)
 
 

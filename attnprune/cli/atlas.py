@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from attnprune.cli.options import Base, Device, Json, Quiet
-from attnprune.cli.output import out
+from attnprune.cli.output import command_line, out
 
 
 def atlas(
@@ -56,7 +54,7 @@ def atlas(
     with Watching(out.stderr, live=out.live, quiet=out.quiet) as watch:
         result = describe(
             model, data, base=base, dense=dense, tokens=tokens, seq_len=seq_len, text_field=text_field, device=device,
-            watch=watch, command="attnprune " + shlex.join(sys.argv[1:]),
+            watch=watch, command=command_line(),
         )  # fmt: skip
     if output is not None:
         from attnprune.files import write_new_folder

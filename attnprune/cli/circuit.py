@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from attnprune.cli.options import Base, Device, Json, Quiet
-from attnprune.cli.output import out
+from attnprune.cli.output import command_line, out
 from attnprune.cli.signals import EndedBySignal
 from attnprune.errors import ConstraintNotMetError, InputError, InterruptedRunError
 
@@ -103,7 +102,7 @@ def circuit(
     options = {
         "against": against, "base": base, "target": target, "prompts": prompts, "seed": seed, "quick": quick,
         "mask_steps": mask_steps, "deletions": deletions, "controls": controls, "batch_size": batch_size,
-        "command": "attnprune " + shlex.join(sys.argv[1:]),
+        "command": command_line(),
     }  # fmt: skip
     try:
         _run(model, task, folder, options, resume, device)

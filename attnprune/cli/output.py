@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -66,6 +67,11 @@ class Output:
         if self.json and not self.answered:
             payload = {"error": {"message": printable(message), "hint": hint, "exit_code": code}}
             sys.stdout.write(json.dumps(payload) + "\n")
+
+
+def command_line() -> str:
+    """The command as it was typed, for records."""
+    return "attnprune " + shlex.join(sys.argv[1:])
 
 
 def debugging() -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from attnprune.cli.options import Base, Device, Json, Quiet
-from attnprune.cli.output import out
+from attnprune.cli.output import command_line, out
 from attnprune.errors import InputError
 
 
@@ -61,7 +59,7 @@ def trace(
     with Watching(out.stderr, live=out.live, quiet=out.quiet) as watch:
         result = find(
             model, text, token=token, target=target, against=against, base=base, dense=dense, device=device, seed=seed,
-            watch=watch, command="attnprune " + shlex.join(sys.argv[1:]),
+            watch=watch, command=command_line(),
         )  # fmt: skip
     if output is not None:
         from attnprune.files import write_new_folder

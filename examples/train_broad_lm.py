@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=10**9, help="at most, of each file")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster where a C++ compiler is at hand")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16: faster where the processor has it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -110,8 +111,9 @@ def main() -> None:
         lr_scheduler_kwargs={"num_decay_steps": max(1, int(options.decay * options.steps)), "min_lr_ratio": 0.0},
         eval_strategy="steps", eval_steps=options.eval_every, save_strategy="steps", save_steps=options.eval_every,
         save_total_limit=2, logging_steps=options.eval_every, seed=options.seed, data_seed=options.seed,
-        report_to="none", disable_tqdm=True, torch_compile=options.compile, dataloader_drop_last=True,
-        prediction_loss_only=True, remove_unused_columns=False,
+        report_to="none", disable_tqdm=True, torch_compile=options.compile, bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(), dataloader_drop_last=True, prediction_loss_only=True,
+        remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=train, eval_dataset=select)
     checkpoints = options.out / "checkpoints"

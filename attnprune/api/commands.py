@@ -109,6 +109,8 @@ def circuit(
     quick: bool = False,
     mask_steps: int | None = None,
     deletions: int | None = None,
+    ablate: str = "corrupt",
+    procedure: str = "exact",
     controls: bool = True,
     batch_size: int = 32,
     out: str | Path | None = None,
@@ -128,7 +130,10 @@ def circuit(
         target: faithfulness to reach, above 0 and up to 1.
         prompts: pairs per split; 0: 64, or 32 if quick.
         mask_steps, deletions: steps of learning a mask (200), evaluations that delete edges (480); 0 leaves either out.
-        controls: random circuits, broken models.
+        ablate: what edges outside a circuit carry: values of the "corrupt" prompt, the "mean" or "zero"; "mixed": a
+            third of the prompts each.
+        procedure: "exact", or "published": heads and edges counted as published beside it.
+        controls: random circuits, broken models, answers that mean nothing, other ablations.
         out: output folder with the record, page and curve. Default: ./MODEL-circuit-TASK.
         resume: the folder of a search that was interrupted, which goes on as it was begun.
         progress: show it, or a context manager that is told (what, done, total).
@@ -139,6 +144,7 @@ def circuit(
         AttnPruneError: a model cannot do the task, or cannot be searched.
     """
     from attnprune.circuit.folder import check_folder, default_name, read_settings
+    from attnprune.circuit.worth import ABLATIONS, PROCEDURES
 
     if resume is not None:
         folder = Path(resume)
@@ -149,11 +155,15 @@ def circuit(
             raise InputError(f"circuit: no {missing} given by name", hint='for example: circuit("demo", "addition")')
         if not 0 < target <= 1:
             raise InputError(f"target {target:g}: is not above 0 and up to 1")
+        if ablate not in ABLATIONS:
+            raise InputError(f"ablate {ablate}: is none of {', '.join(ABLATIONS)}")
+        if procedure not in PROCEDURES:
+            raise InputError(f"procedure {procedure}: is none of {', '.join(PROCEDURES)}")
         folder = Path(out or default_name(str(model), str(task)))
         settings = {
             "model": str(model), "task": str(task), "against": against and str(against), "base": base and str(base),
             "target": float(target), "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed,
-            "quick": quick, "mask_steps": mask_steps, "deletions": deletions, "controls": controls,
+            "quick": quick, "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure, "controls": controls,
             "batch_size": batch_size, "command": command or f"attnprune.circuit({str(model)!r}, {str(task)!r}, ...)",
         }  # fmt: skip
         check_folder(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,17 +12,9 @@ from torch import Tensor
 from attnprune.circuit import controls
 from attnprune.circuit.model import patching
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
-from attnprune.circuit.result import (
-    TOP_EDGES,
-    ControlModel,
-    Controls,
-    Edge,
-    Evaluation,
-    GraphFacts,
-    ModelCircuit,
-    Ranking,
-    is_reached,
-)
+from attnprune.circuit.nonsense import nonsense_control
+from attnprune.circuit.published import published
+from attnprune.circuit.result import TOP_EDGES, Edge, Evaluation, GraphFacts, ModelCircuit, Ranking, is_reached
 from attnprune.circuit.search.cache import Cache, check_same, digest
 from attnprune.circuit.search.counts import Messages, counts_of, curve_of, needed_messages
 from attnprune.circuit.search.deletion import delete
@@ -37,7 +29,9 @@ from attnprune.circuit.search.splits import (
     faithfulness_interval,
     pattern_visible,
 )
+from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.tasks import Task, accuracy, check_ability
+from attnprune.circuit.worth import ControlModel, Controls
 from attnprune.errors import AttnPruneError
 
 SMALL_GRAPH_STEPS = 64  # most points of EAP-IG where they cost nothing
@@ -54,16 +48,6 @@ class Analysis:
     curves: dict[Ranking, list[Sized]]
     validation: Split
     test: Split
-
-
-class _Progress:
-    """The models' names in front of what is going on."""
-
-    def __init__(self, watch: Watch, label: str):
-        self._watch, self._label = watch, label
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self._watch(f"{self._label}: {what}", done, total)
 
 
 def analyse(
@@ -88,44 +72,42 @@ def analyse(
     started = time.monotonic()
     anatomy = anatomy_of(model)
     sparse = anatomy.gated
-    told = _Progress(watch, label)
+    subject = Subject(anatomy, task, label, settings, watch, cache)
+    told = subject.told
     with pattern_visible(anatomy):
         train, validation, test = (
-            Split(
-                anatomy, getattr(task, part), f"{label} {part}", cache, settings.batch_size,
-                to_rank=part == "train", by_template=part == "train",
-            )
+            subject.split(part, to_rank=part == "train", by_template=part == "train")
             for part in ("train", "validation", "test")
-        )  # fmt: skip
+        )
         told("runs of the model", 0, 1)
-        _check(validation, test, name, task, label, cache)
+        _check(subject, validation, test, name)
         is_small = anatomy.graph.edge_count <= settings.all_edges
-        scores = score_edges(train, SMALL_GRAPH_STEPS if is_small else settings.max_steps, told, cache)
+        steps = SMALL_GRAPH_STEPS if is_small else settings.max_steps
+        scores = score_edges(train, steps, told, cache)
         orders = rank(train, scores, settings, told, cache)
         train.free()
         curves, order, ranked = search_sizes(validation, orders, settings, told)
         learned = None
         if settings.mask_steps:
-            learned = _learned(task, label, train, validation, order, ranked, settings, told, cache)
+            learned = _learned(subject, train, validation, order, ranked)
         chosen = learned or ranked
         if settings.deletions:
-            again = Split(anatomy, task.train, f"{label} train, all", cache, settings.batch_size)
+            again = subject.split("train", name="train, all")
             chosen = delete(again, validation, curves[order.name], chosen, settings, told)
             again.free()
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()
+        counted = published(subject) if settings.procedure == "published" else None
         told("test prompts", 0, 1)
         report = evaluation(test, chosen.edges, settings.seed)
-        found = _controls(test, chosen, ranked, scores, settings, told) if with_controls else Controls()
+        found = _controls(subject, test, chosen, ranked, scores) if with_controls else Controls()
         test.free()
         if with_controls:
             gap = (validation.clean.mean() - validation.corrupted.mean()).item()
-            found = found.model_copy(
-                update={
-                    kind: _broken(kind, anatomy, task, label, ranked.size, gap, settings, told, cache)
-                    for kind in (["random_weights", "shuffled_gates"] if sparse else ["random_weights"])
-                }
-            )
+            kinds = ["random_weights", *(["shuffled_gates"] if sparse else [])]
+            broken: dict[str, Any] = {kind: _broken(kind, subject, ranked.size, gap) for kind in kinds}
+            floor = nonsense_control(subject, gap, steps, ranked.size, chosen.size, report.lower)
+            found = found.model_copy(update=broken | {"nonsense": floor})
     facts = _model_facts(name, sparse, anatomy, test)
     kept, best = _edges(anatomy, order, chosen.edges)
     heads, mlps = anatomy.graph.touched(chosen.edges)
@@ -144,35 +126,37 @@ def analyse(
         validation_faithfulness=chosen.faithfulness,
         test=report,
         reached=is_reached(settings.band, chosen.faithfulness, report),
+        published=counted,
         controls=found,
         seconds=round(time.monotonic() - started, 1),
     )
     return Analysis(result, anatomy, chosen.edges, scores.edges, curves, validation, test)
 
 
-def _check(validation: Split, test: Split, name: str, task: Task, label: str, cache: Cache) -> None:
+def _check(subject: Subject, validation: Split, test: Split, name: str) -> None:
     """Can the model do the task, do its parts add up, and is it the one the cache is about?"""
+    task = subject.task
     group = validation.groups[0]
-    check_same(cache, f"{label} first clean scores", group.prompts.score(group.clean.logits))
+    check_same(subject.cache, f"{subject.key} first clean scores", group.prompts.score(group.clean.logits))
     for split in (validation, test):
         check_ability(f"{name}: {task.name}", task.metric, split.clean, split.corrupted, task.chance)
     test.free()
-    for group in validation.groups:  # the prefix that a group shares has its own length
-        patching.self_check(validation.anatomy, group.clean, group.corrupted)
+    plain = subject.split("validation", ablate="corrupt")
+    for prompts in plain.prompts:  # the prefix that a group shares has its own length
+        group = plain.collected(prompts)
+        patching.self_check(subject.anatomy, group.clean, group.corrupted)
 
 
-def _learned(
-    task: Task, label: str, train: Split, validation: Split, order: Order, ranked: Sized, settings: Settings,
-    watch: Watch, cache: Cache,
-) -> Sized | None:  # fmt: skip
+def _learned(subject: Subject, train: Split, validation: Split, order: Order, ranked: Sized) -> Sized | None:
     """The smallest learned circuit, if validation prompts hold one that is smaller than the ranked one."""
-    more = Split(train.anatomy, task.more or task.train, f"{label} more", cache, settings.batch_size)
+    settings = subject.settings
+    more = subject.split("more" if subject.task.more else "train", name="more")
     gap = (train.clean.mean() - train.corrupted.mean()).item()
     if gap <= 0:  # no behaviour to keep on the train prompts
         return None
-    circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, watch, cache)
+    circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, subject.told, subject.cache)
     smaller = [edges for edges in circuits if int(edges.sum()) < ranked.size]
-    return smallest_held(validation, smaller, settings, watch)
+    return smallest_held(validation, smaller, settings, subject.told)
 
 
 def _messages(
@@ -209,24 +193,22 @@ def evaluation(test: Split, edges: Tensor, seed: int) -> Evaluation:
     )
 
 
-def _controls(test: Split, chosen: Sized, ranked: Sized, scores: Scores, settings: Settings, watch: Watch) -> Controls:
-    graph = test.anatomy.graph
+def _controls(subject: Subject, test: Split, chosen: Sized, ranked: Sized, scores: Scores) -> Controls:
+    graph, settings = subject.anatomy.graph, subject.settings
     return Controls(
         complement=test.faithfulness(graph.mask() & ~chosen.edges),
-        random=controls.random_circuits(test, chosen.size, settings.draws, settings.seed, watch),
+        random=controls.random_circuits(test, chosen.size, settings.draws, settings.seed, subject.told),
         templates=controls.template_agreement(graph, scores.templates, ranked.size),
+        stress=controls.stress(subject, chosen.edges),
     )
 
 
-def _broken(
-    kind: str, anatomy: Anatomy, task: Task, label: str, size: int, gap: float, settings: Settings, watch: Watch,
-    cache: Cache,
-) -> ControlModel:  # fmt: skip
+def _broken(kind: str, subject: Subject, size: int, gap: float) -> ControlModel:
     """A control that changes the model itself for a while."""
     change = {"random_weights": controls.random_weights, "shuffled_gates": controls.shuffled_gates}[kind]
-    key = f"{label} / {kind.replace('_', ' ')}"
-    with change(anatomy, settings.seed):
-        return controls.broken_model(anatomy, task, key, size, gap, settings, watch, cache)
+    key = f"{subject.key} / {kind.replace('_', ' ')}"
+    with change(subject.anatomy, subject.settings.seed):
+        return controls.broken_model(replace(subject, key=key), size, gap)
 
 
 def _model_facts(name: str, sparse: bool, anatomy: Anatomy, test: Split) -> dict[str, Any]:

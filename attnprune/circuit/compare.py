@@ -9,15 +9,18 @@ from torch import Tensor
 
 from attnprune.circuit import controls
 from attnprune.circuit.analysis import Analysis
+from attnprune.circuit.record import Interval
 from attnprune.circuit.result import (
+    NOT_CLEAR,
     CircuitResult,
     Compare,
     Example,
-    Interval,
     Method,
     ModelCircuit,
+    PublishedRatios,
     Ratio,
     TaskFacts,
+    doubts,
     not_shown,
 )
 from attnprune.circuit.search.counts import count_nodes
@@ -46,6 +49,7 @@ def compare(first: Analysis, second: Analysis, settings: Settings) -> Compare:
         mlps=Ratio(value=_ratio(other.counts.mlps, one.counts.mlps), ranked=ratios["mlps"]),
         edges=Ratio(value=_ratio(other.counts.edges, one.counts.edges), ranked=ratios["edges"]),
         messages=Ratio(value=_ratio(other.counts.messages, one.counts.messages), ranked=None),
+        published=_published_ratios(one, other),
         first_in_second=transfer[0],
         second_in_first=transfer[1],
         jaccard=controls.jaccard(first.edges, second.edges),
@@ -60,7 +64,22 @@ def parity(one: ModelCircuit, other: ModelCircuit) -> list[str]:
     gaps = [model.clean - model.corrupted for model in (one, other)]
     if not max(gaps) <= MAX_METRIC_RATIO * min(gaps):
         reasons.append(f"metric gap {gaps[0]:.2f} and {gaps[1]:.2f}: more than a factor of {MAX_METRIC_RATIO:g} apart")
-    return reasons + [not_shown(model.name) for model in (one, other) if not model.reached]
+    reasons += [not_shown(model.name) for model in (one, other) if not model.reached]
+    return reasons + [
+        f"{model.name}: its circuit is {NOT_CLEAR}" for model in (one, other) if NOT_CLEAR in doubts(model)
+    ]
+
+
+def _published_ratios(one: ModelCircuit, other: ModelCircuit) -> PublishedRatios | None:
+    mine, theirs = one.published, other.published
+    if mine is None or theirs is None:
+        return None
+    if mine.heads is None or theirs.heads is None:
+        return PublishedRatios(heads=None, edges=None, token_edges=None)
+    return PublishedRatios(
+        heads=_ratio(theirs.heads, mine.heads), edges=_ratio(theirs.edges, mine.edges),
+        token_edges=_ratio(theirs.token_edges, mine.token_edges),
+    )  # fmt: skip
 
 
 def _ratio(over: float | None, under: float | None) -> float | None:
@@ -130,7 +149,7 @@ def result_of(
         command=command,
         task=facts,
         method=Method(
-            ablation="corrupt", target=settings.target, band=list(settings.band), quick=quick,
+            ablation=settings.ablate, target=settings.target, band=list(settings.band), quick=quick,
             mask_steps=settings.mask_steps, refine=bool(settings.deletions), bootstrap=BOOTSTRAP,
         ),
         models=[analysis.model for analysis in analyses],

@@ -7,6 +7,7 @@ broken model needs more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from attnprune.circuit.model.adapters import Anatomy
 from attnprune.circuit.model.graph import Graph
-from attnprune.circuit.result import ControlModel, RandomCircuits, Templates
-from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.result import MARGIN
 from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
 from attnprune.circuit.search.sizes import bisect, circuit_of_size, evaluate_sizes, size_grid, stable
-from attnprune.circuit.search.splits import Settings, Split, Watch
-from attnprune.circuit.tasks import Task, accuracy, check_ability
+from attnprune.circuit.search.splits import Split, Watch
+from attnprune.circuit.search.subject import Subject
+from attnprune.circuit.tasks import accuracy, check_ability
+from attnprune.circuit.worth import KINDS, SHARES, ControlModel, RandomCircuits, Stress, Templates, Trial
 from attnprune.errors import AttnPruneError
 
 
@@ -55,23 +57,47 @@ def jaccard(one: Tensor, other: Tensor) -> float:
     return int((one & other).sum()) / union if union else 1.0
 
 
-def broken_model(
-    anatomy: Anatomy, task: Task, key: str, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
-) -> ControlModel:
+def stress(subject: Subject, circuit: Tensor) -> Stress:
+    """The circuit, bool [U, V], on test prompts with some or all of the other edges ablated, in three ways."""
+    graph, settings = subject.anatomy.graph, subject.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    trials = []
+    for kind in KINDS:
+        test = subject.split("test", ablate=kind)
+        for share in SHARES:
+            subject.told(f"stress, {kind}", SHARES.index(share), len(SHARES))
+            found = []
+            for _ in range(settings.trials if share < 1 else 1):
+                drawn = torch.rand(circuit.shape, generator=generator) >= share
+                found.append(test.faithfulness(graph.prune(circuit | drawn)))
+            if not test.clean.mean() > test.corrupted.mean():
+                found = [math.nan]
+            mean = sum(found) / len(found)
+            trials.append(
+                Trial(ablation=kind, share=share, draws=len(found), faithfulness=mean, low=min(found), high=max(found))
+            )
+        test.free()
+    measured = [trial.faithfulness for trial in trials if trial.faithfulness is not None]
+    low, high = settings.band
+    return Stress(
+        trials=trials,
+        worst=max(measured, key=lambda value: abs(1 - value), default=None),
+        holds=all(low - MARGIN <= value <= high + MARGIN for value in measured),
+    )
+
+
+def broken_model(subject: Subject, size: int, gap: float) -> ControlModel:
     """Search a model as it is now, by EAP-IG alone and with fewer sizes; bisected if the model still does the task.
 
     `size`: of the circuit to compare with; `gap`: clean - corrupted of the intact model.
     """
+    anatomy, settings, task = subject.anatomy, subject.settings, subject.task
 
     def told(what: str, done: int, total: int) -> None:
-        watch(f"{key.rpartition(' / ')[2]}: {what}", done, total)
+        subject.watch(f"{subject.key.rpartition(' / ')[2]}: {what}", done, total)
 
-    splits = [
-        Split(anatomy, getattr(task, part), f"{key} {part}", cache, settings.batch_size, to_rank=part == "train")
-        for part in ("train", "validation", "test")
-    ]
-    train, validation, test = splits
-    scores = score_edges(train, 4, told, cache)
+    train, validation, test = (subject.split(part, to_rank=part == "train") for part in ("train", "validation", "test"))
+    scores = score_edges(train, 4, told, subject.cache)
     train.free()
     order, signed = eap_ig_orders(anatomy.graph, scores.edges)
     grid = size_grid(anatomy.graph.edge_count, settings.control_sizes)

@@ -24,6 +24,11 @@ from attnprune.sidecar import format
 SETTINGS_FILE = "settings.json"
 CACHE_FOLDER = "cache"
 RECORD_FILE, COMPRESSED_FILE = "circuit.json", "circuit.json.gz"
+_BEFORE = {
+    "mask_steps": 0,
+    "ablate": "corrupt",
+    "procedure": "exact",
+}  # of a search that was begun when there were no such settings
 MAX_RECORD_BYTES = 256 << 20  # some two million edges
 
 
@@ -69,10 +74,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     wanted = {
         "model": str, "task": str, "against": (str, type(None)), "base": (str, type(None)), "target": float,
         "prompts": int, "seed": int, "quick": bool, "mask_steps": (int, type(None)), "deletions": (int, type(None)),
-        "controls": bool, "batch_size": int, "command": str, "fingerprint": str,
+        "controls": bool, "ablate": str, "procedure": str, "batch_size": int, "command": str, "fingerprint": str,
     }  # fmt: skip
     if isinstance(values, dict):
-        values.setdefault("mask_steps", 0)  # begun when there was no such step
+        for key, value in _BEFORE.items():
+            values.setdefault(key, value)
     if not isinstance(values, dict) or any(not isinstance(values.get(key), kind) for key, kind in wanted.items()):
         raise InputError(f"{file}: damaged", hint="start again in another folder")
     return values

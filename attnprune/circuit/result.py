@@ -11,12 +11,13 @@ bounds, so they make it easier.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from attnprune.circuit.record import Interval, Number, Strict
+from attnprune.circuit.worth import Ablation, Controls, Published
 from attnprune.late import Shown
 
 SCHEMA, FIRST_SCHEMA = "attnprune-circuit-2", "attnprune-circuit-1"
@@ -27,31 +28,12 @@ BOUNDS = (
     "bound: twice the gap), so that few prompts which happen to agree show little"
 )
 TOP_EDGES = 2000
+NOT_CLEAR = "not clearly below its nonsense control"
 
 Ranking = Literal["eap-ig abs", "eap-ig signed", "exact nodes", "exact edges"]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-"""What was measured in a circuit or a model that may be broken; null where it is no finite number."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Interval(_Strict):
-    """A number and its 95 % bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Example(_Strict):
+class Example(Strict):
     """A pair of prompts as text."""
 
     clean: str
@@ -60,7 +42,7 @@ class Example(_Strict):
     wrong: list[str]
 
 
-class TaskFacts(_Strict):
+class TaskFacts(Strict):
     """The prompts. All models of a file were given the same ones."""
 
     name: str
@@ -81,11 +63,13 @@ class TaskFacts(_Strict):
     )
 
 
-class Method(_Strict):
+class Method(Strict):
     """How circuits were measured and chosen."""
 
-    ablation: Literal["corrupt"] = Field(
-        default="corrupt", description="edges outside carry their values of the corrupted run"
+    ablation: Ablation = Field(
+        default="corrupt",
+        description="what edges outside carry: their values of the corrupted run, what their source writes on average "
+        "over the train prompts and positions, nothing (zero), or each of the three for a third of the prompts (mixed)",
     )
     faithfulness: str = FAITHFULNESS
     target: float
@@ -100,7 +84,7 @@ class Method(_Strict):
     bootstrap: int = Field(description="resamples behind each interval")
 
 
-class GraphFacts(_Strict):
+class GraphFacts(Strict):
     """Sizes of the graph (see attnprune.circuit.model.graph)."""
 
     layers: int
@@ -112,14 +96,14 @@ class GraphFacts(_Strict):
     edges: int
 
 
-class Flips(_Strict):
+class Flips(Strict):
     """Gates that differ between the clean and the corrupted run, and gates open in either."""
 
     flipped: int
     open: int
 
 
-class Attribution(_Strict):
+class Attribution(Strict):
     """How far the gradient scores can be trusted."""
 
     steps: int = Field(description="points between the corrupted and the clean run")
@@ -127,7 +111,7 @@ class Attribution(_Strict):
     flips: Flips | None = Field(description="null for a model without gates")
 
 
-class Point(_Strict):
+class Point(Strict):
     """One evaluated size of a ranking, on the validation prompts."""
 
     edges: int = Field(description="after dangling parts were removed")
@@ -136,7 +120,7 @@ class Point(_Strict):
     faithfulness: Number
 
 
-class Curve(_Strict):
+class Curve(Strict):
     """All evaluated sizes of a ranking, smallest first."""
 
     ranking: Ranking
@@ -145,7 +129,7 @@ class Curve(_Strict):
     stable: int | None = Field(description="the same, with all larger evaluated sizes inside the band too")
 
 
-class Edge(_Strict):
+class Edge(Strict):
     """A scored edge, for example a0.h1->a5.h5<q>; `kept`: it is in the circuit."""
 
     name: str
@@ -153,7 +137,7 @@ class Edge(_Strict):
     kept: bool
 
 
-class Counts(_Strict):
+class Counts(Strict):
     """Size of a circuit. Heads and MLPs are those that write to a kept edge."""
 
     heads: int
@@ -169,7 +153,7 @@ class Counts(_Strict):
     )
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """A circuit on the test prompts."""
 
     faithfulness: Interval
@@ -195,50 +179,7 @@ def is_reached(band: Sequence[float], validation: float, test: Evaluation, margi
     return low - margin < test.lower and test.upper < high + margin
 
 
-class RandomCircuits(_Strict):
-    """Random circuits of the same number of edges, on the test prompts."""
-
-    draws: int
-    faithfulness: Number = Field(description="mean over the draws")
-    low: Number = Field(description="lowest draw")
-    high: Number = Field(description="highest draw")
-
-
-class ControlModel(_Strict):
-    """A search by EAP-IG alone in a model that was broken on purpose."""
-
-    accuracy: float
-    clean: Number = Field(description="mean metric of the clean test prompts")
-    corrupted: Number
-    able: bool = Field(description="it still does the task; if not, its circuits explain no behaviour")
-    edges: int | None = Field(description="smallest size inside the band with all larger ones; null: only all edges")
-    faithfulness: Number = Field(description="of its own circuit of the size of the real one, validation prompts")
-    recovered: Number = Field(
-        default=None,
-        description="largest (m(circuit) - m(corrupted)) / (gap of the intact model) of its evaluated circuits: what "
-        "choosing edges alone can make up",
-    )
-
-
-class Templates(_Strict):
-    """Circuits of the same size found for each template alone (EAP-IG), and how far they agree."""
-
-    templates: list[int] = Field(description="indices into task.templates that had train prompts")
-    jaccard: list[list[float]] = Field(description="shared / all edges of each pair of them")
-    mean: float | None = Field(description="mean over different pairs; null with fewer than two templates")
-
-
-class Controls(_Strict):
-    """What a circuit is worth; null where a control was left out or does not apply."""
-
-    complement: Number = Field(default=None, description="faithfulness of all other edges, test prompts")
-    random: RandomCircuits | None = None
-    random_weights: ControlModel | None = None
-    shuffled_gates: ControlModel | None = Field(default=None, description="null for a dense model")
-    templates: Templates | None = None
-
-
-class ModelCircuit(_Strict):
+class ModelCircuit(Strict):
     """A model, its circuit and what the controls say."""
 
     name: str
@@ -247,7 +188,7 @@ class ModelCircuit(_Strict):
     graph: GraphFacts
     accuracy: float = Field(description="on the clean test prompts")
     clean: float = Field(description="mean metric, clean test prompts")
-    corrupted: float = Field(description="mean metric, corrupted test prompts")
+    corrupted: float = Field(description="mean metric without any edge, test prompts: that of the corrupted prompts")
     attribution: Attribution
     curves: list[Curve]
     ranking: Ranking = Field(description="the ranking that came into the band with the fewest edges")
@@ -267,18 +208,27 @@ class ModelCircuit(_Strict):
         description="validation_faithfulness lies in method.band, test.lower and test.upper in the band widened by "
         "method.margin; false: not shown with so many prompts"
     )
+    published: Published | None = Field(default=None, description="the published procedure; null: not asked for")
     controls: Controls
     seconds: float = Field(description="of the last part, if the search was interrupted")
 
 
-class Ratio(_Strict):
+class Ratio(Strict):
     """Other model / this model. The interval is that of the circuits found by ranking."""
 
     value: float | None = Field(description="chosen circuits; null where one has none")
     ranked: Interval | None = Field(description="circuits found by ranking, 95 % bootstrap over validation prompts")
 
 
-class Compare(_Strict):
+class PublishedRatios(Strict):
+    """Other model / this model, counted as published."""
+
+    heads: float | None
+    edges: float | None
+    token_edges: float | None
+
+
+class Compare(Strict):
     """models[1] against models[0]: ratios above 1 mean that models[0] has the smaller circuit."""
 
     comparable: bool
@@ -287,12 +237,13 @@ class Compare(_Strict):
     mlps: Ratio
     edges: Ratio
     messages: Ratio
+    published: PublishedRatios | None = None
     first_in_second: Number = Field(description="faithfulness of the circuit of models[0] in models[1], test prompts")
     second_in_first: Number
     jaccard: float = Field(description="shared / all edges of the two circuits")
 
 
-class CircuitResult(Shown, _Strict):
+class CircuitResult(Shown, Strict):
     """A circuit search of one model, or of two on the same prompts."""
 
     schema_id: Literal["attnprune-circuit-2"] = SCHEMA
@@ -307,7 +258,7 @@ class CircuitResult(Shown, _Strict):
     def __repr__(self) -> str:
         models = "; ".join(
             f"{m.name}: {m.counts.edges:,} of {m.graph.edges:,} edges, faithfulness {m.test.faithfulness.value:.3f} "
-            f"({'reached' if m.reached else 'not shown'})"
+            f"({'; '.join(['reached' if m.reached else 'not shown', *doubts(m)])})"
             for m in self.models
         )
         return f"CircuitResult({self.task.name}, {models})"
@@ -348,3 +299,22 @@ _MISSED = "its circuit misses the target on test prompts"  # what that version s
 def not_shown(name: Any) -> str:
     """Why a model cannot be compared."""
     return f"{name}: its circuit is not shown to reach the target"
+
+
+def doubts(model: ModelCircuit) -> list[str]:
+    """What has to be said wherever a circuit is shown: controls that it does not pass, or that were not run."""
+    found = []
+    nonsense, stress = model.controls.nonsense, model.controls.stress
+    if nonsense is None:
+        found.append("no nonsense control")
+    elif not nonsense.clear:
+        found.append(NOT_CLEAR)
+    if stress is not None and not stress.holds:
+        worst = stress.worst_trial
+        at = (
+            ""
+            if worst is None
+            else f", {worst.faithfulness:.2f} with {100 * worst.share:g} % {worst.ablation} ablation"
+        )
+        found.append(f"does not hold under every ablation{at}")
+    return found

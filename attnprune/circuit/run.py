@@ -97,7 +97,14 @@ def _run(
 def _thoroughness(settings: dict[str, Any]) -> Settings:
     chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
     chosen |= {name: settings[name] for name in ("mask_steps", "deletions") if settings[name] is not None}
-    return Settings(**chosen, target=settings["target"], batch_size=settings["batch_size"], seed=settings["seed"])
+    return Settings(
+        **chosen,
+        ablate=settings["ablate"],
+        procedure=settings["procedure"],
+        target=settings["target"],
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+    )
 
 
 def load_model(name: str, base: str | None, device: str) -> tuple[Any, Any]:

@@ -58,7 +58,18 @@ def circuit(
             show_default=False,
         ),
     ] = None,
-    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Random circuits, broken models.")] = True,
+    ablate: Annotated[
+        str, typer.Option("--ablate", help="What edges outside a circuit carry: corrupt, mean, zero or mixed.")
+    ] = "corrupt",
+    procedure: Annotated[
+        str, typer.Option("--procedure", help="exact, or published: heads and edges counted as published beside it.")
+    ] = "exact",
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls/--no-controls", help="Random circuits, broken models, nonsense answers, other ablations."
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts in one run.", min=1)] = 32,
     output: Annotated[
         Path | None,
@@ -101,8 +112,8 @@ def circuit(
         folder = output or Path(default_name(model, task))
     options = {
         "against": against, "base": base, "target": target, "prompts": prompts, "seed": seed, "quick": quick,
-        "mask_steps": mask_steps, "deletions": deletions, "controls": controls, "batch_size": batch_size,
-        "command": command_line(),
+        "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure, "controls": controls,
+        "batch_size": batch_size, "command": command_line(),
     }  # fmt: skip
     try:
         _run(model, task, folder, options, resume, device)

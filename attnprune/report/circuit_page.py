@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnprune.files import write_atomic
-from attnprune.report.circuits import chance, curve_png, verdict
+from attnprune.report.circuits import OUTSIDE, chance, curve_png, nonsense, verdict, worst
 from attnprune.report.pages import build, toggle
 from attnprune.report.pages import text as _text
 from attnprune.units import duration, number, percent
 
 if TYPE_CHECKING:
-    from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Interval, ModelCircuit, Ratio
+    from attnprune.circuit.record import Interval
+    from attnprune.circuit.result import CircuitResult, Compare, ModelCircuit, Ratio
+    from attnprune.circuit.worth import ControlModel
 
 # What the page's script reads. Text from users (names, prompts) is not among it: that is escaped here.
 _DRAWN = {"graph", "curves", "ranking", "ranked", "counts", "edges", "top_edges", "validation_faithfulness", "test"}
@@ -75,10 +77,13 @@ def _report(result: CircuitResult) -> str:
     row("accuracy of the circuit", lambda m: f"{percent(m.test.accuracy)} (chance {chance(result)})")
     row("KL(model ‖ circuit)", lambda m: f"{number(m.test.kl, '.3g')} nats")
     row("control: all other edges", lambda m: "" if (f := m.controls.complement) is None else f"faithfulness {f:.3f}")
+    row("control: the same search for answers that mean nothing", nonsense)
+    row("control: other edges ablated in other ways, worst", worst)
     row("control: random circuits of this size", _random)
     row("control: random weights", lambda m: _broken(m.controls.random_weights, result))
     row("control: shuffled gates", lambda m: _broken(m.controls.shuffled_gates, result))
     row("agreement between templates", _templates)
+    row("counted as published", _published)
     row("ranking", lambda m: f"{m.ranking}, {m.attribution.steps} points, gap {percent(m.attribution.gap)}")
     row("gates that differ, clean to corrupted", _flips)
     row("time", lambda m: duration(m.seconds))
@@ -125,6 +130,15 @@ def _messages(model: ModelCircuit) -> str:
     return needed + ("" if counts.open_messages is None else f" ({counts.open_messages:,.1f} open in all heads)")
 
 
+def _published(model: ModelCircuit) -> str:
+    found = model.published
+    if found is None:
+        return ""
+    if found.heads is None:
+        return f"not reached: all heads bring back {found.recovered:.2f}"
+    return f"{found.heads} heads, {found.edges:,} edges among them, {found.token_edges:,.1f} open attention edges per prompt"
+
+
 def _random(model: ModelCircuit) -> str:
     drawn = model.controls.random
     if drawn is None:
@@ -165,7 +179,7 @@ def _method(result: CircuitResult) -> str:
         f"Task {_text(task.name)}, metric {task.metric.replace('_', ' ')}; {task.train} prompt pairs to rank edges, "
         f"{task.validation} to decide sizes, {task.test} for every number called test; {len(task.templates)} "
         f"templates, {task.lengths[0]} to {task.lengths[1]} tokens, seed {task.seed}, prompts "
-        f"{_text(task.fingerprint[:12])}. Edges outside of a circuit carry their values of the corrupted prompt. "
+        f"{_text(task.fingerprint[:12])}. Outside of a circuit edges carry {OUTSIDE[method.ablation]}. "
         f"Faithfulness is {_text(method.faithfulness)}; "
         f"on validation prompts a circuit has to lie in [{low:g}, {high:g}]. "
         f"The size is the smallest from which on all larger evaluated sizes are inside as well"

@@ -12,9 +12,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnprune.circuit.result import CircuitResult, Compare, ControlModel, Counts, ModelCircuit, RandomCircuits, Ratio
+from attnprune.circuit.result import CircuitResult, Compare, Counts, ModelCircuit, Ratio, doubts
+from attnprune.circuit.worth import ControlModel, RandomCircuits
 from attnprune.errors import printable
 from attnprune.units import duration, number, percent
+
+OUTSIDE = {
+    "corrupt": "corrupted activations",
+    "mean": "mean activations",
+    "zero": "nothing",
+    "mixed": "corrupted, mean or no activations, for a third of the prompts each,",
+}
 
 
 class Watching(AbstractContextManager):
@@ -94,6 +102,7 @@ def sizes_table(result: CircuitResult) -> Table:
     if result.method.mask_steps or result.method.refine or compare is not None:
         row("edges, ranked", [f"{m.ranked.edges:,}" for m in models], compare and _ranked(compare.edges))
         row("heads, ranked", [f"{m.ranked.heads:,}" for m in models], compare and _ranked(compare.heads))
+    _published_rows(result, row)
     row("ranking", [m.ranking for m in models])
     row("faithfulness", [f"{m.test.faithfulness.value:.3f}" for m in models])
     row("  95 %", [f"{m.test.faithfulness.low:.2f} to {m.test.faithfulness.high:.2f}" for m in models])
@@ -112,9 +121,28 @@ def sizes_table(result: CircuitResult) -> Table:
     return table
 
 
+def _published_rows(result: CircuitResult, row: Any) -> None:
+    """What the published procedure counts, if it was asked for."""
+    counted = [m.published for m in result.models]
+    ratios = None if result.compare is None else result.compare.published
+    for name, key in PUBLISHED.items():
+        cells = ["" if c is None else "not reached" if c.heads is None else f"{getattr(c, key):,g}" for c in counted]
+        if any(cells):
+            value = None if ratios is None else getattr(ratios, key)
+            row(name, cells, ["" if value is None else f"{value:.2f}x", ""])
+
+
+PUBLISHED = {
+    "published: heads": "heads",
+    "  edges among them": "edges",
+    "  open attention edges": "token_edges",
+}
+
+
 def verdict(model: ModelCircuit, result: CircuitResult) -> str:
-    """Whether the target was reached, as far as the prompts show."""
-    return "reached" if model.reached else f"not shown with {result.task.test} prompts"
+    """Whether the target was reached, as far as the prompts show, and what the controls have against the circuit."""
+    reached = "reached" if model.reached else f"not shown with {result.task.test} prompts"
+    return "; ".join([reached, *doubts(model)])
 
 
 def not_shown(model: ModelCircuit, result: CircuitResult) -> str:
@@ -172,6 +200,8 @@ def controls_table(result: CircuitResult) -> Table:
             table.add_row(name, *cells)
 
     row("all other edges", ["" if c.complement is None else f"{c.complement:.3f}" for _, c in models])
+    row("nonsense answers", [nonsense(m) for m, _ in models])
+    row("worst other ablation", [worst(m) for m, _ in models])
     row(
         "random circuits",
         ["" if (r := c.random) is None else _drawn(r) for _, c in models],
@@ -186,6 +216,21 @@ def controls_table(result: CircuitResult) -> Table:
         row("in the other model", _transfer(result.compare))
         row("Jaccard, models", [f"{result.compare.jaccard:.2f}", ""])
     return table
+
+
+def nonsense(model: ModelCircuit) -> str:
+    """What the same search makes of answers that mean nothing."""
+    found = model.controls.nonsense
+    if found is None:
+        return ""
+    size = "no circuit" if found.edges is None else f"{found.edges:,} edges"
+    return f"{size}; at best {number(found.test)} (train {number(found.train)})"
+
+
+def worst(model: ModelCircuit) -> str:
+    """Where the circuit is farthest from the model when other edges are ablated in other ways."""
+    found = None if model.controls.stress is None else model.controls.stress.worst_trial
+    return "" if found is None else f"{number(found.faithfulness)}, {100 * found.share:g} % {found.ablation}"
 
 
 def _drawn(random: RandomCircuits) -> str:
@@ -211,7 +256,7 @@ def method_line(result: CircuitResult) -> str:
     low, high = method.band
     learning = f"{task.more:,} to learn a mask, " if task.more else ""
     return (
-        f"{task.metric.replace('_', ' ')}, corrupted activations outside the circuit, ratio of means in "
+        f"{task.metric.replace('_', ' ')}, {OUTSIDE[method.ablation]} outside the circuit, ratio of means in "
         f"[{low:.3g}, {high:.3g}] on validation prompts, by ranking at all larger sizes as well; reached if both "
         f"one-sided 95 % bounds on test prompts are inside or at most {method.margin:g} outside; "
         f"{task.train} prompts to rank, {learning}{task.validation} to choose, {task.test} to report; "

@@ -37,7 +37,20 @@ def place(tmp_path_factory):
     """A folder with a random model and a finished search of the bundled one against itself."""
     folder = tmp_path_factory.mktemp("circuit")
     save_tiny_llama(folder / "model", max_position_embeddings=64)
-    done = circuit(*ADDITION, "--against", "demo", "--mask-steps", "5", "--out", "found", "--json", "-q", cwd=folder)
+    done = circuit(
+        *ADDITION,
+        "--against",
+        "demo",
+        "--mask-steps",
+        "5",
+        "--procedure",
+        "published",
+        "--out",
+        "found",
+        "--json",
+        "-q",
+        cwd=folder,
+    )
     assert done.returncode == 3, done.stderr
     (folder / "stderr.txt").write_text(done.stderr)
     (folder / "stdout.json").write_text(done.stdout)
@@ -56,6 +69,8 @@ def test_json_is_the_file_and_matches_its_schema(place):
     assert result.task.chance == 0.5
     assert len(one.test.each) == 9
     assert result.method.mask_steps == 5
+    assert one.published.heads == other.published.heads > 0
+    assert result.compare.published.token_edges == 1
     assert result.task.more > 1000
 
 
@@ -87,6 +102,8 @@ def test_a_finished_search_can_be_shown_again(place):
     assert "not shown with 9 prompts" in done.stdout
     assert "chance" in done.stdout
     assert "random circuits" in done.stdout
+    assert "nonsense answers" in done.stdout
+    assert "open attention edges" in done.stdout
     after = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     assert [model.edges for model in after.models] == [model.edges for model in before.models]
     assert after.command == before.command
@@ -143,9 +160,10 @@ def test_names_with_dollars_are_no_formulas(place, tmp_path):
 def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):
     settings = json.loads((place / "found" / "cache" / "settings.json").read_text())
     assert settings.pop("mask_steps") == 5
+    del settings["ablate"], settings["procedure"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text(json.dumps(settings))
-    assert read_settings(tmp_path) == settings | {"mask_steps": 0}
+    assert read_settings(tmp_path) == settings | {"mask_steps": 0, "ablate": "corrupt", "procedure": "exact"}
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):
@@ -190,6 +208,8 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "addition", "--resume", "found"), "leave out model, --task"),
         (("--resume", "found", "--seed", "0", "-o", "other"), "leave out --seed, --out"),
         (("demo", "--task", "nonsense"), "nonsense: no such task"),
+        (("demo", "--task", "addition", "--ablate", "noise"), "ablate noise: is none of corrupt, mean, zero, mixed"),
+        (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )
 def test_bad_options_are_refused(place, arguments, message):

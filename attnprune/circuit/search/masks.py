@@ -120,7 +120,8 @@ def _rate(progress: float) -> float:
 def _error_gradients(split: Split, prompts: Prompts, kept: Tensor, gap: float) -> tuple[Tensor, float]:
     """(gradient [U, V] of the mean squared error of the metric, in units of the gap; the faithfulness)."""
     group = split.collected(prompts)
-    clean = prompts.score(group.clean.logits)
+    clean = split.wanted(group)
+    kept = split.anatomy.graph.prune(kept)  # what is cut off computes the corrupted run, but no mean or zero one
     short: list[Tensor] = []
 
     def error(logits: Tensor) -> Tensor:

@@ -61,12 +61,18 @@ def evaluate_sizes(split: Split, order: Order, sizes: Iterable[int], watch: Watc
     """Circuits of these sizes and the whole model, smallest first; equal ones count once."""
     graph = split.anatomy.graph
     sizes = list(sizes)
-    found = {graph.edge_count: Sized(graph.mask(), graph.edge_count, split.clean, 1.0)}
+    found = {graph.edge_count: whole(split)}
     for done, size in enumerate(sizes):
         watch(f"sizes by {order.name}", done, len(sizes))
         sized = evaluated(split, circuit_of_size(graph, order.edges, size))
         found[sized.size] = sized
     return [found[count] for count in sorted(found)]
+
+
+def whole(split: Split) -> Sized:
+    """The model itself, or, where its metric is not the one that is wanted, what it measures."""
+    graph = split.anatomy.graph
+    return evaluated(split, graph.mask()) if split.is_asked else Sized(graph.mask(), graph.edge_count, split.clean, 1.0)
 
 
 def evaluated(split: Split, edges: Tensor) -> Sized:

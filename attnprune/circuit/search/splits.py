@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnprune.circuit.model import activations, patching
+from attnprune.circuit.model import patching
 from attnprune.circuit.model.activations import Activations
 from attnprune.circuit.model.adapters import Anatomy, open_gates
-from attnprune.circuit.result import Interval
+from attnprune.circuit.record import Interval
 from attnprune.circuit.search.cache import Cache, digest
+from attnprune.circuit.search.outside import Outside
 from attnprune.circuit.tasks import Prompts
+from attnprune.circuit.worth import Ablation, Procedure
 
 Watch = Callable[[str, int, int], None]
 """Told what is going on, and how many of how many steps of it are done."""
@@ -39,6 +41,9 @@ class Settings:
         mask_steps: steps of learning a mask over the edges; 0 leaves it out.
         deletions: most evaluations of block deletion; 0 leaves it out.
         draws: random circuits.
+        trials: random choices of ablated edges in a stress test, for each kind and share.
+        ablate: what edges outside a circuit carry.
+        procedure: "exact", or "published": count as published too.
         batch_size: prompts in one run.
     """
 
@@ -52,6 +57,9 @@ class Settings:
     mask_steps: int = 200
     deletions: int = 480
     draws: int = 20
+    trials: int = 3
+    ablate: Ablation = "corrupt"
+    procedure: Procedure = "exact"
     batch_size: int = 32
     seed: int = 0
 
@@ -67,7 +75,7 @@ class Settings:
 
 QUICK = {
     "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
-    "mask_steps": 0, "deletions": 0, "draws": 3,
+    "mask_steps": 0, "deletions": 0, "draws": 3, "trials": 1,
 }  # fmt: skip
 
 
@@ -90,6 +98,8 @@ class Split:
     """The runs of one split of a task through one model; circuits are evaluated on it. Collected when first needed.
 
     `to_rank`: keep all of the clean runs, which scores need and evaluations do not. `by_template`: one template a run.
+    `outside`: what edges outside a circuit carry, by default values of the corrupted prompts. `gap`: what a faithful
+    circuit changes the metric by, by default what the model itself does.
     """
 
     def __init__(
@@ -102,9 +112,12 @@ class Split:
         *,
         to_rank: bool = False,
         by_template: bool = False,
+        outside: Outside | None = None,
+        gap: float | None = None,
     ):
         self.anatomy, self.key = anatomy, key
-        self._cache = cache
+        self._cache, self._gap = cache, gap
+        self._outside = outside or Outside(anatomy, "corrupt", batches, key, cache, batch_size)
         self._to_rank = to_rank
         device = anatomy.model.device
         self.prompts = [part.to(device) for batch in batches for part in _parts(batch, batch_size, by_template)]
@@ -122,7 +135,7 @@ class Split:
 
     def collected(self, prompts: Prompts) -> Group:
         """Prompts with their runs, which are not kept."""
-        clean, corrupted = activations.collect_pair(self.anatomy, prompts.clean, prompts.corrupted, 1)
+        clean, corrupted = self._outside.pair(prompts)
         if not self._to_rank:
             clean = clean._replace(outputs=clean.outputs[:0].clone(), streams=clean.streams[:0].clone())
         return Group(prompts, clean, corrupted)
@@ -132,18 +145,29 @@ class Split:
         self._groups = []
 
     @property
+    def is_asked(self) -> bool:
+        """Whether another metric is wanted than the model's own."""
+        return self._gap is not None
+
+    @property
     def clean(self) -> Tensor:
-        """Metric [N] of the model itself."""
-        return self._scored("clean", lambda group: group.clean.logits)
+        """Metric [N] of a faithful circuit: that of the model itself, if no gap was given."""
+        return self._scored("clean", self.wanted)
+
+    def wanted(self, group: Group) -> Tensor:
+        """The metric of a faithful circuit for the prompts of a group."""
+        if self._gap is None:
+            return group.prompts.score(group.clean.logits)
+        return group.prompts.score(group.corrupted.logits) + self._gap
 
     @property
     def corrupted(self) -> Tensor:
-        """Metric [N] on the corrupted prompts, by the answers of the clean ones."""
-        return self._scored("corrupted", lambda group: group.corrupted.logits)
+        """Metric [N] without any edge: that of the corrupted prompts, by the answers of the clean ones."""
+        return self._scored("corrupted", lambda group: group.prompts.score(group.corrupted.logits))
 
-    def _scored(self, name: str, logits: Callable[[Group], Tensor]) -> Tensor:
+    def _scored(self, name: str, scores: Callable[[Group], Tensor]) -> Tensor:
         def compute() -> list[float]:
-            return [x for group in self.groups for x in group.prompts.score(logits(group)).tolist()]
+            return [x for group in self.groups for x in scores(group).tolist()]
 
         return torch.tensor(self._cache.numbers(f"{self.key} {name}", compute))
 

@@ -111,6 +111,8 @@ def circuit(
     deletions: int | None = None,
     ablate: str = "corrupt",
     procedure: str = "exact",
+    levels: bool | None = None,
+    searches: int = 1,
     controls: bool = True,
     batch_size: int = 32,
     out: str | Path | None = None,
@@ -133,6 +135,8 @@ def circuit(
         ablate: what edges outside a circuit carry: values of the "corrupt" prompt, the "mean" or "zero"; "mixed": a
             third of the prompts each.
         procedure: "exact", or "published": heads and edges counted as published beside it.
+        levels: search heads and MLPs, and attention messages, as well as edges. Default: yes, not if quick.
+        searches: how many, with seeds from `seed` on; ratios of two models then say how far they agree.
         controls: random circuits, broken models, answers that mean nothing, other ablations.
         out: output folder with the record, page and curve. Default: ./MODEL-circuit-TASK.
         resume: the folder of a search that was interrupted, which goes on as it was begun.
@@ -157,14 +161,17 @@ def circuit(
             raise InputError(f"target {target:g}: is not above 0 and up to 1")
         if ablate not in ABLATIONS:
             raise InputError(f"ablate {ablate}: is none of {', '.join(ABLATIONS)}")
+        if searches < 1:
+            raise InputError(f"searches {searches}: is below 1")
         if procedure not in PROCEDURES:
             raise InputError(f"procedure {procedure}: is none of {', '.join(PROCEDURES)}")
         folder = Path(out or default_name(str(model), str(task)))
         settings = {
             "model": str(model), "task": str(task), "against": against and str(against), "base": base and str(base),
             "target": float(target), "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed,
-            "quick": quick, "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure, "controls": controls,
-            "batch_size": batch_size, "command": command or f"attnprune.circuit({str(model)!r}, {str(task)!r}, ...)",
+            "quick": quick, "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure,
+            "levels": levels, "searches": searches, "controls": controls, "batch_size": batch_size,
+            "command": command or f"attnprune.circuit({str(model)!r}, {str(task)!r}, ...)",
         }  # fmt: skip
         check_folder(folder)
     from attnprune.circuit.run import run  # with torch, once the options are known to be good

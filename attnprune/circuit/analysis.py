@@ -14,13 +14,21 @@ from attnprune.circuit.model import patching
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
 from attnprune.circuit.nonsense import nonsense_control
 from attnprune.circuit.published import published
-from attnprune.circuit.result import TOP_EDGES, Edge, Evaluation, GraphFacts, ModelCircuit, Ranking, is_reached
+from attnprune.circuit.result import (
+    TOP_EDGES,
+    Edge,
+    Evaluation,
+    GraphFacts,
+    Level,
+    LevelCircuit,
+    ModelCircuit,
+    Ranking,
+    is_reached,
+)
 from attnprune.circuit.search.cache import Cache, check_same, digest
 from attnprune.circuit.search.counts import Messages, counts_of, curve_of, needed_messages
-from attnprune.circuit.search.deletion import delete
-from attnprune.circuit.search.masks import learn_circuits
 from attnprune.circuit.search.ranking import Order, Scores, rank, score_edges
-from attnprune.circuit.search.sizes import Sized, search_sizes, smallest_held
+from attnprune.circuit.search.sizes import Sized
 from attnprune.circuit.search.splits import (
     Settings,
     Split,
@@ -30,11 +38,22 @@ from attnprune.circuit.search.splits import (
     pattern_visible,
 )
 from attnprune.circuit.search.subject import Subject
+from attnprune.circuit.search.whole import Found, search_all
 from attnprune.circuit.tasks import Task, accuracy, check_ability
 from attnprune.circuit.worth import ControlModel, Controls
 from attnprune.errors import AttnPruneError
 
 SMALL_GRAPH_STEPS = 64  # most points of EAP-IG where they cost nothing
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one search found on its levels, and the prompts that decided."""
+
+    settings: Settings
+    found: dict[Level, Found]
+    levels: list[LevelCircuit]
+    validation: Split
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,59 @@ class Analysis:
     curves: dict[Ranking, list[Sized]]
     validation: Split
     test: Split
+    searches: list[Search]
+
+    def with_search(self, search: Search) -> Analysis:
+        """With one more search of the same model."""
+        levels = [*self.model.levels, *search.levels]
+        return replace(
+            self, model=self.model.model_copy(update={"levels": levels}), searches=[*self.searches, search]
+        )  # fmt: skip
+
+
+def search_again(subject: Subject, name: str) -> Search:
+    """One more search of a model, with other prompts, and without controls. Raises what `analyse` raises."""
+    with pattern_visible(subject.anatomy):
+        train, validation, test = _splits(subject)
+        _check(subject, validation, test, name)
+        scores = score_edges(train, _steps(subject), subject.told, subject.cache)
+        orders = rank(train, scores, subject.settings, subject.told, subject.cache)
+        train.free()
+        found = search_all(subject, train, validation, scores, orders)
+        validation.free()
+        return _searched(subject, validation, test, found)
+
+
+def _splits(subject: Subject) -> tuple[Split, Split, Split]:
+    return (
+        subject.split("train", to_rank=True, by_template=True),
+        subject.split("validation"),
+        subject.split("test"),
+    )
+
+
+def _steps(subject: Subject) -> int:
+    """Most points of EAP-IG."""
+    is_small = subject.anatomy.graph.edge_count <= subject.settings.all_edges
+    return SMALL_GRAPH_STEPS if is_small else subject.settings.max_steps
+
+
+def _searched(subject: Subject, validation: Split, test: Split, found: dict[Level, Found]) -> Search:
+    """The circuits of all levels on the test prompts."""
+    settings, levels = subject.settings, []
+    for level, one in found.items():
+        subject.told(f"test prompts, {level}", 0, 1)
+        report = evaluation(test.on(one.units), one.chosen.edges, settings.seed)
+        levels.append(
+            LevelCircuit(
+                level=level, seed=settings.seed, size=one.size(one.chosen), whole=one.whole,
+                ranked=one.size(one.ranked),
+                validation_faithfulness=one.chosen.faithfulness, faithfulness=report.faithfulness, lower=report.lower,
+                upper=report.upper, reached=is_reached(settings.band, one.chosen.faithfulness, report),
+            )
+        )  # fmt: skip
+    test.free()
+    return Search(settings, found, levels, validation)
 
 
 def analyse(
@@ -75,30 +147,20 @@ def analyse(
     subject = Subject(anatomy, task, label, settings, watch, cache)
     told = subject.told
     with pattern_visible(anatomy):
-        train, validation, test = (
-            subject.split(part, to_rank=part == "train", by_template=part == "train")
-            for part in ("train", "validation", "test")
-        )
+        train, validation, test = _splits(subject)
         told("runs of the model", 0, 1)
         _check(subject, validation, test, name)
-        is_small = anatomy.graph.edge_count <= settings.all_edges
-        steps = SMALL_GRAPH_STEPS if is_small else settings.max_steps
-        scores = score_edges(train, steps, told, cache)
+        scores = score_edges(train, _steps(subject), told, cache)
         orders = rank(train, scores, settings, told, cache)
         train.free()
-        curves, order, ranked = search_sizes(validation, orders, settings, told)
-        learned = None
-        if settings.mask_steps:
-            learned = _learned(subject, train, validation, order, ranked)
-        chosen = learned or ranked
-        if settings.deletions:
-            again = subject.split("train", name="train, all")
-            chosen = delete(again, validation, curves[order.name], chosen, settings, told)
-            again.free()
+        levels = search_all(subject, train, validation, scores, orders)
+        edges = levels["edges"]
+        ranked, chosen = edges.ranked, edges.chosen
         messages = _messages(validation, chosen, scores, settings, told, cache, label)
         validation.free()
         counted = published(subject) if settings.procedure == "published" else None
         told("test prompts", 0, 1)
+        search = _searched(subject, validation, test, levels)
         report = evaluation(test, chosen.edges, settings.seed)
         found = _controls(subject, test, chosen, ranked, scores) if with_controls else Controls()
         test.free()
@@ -106,18 +168,18 @@ def analyse(
             gap = (validation.clean.mean() - validation.corrupted.mean()).item()
             kinds = ["random_weights", *(["shuffled_gates"] if sparse else [])]
             broken: dict[str, Any] = {kind: _broken(kind, subject, ranked.size, gap) for kind in kinds}
-            floor = nonsense_control(subject, gap, steps, ranked.size, chosen.size, report.lower)
+            floor = nonsense_control(subject, gap, _steps(subject), ranked.size, chosen.size, report.lower)
             found = found.model_copy(update=broken | {"nonsense": floor})
     facts = _model_facts(name, sparse, anatomy, test)
-    kept, best = _edges(anatomy, order, chosen.edges)
+    kept, best = _edges(anatomy, edges.order, chosen.edges)
     heads, mlps = anatomy.graph.touched(chosen.edges)
     result = ModelCircuit(
         **facts,
         attribution=scores.facts,
-        curves=[curve_of(anatomy.graph, name, points, settings) for name, points in curves.items()],
-        ranking=order.name,
+        curves=[curve_of(anatomy.graph, name, points, settings) for name, points in edges.curves.items()],
+        ranking=edges.order.name,
         ranked=counts_of(anatomy.graph, ranked.edges),
-        learned=learned and counts_of(anatomy.graph, learned.edges),
+        learned=edges.learned and counts_of(anatomy.graph, edges.learned.edges),
         counts=counts_of(anatomy.graph, chosen.edges, messages),
         heads=[f"a{layer}.h{head}" for layer, head in heads.nonzero().tolist()],
         mlps=[f"m{layer}" for layer in mlps.nonzero()[:, 0].tolist()],
@@ -126,11 +188,12 @@ def analyse(
         validation_faithfulness=chosen.faithfulness,
         test=report,
         reached=is_reached(settings.band, chosen.faithfulness, report),
+        levels=search.levels,
         published=counted,
         controls=found,
         seconds=round(time.monotonic() - started, 1),
     )
-    return Analysis(result, anatomy, chosen.edges, scores.edges, curves, validation, test)
+    return Analysis(result, anatomy, chosen.edges, scores.edges, edges.curves, validation, test, [search])
 
 
 def _check(subject: Subject, validation: Split, test: Split, name: str) -> None:
@@ -145,18 +208,6 @@ def _check(subject: Subject, validation: Split, test: Split, name: str) -> None:
     for prompts in plain.prompts:  # the prefix that a group shares has its own length
         group = plain.collected(prompts)
         patching.self_check(subject.anatomy, group.clean, group.corrupted)
-
-
-def _learned(subject: Subject, train: Split, validation: Split, order: Order, ranked: Sized) -> Sized | None:
-    """The smallest learned circuit, if validation prompts hold one that is smaller than the ranked one."""
-    settings = subject.settings
-    more = subject.split("more" if subject.task.more else "train", name="more")
-    gap = (train.clean.mean() - train.corrupted.mean()).item()
-    if gap <= 0:  # no behaviour to keep on the train prompts
-        return None
-    circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, subject.told, subject.cache)
-    smaller = [edges for edges in circuits if int(edges.sum()) < ranked.size]
-    return smallest_held(validation, smaller, settings, subject.told)
 
 
 def _messages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from attnprune.circuit.result import (
     CircuitResult,
     Compare,
     Example,
+    LevelRatio,
     Method,
     ModelCircuit,
     PublishedRatios,
@@ -49,6 +51,7 @@ def compare(first: Analysis, second: Analysis, settings: Settings) -> Compare:
         mlps=Ratio(value=_ratio(other.counts.mlps, one.counts.mlps), ranked=ratios["mlps"]),
         edges=Ratio(value=_ratio(other.counts.edges, one.counts.edges), ranked=ratios["edges"]),
         messages=Ratio(value=_ratio(other.counts.messages, one.counts.messages), ranked=None),
+        levels=level_ratios(first, second),
         published=_published_ratios(one, other),
         first_in_second=transfer[0],
         second_in_first=transfer[1],
@@ -68,6 +71,36 @@ def parity(one: ModelCircuit, other: ModelCircuit) -> list[str]:
     return reasons + [
         f"{model.name}: its circuit is {NOT_CLEAR}" for model in (one, other) if NOT_CLEAR in doubts(model)
     ]
+
+
+def level_ratios(first: Analysis, second: Analysis) -> list[LevelRatio]:
+    """The ratio of sizes on every level, geometric mean over the searches, each of the same prompts for both models.
+
+    A resample draws searches, and in each of them validation prompts; all evaluated sizes are judged again on these.
+    """
+    count = len(first.searches)
+    seed = first.searches[0].settings.seed
+    picks = torch.randint(count, (BOOTSTRAP, count), generator=torch.Generator().manual_seed(seed))
+    ratios = []
+    for level in first.searches[0].found:
+        point, drawn = [], []
+        for pair in zip(first.searches, second.searches, strict=True):
+            chosen = [search.found[level].size(search.found[level].chosen) for search in pair]
+            rows = resamples(len(pair[0].validation), pair[0].settings.seed)
+            sizes = [search.found[level].resampled(search.validation, rows, search.settings) for search in pair]
+            point.append(math.log(chosen[1] / chosen[0]) if all(chosen) else math.nan)
+            drawn.append((sizes[1] / sizes[0]).log())
+        means = torch.stack(drawn, 1).gather(1, picks).mean(1)
+        value = sum(point) / count
+        low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).exp().tolist()
+        known = math.isfinite(value) and bool(means.isfinite().all())
+        ratios.append(
+            LevelRatio(
+                level=level, searches=count, value=math.exp(value) if math.isfinite(value) else None,
+                low=low if known else None, high=high if known else None,
+            )
+        )  # fmt: skip
+    return ratios
 
 
 def _published_ratios(one: ModelCircuit, other: ModelCircuit) -> PublishedRatios | None:

@@ -28,6 +28,8 @@ _BEFORE = {
     "mask_steps": 0,
     "ablate": "corrupt",
     "procedure": "exact",
+    "levels": False,
+    "searches": 1,
 }  # of a search that was begun when there were no such settings
 MAX_RECORD_BYTES = 256 << 20  # some two million edges
 

@@ -55,7 +55,7 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     if subject.settings.deletions:
         start = _nearest(learned or tried, subject.settings)
         path = delete_blocks(again, start.edges, subject.settings, subject.told)
-        tried.append(shortest(validation, path, subject.settings, subject.told))
+        tried += shortest(validation, path, subject.settings, subject.told)
     chosen = _nearest(tried, subject.settings)
     found = subject.settings.in_band(chosen.faithfulness)
     bounds = _bounds(test, chosen.edges, subject.settings.seed)

@@ -44,9 +44,10 @@ def published(subject: Subject) -> Published:
         middle = (low + count) // 2
         low, count = (low, middle) if share(middle) >= target else (middle, count)
     heads = _first(graph, order, count)
+    names = [f"a{layer}.h{head}" for layer, head in heads.nonzero().tolist()]
     found = Published(
         heads=count if share(count) >= target else None, recovered=share(count), edges=edges_among(graph, heads),
-        token_edges=_open_edges(subject, split, heads), names=[f"a{layer}.h{head}" for layer, head in heads.nonzero().tolist()],
+        token_edges=_open_edges(subject, split, heads), names=names,
     )  # fmt: skip
     split.free()
     return found

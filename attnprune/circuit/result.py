@@ -30,6 +30,7 @@ BOUNDS = (
 TOP_EDGES = 2000
 NOT_CLEAR = "not clearly below its nonsense control"
 
+Level = Literal["nodes", "edges", "messages"]
 Ranking = Literal["eap-ig abs", "eap-ig signed", "exact nodes", "exact edges"]
 
 
@@ -179,6 +180,31 @@ def is_reached(band: Sequence[float], validation: float, test: Evaluation, margi
     return low - margin < test.lower and test.upper < high + margin
 
 
+class LevelCircuit(Strict):
+    """The smallest circuit found on one level, by one search with its own prompts."""
+
+    level: Level
+    seed: int
+    size: float = Field(description="heads and MLPs; component edges; attention messages (head, to, from) per prompt")
+    whole: float = Field(description="the same of the whole model")
+    ranked: float = Field(description="size found by ranking")
+    validation_faithfulness: float
+    faithfulness: Interval = Field(description="on test prompts")
+    lower: float | None = Field(description="one-sided 95 % bounds on test prompts")
+    upper: float | None
+    reached: bool = Field(description="as for the edges")
+
+
+class LevelRatio(Strict):
+    """Other model / this model on one level: geometric mean over the searches."""
+
+    level: Level
+    searches: int
+    value: float | None = Field(description="null where a model has no circuit")
+    low: float | None = Field(description="95 %, paired bootstrap over the searches and their validation prompts")
+    high: float | None
+
+
 class ModelCircuit(Strict):
     """A model, its circuit and what the controls say."""
 
@@ -208,6 +234,7 @@ class ModelCircuit(Strict):
         description="validation_faithfulness lies in method.band, test.lower and test.upper in the band widened by "
         "method.margin; false: not shown with so many prompts"
     )
+    levels: list[LevelCircuit] = Field(default=[], description="every level of every search")
     published: Published | None = Field(default=None, description="the published procedure; null: not asked for")
     controls: Controls
     seconds: float = Field(description="of the last part, if the search was interrupted")
@@ -237,6 +264,7 @@ class Compare(Strict):
     mlps: Ratio
     edges: Ratio
     messages: Ratio
+    levels: list[LevelRatio] = Field(default=[], description="sizes on every level")
     published: PublishedRatios | None = None
     first_in_second: Number = Field(description="faithfulness of the circuit of models[0] in models[1], test prompts")
     second_in_first: Number

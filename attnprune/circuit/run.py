@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attnprune.circuit.analysis import analyse
+from attnprune.circuit.analysis import analyse, search_again
 from attnprune.circuit.compare import eap_ig_data, result_of, task_facts
 from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE, check_folder
 from attnprune.circuit.model.adapters import graph_of
 from attnprune.circuit.result import CircuitResult
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import QUICK, Settings, Watch
-from attnprune.circuit.tasks import load_task, task_names
+from attnprune.circuit.search.subject import Subject
+from attnprune.circuit.tasks import Task, load_task, task_names
 from attnprune.errors import InputError
 from attnprune.files import locked, write_atomic
 from attnprune.sidecar import bases, loading
@@ -60,10 +62,8 @@ def _run(
         other, other_tokenizer = load_model(settings["against"], settings["base"], device)
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
-    task = load_task(
-        settings["task"], tokenizer, vocabulary=min(one.config.vocab_size for _, one in models.values()),
-        count=settings["prompts"], more=more, seed=settings["seed"],
-    )  # fmt: skip
+    tasks = [_task(settings, seed, tokenizer, models, more) for seed in _seeds(settings)]
+    task = tasks[0]
     (folder / CACHE_FOLDER).mkdir(parents=True, exist_ok=True)
     if is_new:
         stored = settings | {"fingerprint": task.fingerprint}
@@ -76,6 +76,12 @@ def _run(
             analyse(one, name, task, how, with_controls=settings["controls"], label=label, watch=watch, cache=cache)
             for label, (name, one) in models.items()
         ]
+        for again in range(1, len(tasks)):
+            other_how = replace(how, seed=_seeds(settings)[again])
+            for place, (label, (name, _)) in enumerate(models.items()):
+                key = f"{label} search {again + 1}"
+                subject = Subject(analyses[place].anatomy, tasks[again], key, other_how, watch, cache)
+                analyses[place] = analyses[place].with_search(search_again(subject, name))
         facts = task_facts(task, tokenizer, settings["seed"])
         notes: list[str] = []
         exports = {"eap-ig.json": eap_ig_data(analyses[0])}
@@ -94,9 +100,21 @@ def _run(
     return result
 
 
+def _seeds(settings: dict[str, Any]) -> list[int]:
+    """The seed of every search, of its prompts too."""
+    return [settings["seed"] + search for search in range(settings["searches"])]
+
+
+def _task(settings: dict[str, Any], seed: int, tokenizer: Any, models: dict[str, tuple[str, Any]], more: int) -> Task:
+    vocabulary = min(model.config.vocab_size for _, model in models.values())
+    return load_task(
+        settings["task"], tokenizer, vocabulary=vocabulary, count=settings["prompts"], more=more, seed=seed
+    )
+
+
 def _thoroughness(settings: dict[str, Any]) -> Settings:
     chosen: dict[str, Any] = dict(QUICK) if settings["quick"] else {}
-    chosen |= {name: settings[name] for name in ("mask_steps", "deletions") if settings[name] is not None}
+    chosen |= {name: settings[name] for name in ("mask_steps", "deletions", "levels") if settings[name] is not None}
     return Settings(
         **chosen,
         ablate=settings["ablate"],

@@ -64,6 +64,17 @@ def circuit(
     procedure: Annotated[
         str, typer.Option("--procedure", help="exact, or published: heads and edges counted as published beside it.")
     ] = "exact",
+    levels: Annotated[
+        bool | None,
+        typer.Option(
+            "--levels/--no-levels",
+            help="Search heads and MLPs, and messages, as well as edges. Default: --levels, not if quick.",
+            show_default=False,
+        ),
+    ] = None,
+    searches: Annotated[
+        int, typer.Option("--searches", help="Searches, with seeds from --seed on; each takes as long.", min=1)
+    ] = 1,
     controls: Annotated[
         bool,
         typer.Option(
@@ -112,7 +123,8 @@ def circuit(
         folder = output or Path(default_name(model, task))
     options = {
         "against": against, "base": base, "target": target, "prompts": prompts, "seed": seed, "quick": quick,
-        "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure, "controls": controls,
+        "mask_steps": mask_steps, "deletions": deletions, "ablate": ablate, "procedure": procedure,
+        "levels": levels, "searches": searches, "controls": controls,
         "batch_size": batch_size, "command": command_line(),
     }  # fmt: skip
     try:

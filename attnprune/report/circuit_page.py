@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnprune.files import write_atomic
-from attnprune.report.circuits import OUTSIDE, chance, curve_png, nonsense, verdict, worst
+from attnprune.report.circuits import (
+    LEVELS,
+    OUTSIDE,
+    chance,
+    curve_png,
+    level_cell,
+    level_ratio,
+    levels_of,
+    nonsense,
+    verdict,
+    worst,
+)
 from attnprune.report.pages import build, toggle
 from attnprune.report.pages import text as _text
 from attnprune.units import duration, number, percent
@@ -83,6 +94,12 @@ def _report(result: CircuitResult) -> str:
     row("control: random weights", lambda m: _broken(m.controls.random_weights, result))
     row("control: shuffled gates", lambda m: _broken(m.controls.shuffled_gates, result))
     row("agreement between templates", _templates)
+    for level, name in LEVELS.items():
+        title = f"level, with a search of its own: {name}"
+        ratio = next((one for one in compare.levels if one.level == level), None) if compare is not None else None
+        cells = ["; ".join(map(level_cell, levels_of(model, level))) for model in models]
+        if any(cells) and any(len(model.levels) > 1 for model in models):
+            rows.append((title, cells, "" if ratio is None else ", ".join(filter(None, level_ratio(ratio)))))
     row("counted as published", _published)
     row("ranking", lambda m: f"{m.ranking}, {m.attribution.steps} points, gap {percent(m.attribution.gap)}")
     row("gates that differ, clean to corrupted", _flips)
@@ -136,7 +153,8 @@ def _published(model: ModelCircuit) -> str:
         return ""
     if found.heads is None:
         return f"not reached: all heads bring back {found.recovered:.2f}"
-    return f"{found.heads} heads, {found.edges:,} edges among them, {found.token_edges:,.1f} open attention edges per prompt"
+    tokens = f"{found.token_edges:,.1f} open attention edges per prompt"
+    return f"{found.heads} heads, {found.edges:,} edges among them, {tokens}"
 
 
 def _random(model: ModelCircuit) -> str:

@@ -12,7 +12,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnprune.circuit.result import CircuitResult, Compare, Counts, ModelCircuit, Ratio, doubts
+from attnprune.circuit.result import (
+    CircuitResult,
+    Compare,
+    Counts,
+    Level,
+    LevelCircuit,
+    LevelRatio,
+    ModelCircuit,
+    Ratio,
+    doubts,
+)
 from attnprune.circuit.worth import ControlModel, RandomCircuits
 from attnprune.errors import printable
 from attnprune.units import duration, number, percent
@@ -61,7 +71,10 @@ class Watching(AbstractContextManager):
 
 def summary(result: CircuitResult) -> list[Any]:
     """The answer for a person: sizes side by side, controls, what was measured."""
-    lines: list[Any] = [sizes_table(result), controls_table(result)]
+    lines: list[Any] = [sizes_table(result)]
+    if any(len(model.levels) > 1 for model in result.models):
+        lines.append(levels_table(result))
+    lines.append(controls_table(result))
     if result.compare is not None and not result.compare.comparable:
         lines.append("not comparable: " + "; ".join(result.compare.reasons))
     lines.append(method_line(result))
@@ -119,6 +132,50 @@ def sizes_table(result: CircuitResult) -> Table:
     row("EAP-IG gap", [percent(m.attribution.gap) for m in models])
     row("gates that flip", [_flips(m) for m in models])
     return table
+
+
+def levels_table(result: CircuitResult) -> Table:
+    """The smallest circuits of every level and search, and the ratio of two models."""
+    table = _table("Levels, each with a search of its own (size, faithfulness on test prompts)", result)
+    ratios = {} if result.compare is None else {ratio.level: ratio for ratio in result.compare.levels}
+    if ratios:
+        table.add_column("ratio", justify="right")
+        table.add_column("95 %", justify="right")
+    for level, name in LEVELS.items():
+        for place, rows in enumerate(zip(*(levels_of(model, level) for model in result.models), strict=False)):
+            cells = [level_cell(row) for row in rows]
+            table.add_row(
+                name if place == 0 else f"  seed {rows[0].seed}", *cells, *(_level_ratio(ratios, level, place))
+            )
+    return table
+
+
+LEVELS: dict[Level, str] = {"nodes": "heads and MLPs", "edges": "edges", "messages": "messages/prompt"}
+
+
+def levels_of(model: ModelCircuit, level: Level) -> list[LevelCircuit]:
+    """A level's circuits, one of every search."""
+    return [one for one in model.levels if one.level == level]
+
+
+def level_cell(one: LevelCircuit) -> str:
+    """Size and faithfulness."""
+    shown = "" if one.reached else ", not shown"
+    return f"{one.size:,.5g} of {one.whole:,.6g} at {one.faithfulness.value:.2f}{shown}"
+
+
+def _level_ratio(ratios: dict[Level, LevelRatio], level: Level, place: int) -> list[str]:
+    if not ratios:
+        return []
+    return level_ratio(ratios[level]) if level in ratios and place == 0 else ["", ""]
+
+
+def level_ratio(ratio: LevelRatio) -> list[str]:
+    """[ratio, interval]."""
+    if ratio.value is None:
+        return ["", ""]
+    bounds = "" if ratio.low is None or ratio.high is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+    return [f"{ratio.value:.2f}x", bounds]
 
 
 def _published_rows(result: CircuitResult, row: Any) -> None:

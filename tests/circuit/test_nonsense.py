@@ -78,16 +78,14 @@ def test_a_circuit_no_smaller_than_that_of_nonsense_says_so_everywhere(monkeypat
     assert f"planted: its circuit is {NOT_CLEAR}" in parity(found.model, found.model)
 
 
-def test_mean_ablation_finds_what_is_not_the_same_in_all_prompts(monkeypatch):
-    """The flag is +1 in every clean prompt, so its mean says as much: the edges that carry it alone are not needed."""
+def test_mean_ablation_finds_planted_edges_alone(monkeypatch):
     planted, *_, found = searched(monkeypatch, "llama", True, **QUICK | {"ablate": "mean"})
-    assert not (found.edges & ~planted.edges).any()
-    missing = planted.edges & ~found.edges
-    assert missing.any()
-    assert not (missing & ~planted.hidden).any()
+    assert found.edges.any()
+    assert not (found.edges & ~planted.edges).any()  # an edge whose mean says nearly as much may be missing
+    assert found.model.validation_faithfulness == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("ablate", (*KINDS, "mixed"))
+@pytest.mark.parametrize("ablate", [*KINDS, "mixed"])
 def test_faithfulness_counts_from_the_model_without_edges_to_the_model(ablate):
     planted = plant("gpt2", gated=True)
     anatomy = anatomy_of(planted.model)

@@ -45,6 +45,9 @@ def place(tmp_path_factory):
         "5",
         "--procedure",
         "published",
+        "--levels",
+        "--searches",
+        "2",
         "--out",
         "found",
         "--json",
@@ -70,6 +73,12 @@ def test_json_is_the_file_and_matches_its_schema(place):
     assert len(one.test.each) == 9
     assert result.method.mask_steps == 5
     assert one.published.heads == other.published.heads > 0
+    assert [(level.level, level.seed) for level in one.levels[:4]] == [
+        ("edges", 0), ("nodes", 0), ("messages", 0), ("edges", 1)
+    ]  # fmt: skip
+    assert [(ratio.level, ratio.searches, ratio.value) for ratio in result.compare.levels] == [
+        (level, 2, pytest.approx(1)) for level in ("edges", "nodes", "messages")
+    ]
     assert result.compare.published.token_edges == 1
     assert result.task.more > 1000
 
@@ -160,10 +169,16 @@ def test_names_with_dollars_are_no_formulas(place, tmp_path):
 def test_a_search_that_was_begun_before_there_were_masks_goes_on_without(place, tmp_path):
     settings = json.loads((place / "found" / "cache" / "settings.json").read_text())
     assert settings.pop("mask_steps") == 5
-    del settings["ablate"], settings["procedure"]
+    del settings["ablate"], settings["procedure"], settings["levels"], settings["searches"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "settings.json").write_text(json.dumps(settings))
-    assert read_settings(tmp_path) == settings | {"mask_steps": 0, "ablate": "corrupt", "procedure": "exact"}
+    assert read_settings(tmp_path) == settings | {
+        "mask_steps": 0,
+        "ablate": "corrupt",
+        "procedure": "exact",
+        "levels": False,
+        "searches": 1,
+    }
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_works(place):
@@ -209,6 +224,7 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("--resume", "found", "--seed", "0", "-o", "other"), "leave out --seed, --out"),
         (("demo", "--task", "nonsense"), "nonsense: no such task"),
         (("demo", "--task", "addition", "--ablate", "noise"), "ablate noise: is none of corrupt, mean, zero, mixed"),
+        (("demo", "--task", "addition", "--searches", "0"), "Invalid value for '--searches'"),
         (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )

@@ -33,6 +33,11 @@ class Graph:
     parallel: bool = False
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of a mask over the edges."""
+        return self.sources, self.destinations
+
+    @property
     def sources(self) -> int:
         """Number of writers."""
         return 1 + self.layers * (self.heads + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import Counts, Curve, Point, Ranking
 from attnprune.circuit.search.sizes import Sized, between, stable
 from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.search.units import open_messages
 from attnprune.circuit.tasks import Prompts
 
 # Reports
@@ -55,9 +56,7 @@ def needed_messages(
     heads, _ = split.anatomy.graph.touched(edges)
     strengths, candidates, visible = [], [], 0
     for group in split.groups:
-        clean, corrupted = cast(Tensor, group.clean.patterns), cast(Tensor, group.corrupted.patterns)
-        is_open = ((clean != 0) | (corrupted != 0)).cpu()  # [L, B, H, S, P + S]
-        is_open &= _may_differ(group.prompts)[None, :, None, -is_open.shape[3] :, None]
+        is_open = open_messages(group)
         visible += int(is_open.sum())
         candidates.append(is_open & heads[:, None, :, None, None])
         strengths.append(_message_strength(group.prompts, scores, is_open))
@@ -77,11 +76,6 @@ def needed_messages(
         low, high = (low, middle) if inside else (middle, high)
     kept = sum(int(mask.sum()) for mask in masks(high)) if high else 0
     return Messages(kept / len(split), visible / len(split))
-
-
-def _may_differ(prompts: Prompts) -> Tensor:
-    """The positions from the first differing token on, bool [B, length]."""
-    return (prompts.clean != prompts.corrupted).cpu().cummax(1).values
 
 
 def _message_strength(prompts: Prompts, scores: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor:

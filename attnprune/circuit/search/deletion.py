@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnprune.circuit.model.attribution import attribute_circuit
 from attnprune.circuit.search.sizes import Sized, evaluated, stable
-from attnprune.circuit.search.splits import Group, Settings, Split, Watch
+from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.search.units import Group
 
 # Stages of deletion: how much of what may be lost, and into how many blocks a circuit is cut before a stage gives up.
 _STAGES = ((0.1, 32), (0.3, 64), (0.6, 128), (1.0, None))
@@ -24,19 +24,22 @@ _LARGER = 1.3  # where deletion begins, relative to the circuit found by size
 
 def delete(
     train: Split, validation: Split, points: list[Sized], best: Sized, settings: Settings, watch: Watch
-) -> Sized:
-    """A smaller circuit by deletion, or `best`: the smallest stable one of a ranking (`points`), or a learned one."""
+) -> tuple[Sized, list[Sized]]:
+    """A smaller circuit by deletion, or `best`: the smallest stable one of a ranking (`points`), or a learned one.
+
+    Also all circuits that validation prompts evaluated on the way.
+    """
     start, ranked = best, points[stable(points, settings)]
     if best is ranked:
         start = next((point for point in points if point.size >= _LARGER * ranked.size), points[-1])
-    found = shortest(validation, delete_blocks(train, start.edges, settings, watch), settings, watch)
-    return min(best, found, key=lambda sized: sized.size)
+    path = shortest(validation, delete_blocks(train, start.edges, settings, watch), settings, watch)
+    return min(best, path[-1], key=lambda sized: sized.size), path
 
 
 def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
     """Delete edges while train prompts stay in the band: the weakest first, a block that fails in halves.
 
-    The weakest by `attribute_circuit` at the beginning of each stage.
+    The weakest by gradients at the beginning of each stage.
 
     The band opens in stages, or the first large blocks would use up all that may be lost. Returns the circuits on the
     way, largest first. In the last stage each edge has been tried alone, unless `settings.deletions` ran out.
@@ -57,7 +60,7 @@ def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch)
             if not len(block):
                 continue
             without[block] = False
-            candidate = train.anatomy.graph.prune(without.view_as(start))
+            candidate = train.units.prune(without.view_as(start))
             done += 1
             if stricter.in_band(train.faithfulness(candidate)):
                 path.append(candidate)
@@ -70,7 +73,7 @@ def _weakest_first(train: Split, circuit: Tensor) -> Tensor:
     """The edges of a circuit (flat indices) by the predicted change of the metric without each of them."""
 
     def score(group: Group) -> Tensor:
-        found = attribute_circuit(train.anatomy, group.clean, group.corrupted, circuit, group.prompts.score)
+        found = train.units.gradients(group, circuit, group.prompts.score)
         return len(group.prompts) * found.double().cpu()
 
     scores = torch.stack([score(group) for group in train.groups]).sum(0).abs().flatten()
@@ -78,16 +81,21 @@ def _weakest_first(train: Split, circuit: Tensor) -> Tensor:
     return edges[scores[edges].argsort(stable=True)]
 
 
-def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch) -> Sized:
-    """The last circuit of a path of deletions that validation prompts keep in the band, by bisection."""
-    found = evaluated(split, path[0])
+def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch) -> list[Sized]:
+    """By bisection the last circuit of a path of deletions that validation prompts keep in the band.
+
+    It is the last of those returned; before it stand the others that were evaluated.
+    """
+    found, others = evaluated(split, path[0]), []
     low, high = 0, len(path)
     while high - low > 1:
         watch("deletions that hold", low, len(path))
         middle = (low + high) // 2
         candidate = evaluated(split, path[middle])
         if settings.in_band(candidate.faithfulness):
+            others.append(found)
             low, found = middle, candidate
         else:
+            others.append(candidate)
             high = middle
-    return found
+    return [*others, found]

@@ -20,8 +20,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnprune.circuit.model.attribution import edge_gradients
-from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.search.cache import Cache, digest
 from attnprune.circuit.search.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Prompts
@@ -41,33 +39,34 @@ _BROKEN = 0.5  # share of the target
 def learn_circuits(
     split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> list[Tensor]:
-    """The circuits, bool [U, V] and pruned, after every `EVERY` of `settings.mask_steps` steps. They resume from there.
+    """The circuits, pruned, after every `EVERY` of `settings.mask_steps` steps. They resume from there.
 
     Args:
         split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
-        order: edges (flat indices), best first; `size` of them are kept at the beginning.
+        order: edges, or what circuits of the split are made of (flat indices), best first; `size`
+            of them are kept at the beginning.
         gap: mean metric of clean minus corrupted prompts.
     """
-    graph = split.anatomy.graph
+    units = split.units
     batches = torch.randperm(len(split.prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    state = _start(graph, order, size)
+    state = _start(units.shape, order, size)
     name = f"{split.key} mask {digest(state['scores'])} {settings.mask_steps} {settings.target}"
     circuits = []
     for done in range(0, settings.mask_steps, EVERY):
         count = min(EVERY, settings.mask_steps - done)
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
         state = cache.tensors(f"{name} {done + count}", partial(_steps, split, state, turns, gap, settings, watch))
-        circuits.append(graph.prune(state["scores"] > 0))
+        circuits.append(units.prune(state["scores"] > 0))
     return circuits
 
 
-def _start(graph: Graph, order: Tensor, size: int) -> dict[str, Tensor]:
+def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:
     """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the multiplier
     and the smoothed faithfulness (NaN before the first step)."""
-    scores = torch.full((graph.sources * graph.destinations,), -1.0)
+    scores = torch.full(shape, -1.0).flatten()
     rank = torch.arange(1, len(order) + 1, dtype=torch.float)
     scores[order] = (_SPREAD * ((size + 0.5) / rank).log()).clamp(-1, 1)
-    scores = scores.view(graph.sources, graph.destinations)
+    scores = scores.view(shape)
     return {
         "scores": scores, "before": scores, "exp_avg": torch.zeros_like(scores), "exp_avg_sq": torch.zeros_like(scores),
         "multiplier": _number(_MULTIPLIER), "faithfulness": _number(math.nan),
@@ -78,7 +77,7 @@ def _steps(
     split: Split, state: dict[str, Tensor], turns: dict[int, int], gap: float, settings: Settings, watch: Watch
 ) -> dict[str, Tensor]:
     """The state after some steps, each on the part of the prompts whose turn it is."""
-    every = split.anatomy.graph.mask()
+    every = split.units.mask()
     scores, before = state["scores"].clone().requires_grad_(), state["before"]
     moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
     optimizer = torch.optim.Adam([scores], betas=_BETAS, eps=1e-12)
@@ -118,10 +117,10 @@ def _rate(progress: float) -> float:
 
 
 def _error_gradients(split: Split, prompts: Prompts, kept: Tensor, gap: float) -> tuple[Tensor, float]:
-    """(gradient [U, V] of the mean squared error of the metric, in units of the gap; the faithfulness)."""
+    """(gradient by unit of the mean squared error of the metric, in units of the gap; the faithfulness)."""
     group = split.collected(prompts)
     clean = split.wanted(group)
-    kept = split.anatomy.graph.prune(kept)  # what is cut off computes the corrupted run, but no mean or zero one
+    kept = split.units.prune(kept)  # what is cut off computes the corrupted run, but no mean or zero one
     short: list[Tensor] = []
 
     def error(logits: Tensor) -> Tensor:
@@ -129,5 +128,5 @@ def _error_gradients(split: Split, prompts: Prompts, kept: Tensor, gap: float) -
         short.append(missing.detach())
         return missing.square()
 
-    gradients = edge_gradients(split.anatomy, group.clean, group.corrupted, kept, error)
+    gradients = split.units.gradients(group, kept, error)
     return gradients.float().cpu(), 1 + short[-1].mean().item()

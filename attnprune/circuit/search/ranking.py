@@ -15,7 +15,8 @@ from attnprune.circuit.model.effects import edge_effects, node_effects
 from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import Attribution, Flips, Ranking
 from attnprune.circuit.search.cache import Cache, digest
-from attnprune.circuit.search.splits import Group, Settings, Split, Watch
+from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.search.units import Group
 
 
 class Order(NamedTuple):
@@ -85,8 +86,8 @@ def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: 
     graph = train.anatomy.graph
     orders = eap_ig_orders(graph, scores.edges)
     small = graph.edge_count <= settings.all_edges
-    prompts = len(train) if small else settings.exact_prompts
-    nodes = _mean_nodes(train, prompts, watch, cache)
+    prompts = exact_prompts(train, settings)
+    nodes = mean_nodes(train, prompts, watch, cache)
     by_nodes = _by_nodes(graph, nodes)
     orders.append(_order(graph, "exact nodes", by_nodes, by_nodes, scores.edges.abs()))
     if small or settings.candidates:
@@ -95,6 +96,11 @@ def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: 
         strength = torch.where(candidates, effects.abs() + 1e-30, 0.0)
         orders.append(_order(graph, "exact edges", effects, strength, scores.edges.abs()))
     return orders
+
+
+def exact_prompts(train: Split, settings: Settings) -> int:
+    """Prompts that exact effects are measured on."""
+    return len(train) if train.anatomy.graph.edge_count <= settings.all_edges else settings.exact_prompts
 
 
 def eap_ig_orders(graph: Graph, scores: Tensor) -> list[Order]:
@@ -147,7 +153,7 @@ def _some(train: Split, count: int) -> list[Group]:
     return chosen
 
 
-def _mean_nodes(train: Split, count: int, watch: Watch, cache: Cache) -> Tensor:
+def mean_nodes(train: Split, count: int, watch: Watch, cache: Cache) -> Tensor:
     """Mean exact effect [U] of corrupting each node."""
 
     def compute() -> dict[str, Tensor]:

@@ -12,33 +12,42 @@ What an edge does depends on which others are kept. So from as many of the best 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import Ranking
 from attnprune.circuit.search.ranking import Order
 from attnprune.circuit.search.splits import Settings, Split, Watch, ratio_of_means
+
+
+class _Prunable(Protocol):
+    """A graph, or what circuits of a split are made of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def prune(self, kept: Tensor) -> Tensor: ...
+
 
 _SMALLEST_SHARE = 0.0005  # of all edges: where the sizes begin
 _CLOSE = 1.02  # ratio of two sizes that bisection tells apart
 
 
-def circuit_of_size(graph: Graph, order: Tensor, size: int) -> Tensor:
+def circuit_of_size(units: _Prunable, order: Tensor, size: int) -> Tensor:
     """The circuit of the best edges of an order that has at most `size` edges once dangling parts are gone."""
     low, high = 0, len(order)  # best edges; pruning keeps the order, so more of them never give a smaller circuit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if int(_best(graph, order, middle).sum()) <= size else (low, middle - 1)
-    return _best(graph, order, low)
+        low, high = (middle, high) if int(_best(units, order, middle).sum()) <= size else (low, middle - 1)
+    return _best(units, order, low)
 
 
-def _best(graph: Graph, order: Tensor, count: int) -> Tensor:
-    mask = torch.zeros(graph.sources * graph.destinations, dtype=torch.bool)
-    mask[order[:count]] = True
-    return graph.prune(mask.view(graph.sources, graph.destinations))
+def _best(units: _Prunable, order: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(units.shape, dtype=torch.bool)
+    mask.view(-1)[order[:count]] = True
+    return units.prune(mask)
 
 
 def size_grid(edges: int, count: int) -> list[int]:
@@ -59,20 +68,20 @@ class Sized(NamedTuple):
 
 def evaluate_sizes(split: Split, order: Order, sizes: Iterable[int], watch: Watch) -> list[Sized]:
     """Circuits of these sizes and the whole model, smallest first; equal ones count once."""
-    graph = split.anatomy.graph
+    units = split.units
     sizes = list(sizes)
-    found = {graph.edge_count: whole(split)}
+    found = {units.edge_count: whole(split)}
     for done, size in enumerate(sizes):
         watch(f"sizes by {order.name}", done, len(sizes))
-        sized = evaluated(split, circuit_of_size(graph, order.edges, size))
+        sized = evaluated(split, circuit_of_size(units, order.edges, size))
         found[sized.size] = sized
     return [found[count] for count in sorted(found)]
 
 
 def whole(split: Split) -> Sized:
     """The model itself, or, where its metric is not the one that is wanted, what it measures."""
-    graph = split.anatomy.graph
-    return evaluated(split, graph.mask()) if split.is_asked else Sized(graph.mask(), graph.edge_count, split.clean, 1.0)
+    units = split.units
+    return evaluated(split, units.mask()) if split.is_asked else Sized(units.mask(), units.edge_count, split.clean, 1.0)
 
 
 def evaluated(split: Split, edges: Tensor) -> Sized:
@@ -100,10 +109,10 @@ def bisect(split: Split, order: Order, points: list[Sized], settings: Settings, 
         if middle is None:
             return points
         watch(f"bisection by {order.name}", done, 12)
-        sized = evaluated(split, circuit_of_size(split.anatomy.graph, order.edges, middle))
+        sized = evaluated(split, circuit_of_size(split.units, order.edges, middle))
         if sized.size <= low:  # no circuits between: look in the upper part
             middle = (low + high + 1) // 2
-            sized = evaluated(split, circuit_of_size(split.anatomy.graph, order.edges, middle))
+            sized = evaluated(split, circuit_of_size(split.units, order.edges, middle))
         if sized.size in (low, high):
             return points
         points = sorted([*points, sized], key=lambda point: point.size)
@@ -121,7 +130,7 @@ def search_sizes(
     split: Split, orders: list[Order], settings: Settings, watch: Watch
 ) -> tuple[dict[Ranking, list[Sized]], Order, Sized]:
     """(evaluated sizes of each ranking, the best ranking, its smallest stable circuit)."""
-    grid = size_grid(split.anatomy.graph.edge_count, settings.sizes)
+    grid = size_grid(split.units.edge_count, settings.sizes)
     curves: dict[Ranking, list[Sized]] = {order.name: evaluate_sizes(split, order, grid, watch) for order in orders}
 
     def smallest(order: Order) -> Sized:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attnprune.circuit.model import patching
-from attnprune.circuit.model.activations import Activations
 from attnprune.circuit.model.adapters import Anatomy, open_gates
 from attnprune.circuit.record import Interval
 from attnprune.circuit.search.cache import Cache, digest
 from attnprune.circuit.search.outside import Outside
+from attnprune.circuit.search.units import Edges, Group, Units
 from attnprune.circuit.tasks import Prompts
 from attnprune.circuit.worth import Ablation, Procedure
 
@@ -43,6 +44,7 @@ class Settings:
         draws: random circuits.
         trials: random choices of ablated edges in a stress test, for each kind and share.
         ablate: what edges outside a circuit carry.
+        levels: search nodes and messages as well as edges.
         procedure: "exact", or "published": count as published too.
         batch_size: prompts in one run.
     """
@@ -60,6 +62,7 @@ class Settings:
     trials: int = 3
     ablate: Ablation = "corrupt"
     procedure: Procedure = "exact"
+    levels: bool = True
     batch_size: int = 32
     seed: int = 0
 
@@ -75,7 +78,7 @@ class Settings:
 
 QUICK = {
     "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
-    "mask_steps": 0, "deletions": 0, "draws": 3, "trials": 1,
+    "mask_steps": 0, "deletions": 0, "draws": 3, "trials": 1, "levels": False,
 }  # fmt: skip
 
 
@@ -84,14 +87,6 @@ class Measured(NamedTuple):
 
     metric: Tensor
     kl: Tensor
-
-
-class Group(NamedTuple):
-    """Prompts of one length that run together, and their runs."""
-
-    prompts: Prompts
-    clean: Activations
-    corrupted: Activations
 
 
 class Split:
@@ -121,7 +116,14 @@ class Split:
         self._to_rank = to_rank
         device = anatomy.model.device
         self.prompts = [part.to(device) for batch in batches for part in _parts(batch, batch_size, by_template)]
-        self._groups: list[Group] = []
+        self.units: Units = Edges(anatomy)
+        self._groups: list[Group] = []  # shared by the views of this split
+
+    def on(self, units: Units) -> Split:
+        """The same prompts and runs, for circuits of another level."""
+        view = copy(self)
+        view.units = units
+        return view
 
     def __len__(self) -> int:
         return sum(map(len, self.prompts))
@@ -130,7 +132,7 @@ class Split:
     def groups(self) -> list[Group]:
         """The prompts with their runs."""
         if not self._groups:
-            self._groups = [self.collected(prompts) for prompts in self.prompts]
+            self._groups += [self.collected(prompts) for prompts in self.prompts]
         return self._groups
 
     def collected(self, prompts: Prompts) -> Group:
@@ -142,7 +144,7 @@ class Split:
 
     def free(self) -> None:
         """Drop the runs; they are collected again when needed."""
-        self._groups = []
+        self._groups.clear()
 
     @property
     def is_asked(self) -> bool:
@@ -172,12 +174,10 @@ class Split:
         return torch.tensor(self._cache.numbers(f"{self.key} {name}", compute))
 
     def measure(self, edges: Tensor, messages: Sequence[Tensor] | None = None) -> Measured:
-        """Evaluate a circuit; `messages` has a mask [L, B, H, S, S] for each group."""
+        """Evaluate a circuit of `units`; with edges, `messages` may have a mask [L, B, H, S, S] for each group."""
 
         def compute() -> list[list[float]]:
-            parts = [
-                _measured(self.anatomy, group, edges, mask) for group, mask in zip(self.groups, masks, strict=True)
-            ]
+            parts = [_measured(self, group, edges, mask) for group, mask in zip(self.groups, masks, strict=True)]
             return [torch.cat(part).tolist() for part in zip(*parts, strict=True)]
 
         masks = [None] * len(self.prompts) if messages is None else list(messages)
@@ -197,8 +197,11 @@ def _parts(batch: Prompts, size: int, by_template: bool) -> Iterable[Prompts]:
 
 
 @torch.no_grad()
-def _measured(anatomy: Anatomy, group: Group, edges: Tensor, messages: Tensor | None) -> tuple[Tensor, Tensor]:
-    logits = patching.run_circuit(anatomy, group.clean, group.corrupted, edges, messages)
+def _measured(split: Split, group: Group, kept: Tensor, messages: Tensor | None) -> tuple[Tensor, Tensor]:
+    if messages is None:
+        logits = split.units.logits(group, kept)
+    else:
+        logits = patching.run_circuit(split.anatomy, group.clean, group.corrupted, kept, messages)
     full, own = (x[:, -1].float().log_softmax(-1) for x in (group.clean.logits, logits))
     return group.prompts.score(logits).cpu(), (full.exp() * (full - own)).sum(-1).clamp(min=0).cpu()
 

@@ -211,7 +211,7 @@ class ConstantSplit:
     """A split on which every circuit has one faithfulness."""
 
     def __init__(self, anatomy, faithfulness):
-        self.anatomy, self._faithfulness, self.evaluated = anatomy, faithfulness, 0
+        self.units, self._faithfulness, self.evaluated = anatomy.graph, faithfulness, 0
 
     def faithfulness(self, edges):
         self.evaluated += 1

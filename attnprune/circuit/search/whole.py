@@ -1,0 +1,130 @@
+"""A search on one level: sizes by ranking, a learned mask, deletion; the same for edges, nodes and messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnprune.circuit.result import Level, Ranking
+from attnprune.circuit.search.cache import digest
+from attnprune.circuit.search.deletion import delete
+from attnprune.circuit.search.masks import learn_circuits
+from attnprune.circuit.search.ranking import Order, Scores, exact_prompts, mean_nodes
+from attnprune.circuit.search.sizes import Sized, search_sizes, smallest_held
+from attnprune.circuit.search.splits import Settings, Split
+from attnprune.circuit.search.subject import Subject
+from attnprune.circuit.search.units import Edges, Messages, Nodes, Units
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search on one level found.
+
+    Attributes:
+        units: what its circuits are made of.
+        curves: evaluated sizes of every ranking; order: the best one.
+        ranked, learned, chosen: the smallest circuit by ranking, by a mask (None: none smaller held), in the end.
+        path: circuits evaluated on the way of the deletion.
+        sizes: what counts as the size of every evaluated circuit, by its digest.
+    """
+
+    units: Units
+    curves: dict[Ranking, list[Sized]]
+    order: Order
+    ranked: Sized
+    learned: Sized | None
+    chosen: Sized
+    path: list[Sized]
+    sizes: dict[str, float]
+
+    @property
+    def whole(self) -> float:
+        """The size of the whole model."""
+        return self.sizes[digest(self.units.mask())]
+
+    def size(self, circuit: Sized) -> float:
+        """What counts: nodes, edges, or messages per prompt."""
+        return self.sizes[digest(circuit.edges)]
+
+    def resampled(self, validation: Split, rows: Tensor, settings: Settings) -> Tensor:
+        """Size, [resamples], of the smallest circuit when sizes are judged again on rows of prompts."""
+        clean, corrupted = (x.double()[rows].mean(1) for x in (validation.clean, validation.corrupted))
+        chains = [*self.curves.values(), self.path, *([[self.learned]] if self.learned else [])]
+        sizes = [self._smallest(chain, rows, clean, corrupted, settings) for chain in chains if chain]
+        return torch.stack(sizes).amin(0)
+
+    def _smallest(
+        self, chain: list[Sized], rows: Tensor, clean: Tensor, corrupted: Tensor, settings: Settings
+    ) -> Tensor:
+        """The smallest circuit from which on all larger ones are in the band, in each resample; else infinity."""
+        points = sorted(chain, key=lambda point: -point.size)
+        best, alive = torch.full((len(rows),), torch.inf, dtype=torch.double), torch.ones(len(rows), dtype=torch.bool)
+        low, high = settings.band
+        for point in points:
+            faithfulness = (point.metric.double()[rows].mean(1) - corrupted) / (clean - corrupted)
+            alive &= (faithfulness >= low) & (faithfulness <= high)
+            best[alive] = self.size(point)
+        return best
+
+
+def search_level(
+    subject: Subject, train: Split, validation: Split, orders: list[Order], units: Units, kind: str = ""
+) -> Found:
+    """The smallest circuit of these units. `kind` is what they are called."""
+    settings, view = subject.settings, validation.on(units)
+
+    def told(what: str, done: int, total: int) -> None:
+        subject.told(f"{kind}, {what}" if kind else what, done, total)
+
+    curves, order, ranked = search_sizes(view, orders, settings, told)
+    learned = None
+    gap = (train.clean.mean() - train.corrupted.mean()).item()
+    if settings.mask_steps and gap > 0:  # else there is no behaviour to keep on the train prompts
+        more = subject.split("more" if subject.task.more else "train", name="more").on(units)
+        circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, told, subject.cache)
+        smaller = [circuit for circuit in circuits if int(circuit.sum()) < ranked.size]
+        learned = smallest_held(view, smaller, settings, told)
+    chosen, path = learned or ranked, []
+    if settings.deletions:
+        again = subject.split("train", name="train, all").on(units)
+        chosen, path = delete(again, view, curves[order.name], chosen, settings, told)
+        again.free()
+    every = [*(point for curve in curves.values() for point in curve), *path, chosen, learned or ranked]
+    sizes = {digest(point.edges): units.size(validation.groups, point.edges) for point in every}
+    return Found(units, curves, order, ranked, learned, chosen, path, sizes)
+
+
+def search_nodes(subject: Subject, train: Split, validation: Split, scores: Scores) -> Found:
+    """Heads and MLPs: by EAP-IG over what they write, and by exact patching of each."""
+    units = Nodes(subject.anatomy)
+    exact = mean_nodes(train, exact_prompts(train, subject.settings), subject.told, subject.cache)
+    orders = [_order("eap-ig abs", scores.edges.sum(1), units.mask()), _order("exact nodes", exact, units.mask())]
+    return search_level(subject, train, validation, orders, units, "heads and MLPs")
+
+
+def search_messages(subject: Subject, train: Split, validation: Split, scores: Scores) -> Found:
+    """Attention messages: by EAP-IG, by size and by how much they support the metric."""
+    units = Messages(subject.anatomy, train.prompts)
+    effects = units.flat(scores.messages)
+    signed = Order("eap-ig signed", effects.argsort(stable=True), effects)
+    return search_level(
+        subject, train, validation, [_order("eap-ig abs", effects, units.mask()), signed], units, "messages"
+    )
+
+
+def _order(name: Ranking, scores: Tensor, real: Tensor) -> Order:
+    units = real.nonzero()[:, 0]
+    return Order(name, units[scores[units].abs().argsort(descending=True, stable=True)], scores)
+
+
+def search_all(
+    subject: Subject, train: Split, validation: Split, scores: Scores, orders: list[Order]
+) -> dict[Level, Found]:
+    """All levels that the settings ask for; edges always."""
+    found: dict[Level, Found] = {"edges": search_level(subject, train, validation, orders, Edges(subject.anatomy))}
+    if subject.settings.levels:
+        found["nodes"] = search_nodes(subject, train, validation, scores)
+        found["messages"] = search_messages(subject, train, validation, scores)
+    return found

@@ -79,7 +79,9 @@ def sparsify(
     lora_targets: Annotated[
         str | None, _option("--lora-targets", help="Linear layers with adapters: attention, or all.")
     ] = None,
-    optimizer: Annotated[str | None, _option("--optimizer", help="adamw or adamw8bit (bitsandbytes).")] = None,
+    optimizer: Annotated[
+        str | None, _option("--optimizer", help="adamw, adamw8bit, paged_adamw or paged_adamw8bit (bitsandbytes).")
+    ] = None,
     precision: Annotated[str | None, _option("--precision", help="fp32, bf16 (autocast) or auto.")] = None,
     gradient_checkpointing: Annotated[
         bool | None, _option("--gradient-checkpointing", help="Less memory, more time.")
@@ -88,6 +90,16 @@ def sparsify(
     save_every: Annotated[int | None, _option("--save-every", help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, _option("--seed", help="All random choices.")] = None,
     device: Annotated[str | None, _option("--device", help="auto, cpu or cuda.")] = None,
+    load_in: Annotated[
+        str | None,
+        _option(
+            "--load-in", help="The base while it trains: full, or its linear layers in 4bit (nf4) or 8bit (LLM.int8)."
+        ),
+    ] = None,
+    keep_quantised: Annotated[
+        bool | None,
+        _option("--keep-quantised", help="With --load-in: the sidecar is for the quantised base, and needs it."),
+    ] = None,
     dtype: Annotated[str | None, _option("--dtype", help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, _option("--revision", help="Hub branch, tag or commit of MODEL.")] = None,
     init: Annotated[
@@ -124,7 +136,10 @@ def sparsify(
     if recover and constraint is None:
         constraint = "density"  # that of the sidecar
     flags = {
-        "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
+        "model": {
+            "name": model, "revision": revision, "init": init, "device": device, "dtype": dtype,
+            "load_in": load_in, "keep_quantised": keep_quantised,
+        },
         "data": {
             "source": data or None, "weights": weights and _numbers("--weights", weights), "seq_len": seq_len,
             "eval_tokens": eval_tokens, "text_field": text_field,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from attnprune import files
 from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
@@ -20,9 +22,11 @@ from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
-from attnprune.sidecar.identity import base_tensors, config_values, content_fingerprint, structure_fingerprint
+from attnprune.sidecar.identity import Fingerprint, config_values, fingerprint, fingerprint_of, note_fingerprint
 from attnprune.sidecar.precision import DTYPES, check_cast
+from attnprune.sidecar.quantised import bitsandbytes, entry_of, identifying_tensors, keep_as_stored, settings
 from attnprune.sidecar.quiet import quiet
+from attnprune.sidecar.stored import StoredTensors
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,25 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_base(
-    name: str, *, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantise: BitsAndBytesConfig | Literal["4bit", "8bit"] | None = None,
 ) -> BaseModel:
     """Load a supported base model by Hub id, folder, .gguf file or "demo".
 
+    One whose files hold it quantised by bitsandbytes is loaded as it is.
+
+    Args:
+        quantise: let bitsandbytes hold the linear layers in 4 or 8 bits. The model is then identified by its files in
+            full precision and by this.
+
     Raises:
-        InputError: no such model, not a supported family, quantised, no safetensors weights, weights that do not fit,
-            values too large for `dtype` or not finite at all, unreadable file.
+        InputError: no such model, not a supported family, quantised by another library, no safetensors weights, weights
+            that do not fit, values too large for `dtype` or not finite at all, unreadable file; `quantise` for a base
+            that is quantised already or a .gguf file, or without bitsandbytes.
         AttnPruneError: the Hub cannot be reached.
     """
     try:
@@ -80,17 +96,31 @@ def load_base(
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
         raise InputError(f"{name}: {files.reason(error)}") from None
     config = _read_config(name, kind, location, extra)
-    tokenizer = _read_tokenizer(name, kind, location, extra)
+    stored = _stored_quantisation(name, config, dtype)
+    if quantise is not None:
+        if stored is not None:
+            raise InputError(f"{name}: is quantised already", hint="leave out --load-in")
+        if kind == "gguf":
+            raise InputError(
+                f"{name}: a .gguf file cannot be loaded in 4 or 8 bits", hint="name the model that it was made from"
+            )
+        quantise = settings(quantise, dtype) if isinstance(quantise, str) else quantise
+        extra["quantization_config"] = quantise
+    tokenizer = _read_tokenizer(name, kind, location, {k: v for k, v in extra.items() if k != "quantization_config"})
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
+    if quantise is not None or stored is not None:
+        bitsandbytes()
+        extra["device_map"] = {"": device}  # quantised models are put where they belong while they are read
 
-    def read(dtype: torch.dtype) -> Any:
+    def read(dtype: torch.dtype, **instead: Any) -> Any:
         use_safetensors = None if kind == "gguf" else True
         with _explained(name, kind, "this model"):
             # With its configuration, which takes seconds to read from a .gguf file.
             return AutoModelForCausalLM.from_pretrained(
-                location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
-            )
+                location, config=copy.deepcopy(config), dtype=dtype, use_safetensors=use_safetensors,
+                output_loading_info=True, **extra | instead,
+            )  # fmt: skip
 
     model, report = read(dtype)
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
@@ -100,8 +130,41 @@ def load_base(
         check_cast(model, lambda: read(torch.float64)[0])
     except InputError as error:
         raise InputError(f"{name}: {error.message}", hint=error.hint) from None
-    model = model.to(device).eval()
-    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
+    keep_as_stored(model)
+    if stored is not None:
+        note_fingerprint(model, fingerprint_of(identifying_tensors(model), entry_of(stored, stored=True)))
+    elif quantise is not None:
+        plain = _fingerprint_of_files(location, kind, extra.get("revision"), config, dtype)
+        if plain is None:
+            plain = fingerprint(read(dtype, quantization_config=None, device_map=None)[0])
+        note_fingerprint(model, plain._replace(quantisation=entry_of(quantise, stored=False)))
+    if "device_map" not in extra:
+        model = model.to(device)
+    return BaseModel(model.eval(), tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
+
+
+def _stored_quantisation(name: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How a base's files hold it quantised by bitsandbytes; None for one in full precision. Computes in `dtype`.
+
+    Raises:
+        UnsupportedModelError: another library quantised it.
+    """
+    values = getattr(config, "quantization_config", None)
+    if values is None:
+        return None
+    values = values if isinstance(values, dict) else values.to_dict()
+    method = values.get("quant_method")
+    in_bits = values.get("load_in_4bit") or values.get("load_in_8bit")
+    if method != "bitsandbytes" or not in_bits:
+        raise UnsupportedModelError(
+            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
+            hint="name the model it was quantised from, or a .gguf file",
+        )
+    with _explained(name, "local", "its quantization_config"):
+        stored: Any = BitsAndBytesConfig.from_dict(values)
+    stored.bnb_4bit_compute_dtype = dtype
+    config.quantization_config = stored.to_dict()
+    return stored
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -164,13 +227,6 @@ def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> 
     if config.model_type.startswith("attnprune_"):
         raise UnsupportedModelError(f"{name}: already sparsified")
     check_family(config)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UnsupportedModelError(
-            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
-            hint="name the model it was quantised from, or a .gguf file",
-        )
     return config
 
 
@@ -262,6 +318,28 @@ def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneErro
     return InputError(f"{name}: cannot load {what}: {reason}")
 
 
+def _fingerprint_of_files(
+    location: str, kind: str, revision: str | None, config: Any, dtype: torch.dtype
+) -> Fingerprint | None:
+    """The fingerprint of a base in full precision from its safetensors files, a tensor at a time, or None where their
+    names are not those of the model.
+    """
+    folder = Path(location)
+    if kind == "hub":
+        found = try_to_load_from_cache(location, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tensors = StoredTensors(folder, dtype)
+    if not shapes.keys() <= tensors.keys():
+        return None
+    wanted = tensors.only(shapes)
+    return fingerprint_of(wanted) if all(wanted[name].shape == shape for name, shape in shapes.items()) else None
+
+
 def dense(model: Any) -> Reference:
     """A base model without gates as a function from token ids to logits."""
 
@@ -275,14 +353,15 @@ def identity(base: BaseModel) -> dict[str, Any]:
     """The manifest's `base` entry of a loaded base model; call it before any weight changes."""
     if gates_of(base.model):
         raise UnsupportedModelError("the base model already has gates")
-    tensors = base_tensors(base.model)
+    structure, content, quantisation = fingerprint(base.model)
     return {
         "kind": base.kind,
         "repo_id": base.repo_id,
         "revision": base.revision,
         "model_type": base.model.config.model_type,
         "dtype": str(base.model.dtype).removeprefix("torch."),
-        "structure": structure_fingerprint(tensors),
-        "content": content_fingerprint(tensors),
+        "structure": structure,
+        "content": content,
         "config": config_values(base.model.config),
+        "quantisation": quantisation,
     }

@@ -32,10 +32,18 @@ def export(
     held_out: Blocks,
     staging: Path,
     folder: Path,
+    *,
+    full: bases.BaseModel | None = None,
+    trained: dict[str, Any],
 ) -> Sidecar:
     """Put a trained model's state onto a fresh base exactly as `load` will, measure that, publish it in `folder`.
 
-    `staging` is an empty folder of the same file system.
+    Args:
+        fresh: the base that the sidecar is for.
+        base_entry: its identity.
+        staging: an empty folder of the same file system.
+        full: the base in full precision, where the sidecar is for a quantised one.
+        trained: what the state's evaluation in training found.
     """
     biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(model)]
     weights, adapter_config, entry = changed_weights(model, config)
@@ -48,7 +56,7 @@ def export(
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
-        "requires": _required(entry, config),
+        "requires": _required(entry, config, base_entry),
         "created_by": f"attnprune {metadata.version('attnprune')}",
         "base": {key: value for key, value in base_entry.items() if value is not None},
         "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
@@ -56,17 +64,34 @@ def export(
         "files": file_entries(staging),
         "result": result_entry(report, config, held_out),
         "probe": measure_probe(sparse, *probe).model_dump(),
+        "train": _other_numbers(sparse, config, held_out, full, trained),
     }
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
     _check_written(staged, biases, weights)
     return publish(staging, folder, staged.manifest)
 
 
-def _required(entry: format.WeightsEntry, config: RunConfig) -> list[str]:
+def _other_numbers(
+    sparse: Any, config: RunConfig, held_out: Blocks, full: bases.BaseModel | None, trained: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The manifest's `train`: how far the artefact is from the base in full precision, or the state that trained from
+    its quantised base; None for a run whose base was not quantised for it.
+    """
+    if config.model.load_in == "full":
+        return None
+    against = "quantised"
+    if full is not None:
+        against, trained = "full", asdict(measure(sparse, held_out, reference=bases.dense(full.model)))
+    numbers = {key: trained[key] for key in ("loss", "base_loss", "kl", "density")}
+    return {"load_in": config.model.load_in, "against": against, **numbers}
+
+
+def _required(entry: format.WeightsEntry, config: RunConfig, base_entry: dict[str, Any]) -> list[str]:
     """The features that a reader has to know."""
     weights = [f"weights:{entry.kind}"] if entry.kind != "none" else []
     anywhere = [format.LORA_ALL] if entry.kind == "lora" and config.train.lora_targets == "all" else []
-    return ["gate:threshold", *weights, *anywhere]
+    quantised = [format.QUANTISED_BASE] if base_entry["quantisation"] is not None else []
+    return ["gate:threshold", *weights, *anywhere, *quantised]
 
 
 def _check_written(staged: Sidecar, biases: list[np.ndarray], weights: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ from attnprune.training.callbacks import Deadline, MetricsFile, StopOnSignal
 from attnprune.training.export import export
 from attnprune.training.plan import Clock, Plan, make_plan
 from attnprune.training.recover import choose_layers, hold_still
-from attnprune.training.resolve import load_base, load_dtype, resolve
+from attnprune.training.resolve import check_quantised, load_base, load_dtype, resolve
 from attnprune.training.scope import DenseBase, make_trainable
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
@@ -114,6 +114,7 @@ def _run(
             f"model.dtype: {config.model.dtype} would round away the updates of scope {config.train.scope}",
             hint="leave out --dtype and use --precision bf16",
         )
+    more += check_quantised(config, base)
     config.model.dtype = str(base.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
     set_seed(config.train.seed)
     base_entry = bases.identity(base)
@@ -159,7 +160,8 @@ def _run(
             on_note(f"ended at step {trainer.state.global_step:,} of {config.train.steps:,}")
             config.train.steps = trainer.state.global_step  # what the result says; run.toml keeps what was planned
         trainer.release()
-        trainer.model.cpu()  # makes room on a GPU
+        if config.model.load_in != "8bit":  # which stays where it was quantised
+            trainer.model.cpu()  # makes room on a GPU
         sidecar = _export_all(trainer, config, base_entry, held_out, folder, on_note)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return sidecar
@@ -185,7 +187,8 @@ def _export_all(
     on_note: Callable[[str], None],
 ) -> Sidecar:
     """One sidecar for each density of the frontier, and last that of the run, with which it has finished."""
-    base = load_base(config)
+    base = load_base(config, quantised=config.model.keep_quantised)
+    full = load_base(config, quantised=False) if config.model.keep_quantised else None
     points: list[Point] = []
     for mark in trainer.marks:
         own = mark is trainer.marks[-1]
@@ -199,7 +202,10 @@ def _export_all(
             shutil.copy(folder / RUN_FILE, folder / place / RUN_FILE)  # says what it was measured on
         trainer.load_best(mark)
         with temporary_folder(folder / CHECKPOINTS) as staging:
-            made = export(trainer.model, base, base_entry, judged, held_out, staging, folder / place)
+            made = export(
+                trainer.model, base, base_entry, judged, held_out, staging, folder / place,
+                full=full, trained=trainer.best_numbers(mark),
+            )  # fmt: skip
         points.append(Point(folder=place, limit=mark.limit, **_measured(made)))
         if config.constraint.frontier:
             write_frontier(folder, points)

@@ -14,6 +14,8 @@ from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO, output_folder
 from attnprune.sidecar import bases
+from attnprune.sidecar.identity import fingerprint, note_fingerprint
+from attnprune.sidecar.quantised import is_quantised, parameter_count
 from attnprune.training.machine import WORTH_IT, bfloat16_flags, bfloat16_gain
 
 DEFAULT_SEQ_LEN = 512
@@ -38,9 +40,9 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
             setattr(section, key, str(Path(getattr(section, key)).resolve()))
     if base is None:
         return config, notes
-    size = sum(p.numel() for p in base.model.parameters())
+    size = parameter_count(base.model)
     if train.scope == "auto":
-        train.scope = "full" if size < SMALL_MODEL else "lora"
+        train.scope = "full" if size < SMALL_MODEL and not is_quantised(base.model) else "lora"
         notes.append(f"scope: {train.scope}, for a model of {size:,} parameters")
     if train.precision == "auto":
         train.precision, why = _precision(base.model, size, model.device)
@@ -65,6 +67,8 @@ def _precision(model: Any, size: int, device: str) -> tuple[Literal["fp32", "bf1
         return "bf16", ""
     if size < SMALL_MODEL:
         return "fp32", ""
+    if is_quantised(model):
+        return "fp32", "as the layers of a quantised base compute on a processor"
     flags = bfloat16_flags()
     if not flags or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "fp32", "this processor has no bf16 instructions"
@@ -86,7 +90,44 @@ def load_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.device == "cuda" and frozen else torch.float32
 
 
-def load_base(config: RunConfig) -> bases.BaseModel:
-    """The run's base model."""
+def load_base(config: RunConfig, *, quantised: bool = True) -> bases.BaseModel:
+    """The run's base model as it trains, or (`quantised` False) in full precision where `load_in` quantises it."""
     model = config.model
-    return bases.load_base(model.name, revision=model.revision, device=model.device, dtype=load_dtype(config))
+    quantise = model.load_in if quantised and model.load_in != "full" else None
+    base = bases.load_base(
+        model.name, revision=model.revision, device=model.device, dtype=load_dtype(config), quantise=quantise
+    )
+    if quantise is not None and not model.keep_quantised:  # the sidecar is for the base in full precision
+        note_fingerprint(base.model, fingerprint(base.model)._replace(quantisation=None))
+    return base
+
+
+def check_quantised(config: RunConfig, base: bases.BaseModel) -> list[str]:
+    """Refuse what cannot train on a quantised base; returns the plan's notes about one.
+
+    Raises:
+        InputError: whole weights would train, or the base itself would write the text.
+    """
+    stored = config.model.load_in == "full"
+    if not is_quantised(base.model):
+        if stored:
+            return []
+        raise InputError(f"model.load_in: {config.model.name} has no linear layer to hold in {config.model.load_in}")
+    if config.train.scope in ("attn", "full"):
+        raise InputError(
+            f"train.scope: {config.train.scope} trains whole weights, which a quantised base has not",
+            hint="--scope lora or gates" if stored else "--scope lora or gates, or leave out --load-in",
+        )
+    for way in ("compile", "cuda_graph"):
+        if getattr(config.train, way) == "auto":
+            setattr(config.train, way, "off")
+    if stored:
+        return ["base: quantised in its own files; the sidecar will need it as it is"]
+    if config.model.keep_quantised:
+        return [f"base: in {config.model.load_in}, and the sidecar will need it so"]
+    if "self" in config.data.sources:
+        raise InputError(
+            f"data.source: self would be written by the base in {config.model.load_in}, which is another model",
+            hint="write the text first with the base in full precision, or use --keep-quantised",
+        )
+    return [f"base: in {config.model.load_in} while it trains; measured and saved on the base in full precision"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
-from attnprune.errors import AttnPruneError
+from attnprune.errors import AttnPruneError, InputError
 from attnprune.runs.config import RunConfig
+from attnprune.sidecar.quantised import bitsandbytes, is_quantised, source_class
 from attnprune.training.compiled import decoder_layers
 
 
@@ -95,6 +96,8 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, DenseBase]:
             module.requires_grad_(True)
     if scope == "lora":
         model = _add_lora(model, config)
+    elif is_quantised(model):
+        model._hf_peft_config_loaded = True  # Trainer refuses a quantised model that has nothing of its own to train
     _switch_off_dropout(model)
     return model, DenseBase(causal_lm(model) if copied is None else copied)
 
@@ -110,6 +113,8 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def _add_lora(model: Any, config: RunConfig) -> Any:
+    with suppress(InputError):  # not installed
+        bitsandbytes()  # before PEFT imports it
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -119,7 +124,7 @@ def _add_lora(model: Any, config: RunConfig) -> Any:
     rank = config.train.lora_rank
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", target_modules=names,
-        fan_in_fan_out=isinstance(modules[names[0]], Conv1D), task_type="CAUSAL_LM",
+        fan_in_fan_out=issubclass(source_class(modules[names[0]]), Conv1D), task_type="CAUSAL_LM",
     )  # fmt: skip
     wrapped = get_peft_model(model, lora)
     for gate in gates_of(wrapped):

@@ -182,7 +182,7 @@ def whole_logits(model: Any) -> str | None:
     with torch.no_grad():
         logits = core(input_ids=ids, use_cache=False).logits
         rebuilt = head_of(core, None).logits(last_hidden_states(core, ids))
-    if not (rebuilt - logits).abs().max().item() <= allowed_difference(logits, logits.dtype):
+    if not (rebuilt - logits).abs().max().item() <= allowed_difference(logits, core):
         return "its logits are more than an output layer's"
     return None
 

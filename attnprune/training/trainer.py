@@ -243,6 +243,10 @@ class SparsifyTrainer(StrictResume):
         """Put the best state into the model: for one of `marks`, or for the run's own constraint."""
         self.model.load_state_dict(self.best_states[mark or self.constraint], strict=False)
 
+    def best_numbers(self, mark: Constraint) -> dict[str, Any]:
+        """What the evaluation of the best state for one of `marks` found."""
+        return self.dual.best_of(self._mark_name(mark)) or {}
+
     def _keep_if_best(self, report: Report) -> None:
         """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
         state: dict[str, Tensor] = {}

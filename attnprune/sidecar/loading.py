@@ -22,7 +22,7 @@ from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.merged import load_merged
 from attnprune.sidecar.precision import cast
 from attnprune.sidecar.probe import check_probe, measure_again
-from attnprune.sidecar.quantised import config_of, features, is_quantised
+from attnprune.sidecar.quantised import config_of, dequantise, features, is_quantised
 
 _PEFT = "base_model.model."  # in front of the names of adapters
 
@@ -68,6 +68,11 @@ def load_dense(sidecar: Sidecar, base: str | None = None, device: str = "cpu") -
         InputError, AttnPruneError: as `default_base` and `load_base`.
     """
     name, revision = which_base(sidecar, base)
+    return load_named_base(sidecar, name, revision, device)
+
+
+def load_named_base(sidecar: Sidecar, name: str, revision: str | None, device: str = "cpu") -> BaseModel:
+    """A base by name in the dtype that a sidecar was made in, and quantised if the sidecar requires that."""
     entry = sidecar.manifest.base
     quantise = None if entry.quantisation is None or entry.quantisation.stored else config_of(entry.quantisation)
     return load_base(name, revision=revision, device=device, dtype=torch_dtype(entry.dtype), quantise=quantise)
@@ -114,6 +119,25 @@ def load(
         verify_probe(loaded.model, sidecar.manifest)
     model = cast(loaded.model, dtype) if dtype else loaded.model
     return LoadedModel(model.to(device).eval(), loaded.tokenizer)
+
+
+def load_for_merge(
+    folder: Path, base: str | None, *, dtype: str | None = None, allow_base_mismatch: bool = False
+) -> tuple[LoadedModel, bool]:
+    """A sparse model with plain weights in `dtype` (default: its base's), as `write_merged` takes it, and whether they
+    are those that its sidecar was measured with. A quantised base is dequantised; its probe is run before.
+
+    Raises:
+        As `load`.
+    """
+    loaded = load(folder, base, allow_base_mismatch=allow_base_mismatch)
+    same = dtype in (None, str(loaded.model.dtype).removeprefix("torch."))
+    model, quantised = loaded.model, is_quantised(loaded.model)
+    if quantised:
+        model = dequantise(model)
+    if dtype is not None:
+        model = cast(model, torch_dtype(dtype))
+    return LoadedModel(model, loaded.tokenizer), same and not (quantised or allow_base_mismatch)
 
 
 def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:

@@ -6,9 +6,7 @@ norms and the head stay as they are.
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,25 +21,16 @@ from attnprune.sidecar.precision import DTYPES
 
 
 def bitsandbytes() -> Any:
-    """The library. Import it through here first: where the package `kernels` is installed it would fetch code from the
-    Hub while it is imported, and a run must compute the same with and without that package.
+    """The library.
 
     Raises:
         InputError: it is not installed.
     """
-    hidden = {} if "bitsandbytes" in sys.modules else {"kernels": sys.modules.get("kernels")}
-    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for every layer that inputs are cast
     try:
         import bitsandbytes
     except ImportError as error:
         raise InputError(f"quantised models need bitsandbytes ({error})", hint="pip install bitsandbytes") from None
-    finally:
-        for name, module in hidden.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
-    warnings.filterwarnings("ignore", module="bitsandbytes")
+    warnings.filterwarnings("ignore", module="bitsandbytes")  # it says for every layer that inputs are cast
     return bitsandbytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.errors import AttnPruneError
 from attnprune.runs.config import RunConfig
-from attnprune.sidecar.quantised import bitsandbytes, is_quantised, source_class
+from attnprune.sidecar.quantised import is_quantised, source_class
 from attnprune.training.compiled import decoder_layers
 
 
@@ -113,8 +113,6 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def _add_lora(model: Any, config: RunConfig) -> Any:
-    with suppress(InputError):  # not installed
-        bitsandbytes()  # before PEFT imports it
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
@@ -22,11 +21,19 @@ from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
-from attnprune.sidecar.identity import Fingerprint, config_values, fingerprint, fingerprint_of, note_fingerprint
+from attnprune.sidecar.identity import config_values, fingerprint, fingerprint_of, note_fingerprint
 from attnprune.sidecar.precision import DTYPES, check_cast
-from attnprune.sidecar.quantised import bitsandbytes, entry_of, identifying_tensors, keep_as_stored, settings
+from attnprune.sidecar.quantised import (
+    bitsandbytes,
+    entry_of,
+    identifying_tensors,
+    keep_as_stored,
+    lacks_codes,
+    settings,
+    stored_settings,
+)
 from attnprune.sidecar.quiet import quiet
-from attnprune.sidecar.stored import StoredTensors
+from attnprune.sidecar.stored import fingerprint_of_files
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def load_base(
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
         raise InputError(f"{name}: {files.reason(error)}") from None
     config = _read_config(name, kind, location, extra)
-    stored = _stored_quantisation(name, config, dtype)
+    stored = stored_settings(name, config, dtype)
     if quantise is not None:
         if stored is not None:
             raise InputError(f"{name}: is quantised already", hint="leave out --load-in")
@@ -132,39 +139,17 @@ def load_base(
         raise InputError(f"{name}: {error.message}", hint=error.hint) from None
     keep_as_stored(model)
     if stored is not None:
+        if (layer := lacks_codes(model)) is not None:
+            raise InputError(f"{name}: config.json says that the weights are quantised, and those of {layer} are not")
         note_fingerprint(model, fingerprint_of(identifying_tensors(model), entry_of(stored, stored=True)))
     elif quantise is not None:
-        plain = _fingerprint_of_files(location, kind, extra.get("revision"), config, dtype)
+        plain = fingerprint_of_files(location, extra.get("revision"), config, dtype)
         if plain is None:
             plain = fingerprint(read(dtype, quantization_config=None, device_map=None)[0])
         note_fingerprint(model, plain._replace(quantisation=entry_of(quantise, stored=False)))
     if "device_map" not in extra:
         model = model.to(device)
     return BaseModel(model.eval(), tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
-
-
-def _stored_quantisation(name: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How a base's files hold it quantised by bitsandbytes; None for one in full precision. Computes in `dtype`.
-
-    Raises:
-        UnsupportedModelError: another library quantised it.
-    """
-    values = getattr(config, "quantization_config", None)
-    if values is None:
-        return None
-    values = values if isinstance(values, dict) else values.to_dict()
-    method = values.get("quant_method")
-    in_bits = values.get("load_in_4bit") or values.get("load_in_8bit")
-    if method != "bitsandbytes" or not in_bits:
-        raise UnsupportedModelError(
-            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
-            hint="name the model it was quantised from, or a .gguf file",
-        )
-    with _explained(name, "local", "its quantization_config"):
-        stored: Any = BitsAndBytesConfig.from_dict(values)
-    stored.bnb_4bit_compute_dtype = dtype
-    config.quantization_config = stored.to_dict()
-    return stored
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -316,28 +301,6 @@ def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneErro
     if "model.safetensors" in text:
         return InputError(f"{name}: no safetensors weights")
     return InputError(f"{name}: cannot load {what}: {reason}")
-
-
-def _fingerprint_of_files(
-    location: str, kind: str, revision: str | None, config: Any, dtype: torch.dtype
-) -> Fingerprint | None:
-    """The fingerprint of a base in full precision from its safetensors files, a tensor at a time, or None where their
-    names are not those of the model.
-    """
-    folder = Path(location)
-    if kind == "hub":
-        found = try_to_load_from_cache(location, "config.json", revision=revision)
-        if not isinstance(found, str):
-            return None
-        folder = Path(found).parent
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    tensors = StoredTensors(folder, dtype)
-    if not shapes.keys() <= tensors.keys():
-        return None
-    wanted = tensors.only(shapes)
-    return fingerprint_of(wanted) if all(wanted[name].shape == shape for name, shape in shapes.items()) else None
 
 
 def dense(model: Any) -> Reference:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from attnprune.errors import InputError
+from attnprune.errors import InputError, UnsupportedModelError, first_line
 from attnprune.sidecar.precision import DTYPES
 
 
@@ -42,6 +42,32 @@ def settings(load_in: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )  # fmt: skip
+
+
+def stored_settings(name: str, config: Any, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the files of the base `name` hold it quantised, by its configuration, which is made to compute in this dtype;
+    None for one in full precision.
+
+    Raises:
+        UnsupportedModelError: another library quantised it, or the configuration does not say how.
+    """
+    values = getattr(config, "quantization_config", None)
+    if values is None:
+        return None
+    values = values if isinstance(values, dict) else values.to_dict()
+    method = values.get("quant_method") or "unknown method"
+    if method != "bitsandbytes" or not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        raise UnsupportedModelError(
+            f"{name}: cannot merge into a quantised base ({method})",
+            hint="name the model it was quantised from, or a .gguf file",
+        )
+    try:
+        stored: Any = BitsAndBytesConfig.from_dict(values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModelError(f"{name}: config.json: quantization_config: {first_line(error)}") from None
+    stored.bnb_4bit_compute_dtype = compute_dtype
+    config.quantization_config = stored.to_dict()
+    return stored
 
 
 def entry_of(config: BitsAndBytesConfig, *, stored: bool) -> dict[str, Any]:
@@ -128,6 +154,19 @@ def identifying_tensors(model: nn.Module) -> dict[str, Tensor]:
                 parts |= {"nested_absmax": state.state2.absmax, "offset": torch.as_tensor(state.offset).reshape(1)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return tensors
+
+
+def lacks_codes(model: nn.Module) -> str | None:
+    """The name of a layer that should be quantised and has plain weights, or no scales; None if there is none."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:
+            return name
+        if kind == "Linear8bitLt" and (
+            module.weight.dtype != torch.int8 or getattr(module.weight, "SCB", None) is None
+        ):
+            return name
+    return None
 
 
 def plain_weight(module: Any) -> Tensor:

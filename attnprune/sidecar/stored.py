@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from attnprune.sidecar.identity import Fingerprint, fingerprint_of
+from attnprune.sidecar.quiet import quiet
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -41,3 +47,24 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def fingerprint_of_files(location: str, revision: str | None, config: Any, dtype: torch.dtype) -> Fingerprint | None:
+    """The fingerprint of a base in full precision from its files: a folder's, or a Hub repository's in the cache.
+
+    None where their names are not those of the model, which transformers then renames or puts together.
+    """
+    folder = Path(location)
+    if revision is not None:
+        found = try_to_load_from_cache(location, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stored = StoredTensors(folder, dtype)
+    if not shapes.keys() <= stored.keys():
+        return None
+    wanted = stored.only(shapes)
+    return fingerprint_of(wanted) if all(wanted[name].shape == shape for name, shape in shapes.items()) else None

@@ -17,8 +17,10 @@ from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.attention.interventions import Recorder, recording
 from attnprune.data.blocks import IGNORED_LABEL, Blocks
 from attnprune.late import Shown
+from attnprune.runs import processes
 from attnprune.units import percent
 
+_SUMS = ("loss", "base", "control", "kl", "agree", "exact", "tokens")  # of the batches, in `measure`
 BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
 
 Reference = Callable[[Tensor], Tensor]
@@ -102,19 +104,25 @@ def mean_loss(reference: Reference, blocks: Blocks, device: torch.device) -> flo
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0
-) -> Report:
+    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0,
+    shared: bool = False,
+) -> Report:  # fmt: skip
     """Measure `model` on `blocks`; with `reference` also against the base, with `control` also with open gates.
 
-    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time.
+    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time. `shared`: the processes of a run share the
+    batches, and all get the report of one process, to the bit: each batch is a row of its own, and rows are added in
+    their order.
     """
     batch_size = batch_size or max(1, BATCH_TOKENS // blocks.seq_len)
     device = next(model.parameters()).device
     gates = gates_of(model)
-    sums: dict[str, float] = dict.fromkeys(("loss", "base", "control", "kl", "agree", "exact", "tokens"), 0.0)
-    open_edges = [torch.zeros_like(gate.bias, dtype=torch.int64) for gate in gates]
-    visible = [0] * len(gates)
-    for first in range(0, len(blocks), batch_size):
+    starts = range(0, len(blocks), batch_size)
+    rank, world = (processes.rank(), processes.count()) if shared else (0, 1)
+    rows = torch.zeros(len(starts), len(_SUMS), dtype=torch.float64)
+    open_edges = [torch.zeros(gate.heads, dtype=torch.int64, device=device) for gate in gates]
+    visible = torch.zeros(len(gates), dtype=torch.int64)
+    for number in range(rank, len(starts), world):
+        first, sums = starts[number], dict.fromkeys(_SUMS, 0.0)
         ids = blocks.input_ids[first : first + batch_size].to(device)
         labels = blocks.labels[first : first + batch_size].to(device)
         log_p, losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)
@@ -135,10 +143,15 @@ def measure(
                 sums["control"] += (
                     token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1].double().sum().item()
                 )
+        rows[number] = torch.tensor(list(sums.values()), dtype=torch.float64)
+    if shared:
+        rows, visible = (processes.add(counts.to(device)).cpu() for counts in (rows, visible))
+        open_edges = [processes.add(counts) for counts in open_edges]
+    sums = {name: sum(column) for name, column in zip(_SUMS, rows.T.tolist(), strict=True)}
     tokens = sums["tokens"]
     total_open = int(sum(int(count.sum()) for count in open_edges))
-    total_visible = sum(pairs * len(gate.bias) for pairs, gate in zip(visible, gates, strict=True))
-    query_heads = len(blocks) * blocks.seq_len * sum(len(gate.bias) for gate in gates)
+    total_visible = sum(pairs * gate.heads for pairs, gate in zip(visible.tolist(), gates, strict=True))
+    query_heads = len(blocks) * blocks.seq_len * sum(gate.heads for gate in gates)
     return Report(
         loss=sums["loss"] / tokens,
         density=total_open / total_visible if gates else None,
@@ -153,7 +166,7 @@ def measure(
         seq_len=blocks.seq_len,
         tokens=int(tokens),
         data=blocks.name,
-        heads=[(count / pairs).tolist() for count, pairs in zip(open_edges, visible, strict=True)],
+        heads=[(count / pairs).tolist() for count, pairs in zip(open_edges, visible.tolist(), strict=True)],
     )
 
 

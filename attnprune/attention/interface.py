@@ -95,7 +95,7 @@ class Gate(nn.Module):
     def __init__(self, heads: int, bias: float = 0.0, layer: int = 0):
         super().__init__()
         self.bias = nn.Parameter(torch.full((heads,), float(bias), dtype=torch.float32))
-        self.layer = layer
+        self.layer, self.heads = layer, heads
         self.register_buffer("layer_index", torch.tensor(layer), persistent=False)
         self.forced_open = False
         self.temperature = 1.0

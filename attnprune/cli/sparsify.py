@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from attnprune.cli.options import RUN_DEFAULTS, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.errors import AttnPruneError, ConstraintNotMetError, InputError
+from attnprune.runs import processes
 
 
 def _option(*names: str, help: str) -> Any:
@@ -120,12 +122,22 @@ def sparsify(
     report_to: Annotated[
         str | None, _option("--report-to", help="Experiment tracker: tensorboard, wandb or trackio.")
     ] = None,
+    number: Annotated[
+        int,
+        typer.Option(
+            "--processes",
+            help="Processes on this machine that share each batch, one per GPU; as torchrun.",
+            show_default=True,
+        ),
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Post-train MODEL until its attention is sparse at its own loss, and write a sidecar."""
-    out.configure(json=as_json, quiet=quiet)
+    if number != 1 and not processes.launched():
+        return processes.launch(number, sys.argv[1:])
+    out.configure(json=as_json and processes.is_first(), quiet=quiet or not processes.is_first())
     marks: list[float] | None = None
     if frontier is not None:
         if target_density is not None:
@@ -198,7 +210,8 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, f
         from attnprune.runs.folder import check_output, defaults_for, output_folder
 
         config = build_config(override(defaults_for(name), values))
-        check_output(output_folder(config))  # before the seconds that torch takes to load
+        if processes.is_first():
+            check_output(output_folder(config))  # before the seconds that torch takes to load
 
     from attnprune.report import progress
     from attnprune.report.plan import plan_data, plan_table

@@ -244,7 +244,9 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
     deterministic: bool = Field(
-        default=True, description="same bits in every run; false: on CUDA a faster backward pass with atomic sums"
+        default=True,
+        description="same bits in every run, with any number of processes; false: on CUDA a faster backward pass with "
+        "atomic sums, and between processes one sum per step",
     )
     eval_every: Count = Field(default=100, description="steps between evaluations")
     save_every: Count = Field(default=200, description="steps between checkpoints")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch
 from attnprune.data.sources import absolute
 from attnprune.data.texts import DEFAULT_HUB_DATASET
 from attnprune.errors import InputError
+from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO, output_folder
 from attnprune.sidecar import bases
@@ -27,8 +27,7 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     config, notes = config.model_copy(deep=True), []
     model, train, text = config.model, config.train, config.data
     model.device = bases.pick_device(model.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes: training runs on one process", hint="leave out torchrun")
+    _check_batch(config)
     if "auto" in text.sources:
         text.source = [DEFAULT_HUB_DATASET if source == "auto" else source for source in text.sources]
         notes.append(f"data: {DEFAULT_HUB_DATASET}, because general web text is closest to what models were trained on")
@@ -56,6 +55,15 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     if not 2 <= text.seq_len <= context:
         raise InputError(f"data.seq_len: {text.seq_len} is not within 2 and the model's context of {context}")
     return config, notes
+
+
+def _check_batch(config: RunConfig) -> None:
+    """Refuse a batch that the processes cannot share."""
+    train = config.train
+    micro = 0 if train.micro_batch_size == "auto" else train.micro_batch_size
+    if train.batch_size % (processes.count() * max(1, micro)):
+        each = f"{processes.count()} processes" + (f" x micro_batch_size {micro}" if micro else "")
+        raise InputError(f"train.batch_size: {train.batch_size} is not a multiple of {each}")
 
 
 def _precision(model: Any, size: int, device: str) -> tuple[Literal["fp32", "bf16"], str]:

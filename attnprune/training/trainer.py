@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from attnprune.attention.gates import mix_seed, seed_tensor
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.measure import Report, mean_loss, measure
+from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import BeforeOptimizer, DualState, EndOfStretch, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
+from attnprune.training.gradients import SharedGradients
 from attnprune.training.graph import RecordedStep, Step, fastest
 from attnprune.training.optimizer import make_optimizer
 from attnprune.training.recover import is_state
@@ -80,11 +83,15 @@ class SparsifyTrainer(StrictResume):
             callbacks=[dual, BeforeOptimizer(self._look), EndOfStretch(self.schedule), *callbacks, Seal()],
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
+        # Not to be wrapped: the micro-steps run without the others, and gradients are added once per step.
+        model._is_accelerate_prepared = True  # pyright: ignore[reportArgumentType]
         self.model_accepts_loss_kwargs = False
         # Now, not in the first step, where it would add to the memory of the training graph.
         needed = not (compares_with_base(config) and config.constraint.paired)
         mean = mean_loss(reference, held_out, self.args.device) if needed else None
         self._micro_step = MicroStep(model, reference, config, mean)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients = SharedGradients(self._trained, in_order=config.train.deterministic)
         self._step: Step | None = None  # the fastest way to run it, known after the first batch
         self._seen: list[Tensor] = []  # stats of this step's micro-batches, on the device
 
@@ -103,18 +110,19 @@ class SparsifyTrainer(StrictResume):
         """Forward, base, loss and backward of one micro-batch; what it saw stays on the device until the step ends."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        coefficients = [weight / self.current_gradient_accumulation_steps for weight in self._coefficients()]
+        parts = self.current_gradient_accumulation_steps * processes.count()
+        coefficients = [weight / parts for weight in self._coefficients()]
         device = inputs["input_ids"].device
         given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, device), self._seed(device))
         if self._step is None:
             self._step = self._fastest(given)
         self._seen.append(self._step(*given))
-        return self._seen[-1][0]
+        self._gradients.add(last=self.accelerator.sync_gradients)
+        return self._seen[-1][0] * processes.count()  # Trainer takes the mean
 
     def _fastest(self, given: tuple[Tensor | None, ...]) -> Step:
         """The fastest way to run the micro-step here; a resumed run has to go on as it began."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        step = fastest(self._micro_step, trained, given, self.config.train.model_copy(update=self.dual.ways))
+        step = fastest(self._micro_step, self._trained, given, self.config.train.model_copy(update=self.dual.ways))
         taken = {"compile": self._micro_step.layers is not None, "cuda_graph": isinstance(step, RecordedStep)}
         self.dual.ways = {way: "on" if used else "off" for way, used in taken.items()}
         return step
@@ -122,7 +130,14 @@ class SparsifyTrainer(StrictResume):
     def _seed(self, device: torch.device) -> Tensor | None:
         if self.config.gate.estimator != "gumbel":
             return None
-        return seed_tensor(mix_seed(self.config.train.seed, self.state.global_step, len(self._seen)), device)
+        micro = len(self._seen) * processes.count() + processes.rank()  # its number in the whole batch
+        return seed_tensor(mix_seed(self.config.train.seed, self.state.global_step, micro), device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Whole steps only: the last step of an epoch would depend on the number of processes."""
+        blocks: Any = self.train_dataset
+        batch = self.config.train.batch_size
+        return RandomSampler(blocks, num_samples=len(blocks) // batch * batch or len(blocks))
 
     def _coefficients(self) -> tuple[float, float]:
         """Weights of edges and damage in the Lagrangian. Both terms are relative, so a multiplier of about 1 suits any
@@ -142,37 +157,45 @@ class SparsifyTrainer(StrictResume):
         Raises:
             AttnPruneError: a number is not finite.
         """
-        numbers = torch.cat([*self._seen, norm.detach().float().reshape(1)]).tolist()
+        everyone = processes.gather_tensor(torch.cat([*self._seen, norm.detach().float().reshape(1)])).tolist()
         self._seen = []
-        dual, terms, number = self.dual, len(TERMS), self.state.global_step + 1
-        for first in range(0, len(numbers) - 1, terms):
-            observed: dict[str, float] = dict(zip(TERMS, numbers[first : first + terms], strict=True))
-            del observed["lagrangian"]  # Trainer logs it
-            for term, seen in (("kl", self._micro_step.compares), ("state_error", self._micro_step.match)):
-                if not seen:
-                    del observed[term]
-            observed["gap"] = observed["train_loss"] - observed["base_loss"]
-            if dual.start_density is None:
-                dual.start_density = observed["density"]
-            constraint = self._current_constraint()
+        terms = len(TERMS)
+        batches = [[numbers[n : n + terms] for n in range(0, len(numbers) - 1, terms)] for numbers in everyone]
+        # In the order of the whole batch, as one process would have seen them.
+        seen = [self._observed(stats) for turn in zip(*batches, strict=True) for stats in turn]
+        if self.dual.start_density is None:
+            self.dual.start_density = sum(o["density"] for o in seen) / len(seen)
+        constraint = self._current_constraint()
+        for observed in seen:
             value = constraint.value(
                 loss_gap=observed["gap"], kl=observed.get("kl", math.nan), density=observed["density"]
             )
             observed["violation"] = constraint.violation(value)
-            for term, found in observed.items():
-                if not math.isfinite(found):
-                    raise AttnPruneError(f"training: non-finite {term} at step {number}")
-            dual.observed.append(observed)
-            self._latest = {**observed, "multiplier": dual.multiplier.value}
-        if not math.isfinite(numbers[-1]):
-            raise AttnPruneError(f"training: non-finite gradient at step {number}")
+        mean = {term: sum(o[term] for o in seen) / len(seen) for term in seen[0]}
+        number = self.state.global_step + 1
+        for term, found in mean.items():
+            if not math.isfinite(found):
+                raise AttnPruneError(f"training: non-finite {term} at step {number}").of_all()
+        if not math.isfinite(everyone[0][-1]):
+            raise AttnPruneError(f"training: non-finite gradient at step {number}").of_all()
+        self.dual.violation = mean["violation"]
+        self._latest = {**mean, "multiplier": self.dual.multiplier.value}
+
+    def _observed(self, stats: list[float]) -> dict[str, float]:
+        """One micro-batch's terms by name, those that the run has, and the gap."""
+        observed: dict[str, float] = dict(zip(TERMS, stats, strict=True))
+        del observed["lagrangian"]  # Trainer logs it
+        for term, seen in (("kl", self._micro_step.compares), ("state_error", self._micro_step.match)):
+            if not seen:
+                del observed[term]
+        return {**observed, "gap": observed["train_loss"] - observed["base_loss"]}
 
     def _current_constraint(self) -> Constraint:
         """The constraint of this step."""
         return self.schedule.constraint(self.state.global_step, self.dual.start_density or 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the constraint's numbers of the last micro-batch to each training log."""
+        """Add the constraint's numbers of the last step to each training log."""
         if "loss" in logs:
             logs["lagrangian"] = logs.pop("loss")
             logs.update(self._latest)
@@ -183,7 +206,7 @@ class SparsifyTrainer(StrictResume):
         held_out: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        report = measure(self.model, held_out, reference=self.reference)
+        report = measure(self.model, held_out, reference=self.reference, shared=True)
         self.model.train(was_training)
         self._keep_if_best(report)
         metrics = {
@@ -213,7 +236,7 @@ class SparsifyTrainer(StrictResume):
     def release(self) -> None:
         """Let go of what only training needs: the recorded step with its memory, gradients, the optimiser."""
         self._step = self.optimizer = None
-        del self._micro_step
+        del self._micro_step, self._gradients
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
@@ -289,7 +312,8 @@ def _checkpointing(on: bool) -> dict[str, Any]:
 def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     assert train.micro_batch_size != "auto"  # the plan has chosen
-    micro = train.micro_batch_size or train.batch_size
+    whole = train.batch_size // processes.count()
+    micro = train.micro_batch_size or whole
     on_cpu = config.model.device == "cpu"
     warmup = min(train.warmup_steps, train.steps // 10)
     arguments = TrainingArguments(
@@ -298,7 +322,7 @@ def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) 
         # Compiled layers and a recorded step have one shape. (An older run that goes on is plain.)
         dataloader_drop_last=train.step == "fast" and blocks >= micro,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, train.batch_size // micro),
+        gradient_accumulation_steps=max(1, whole // micro),
         learning_rate=train.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={

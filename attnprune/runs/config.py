@@ -217,6 +217,10 @@ class TrainConfig(Section):
         default="attention", description="linear layers with adapters: the attention's, or all of every decoder layer"
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
+    fsdp: Switch = Field(
+        default="auto",
+        description="weights sharded over the processes (FSDP2); auto: where training does not fit into one",
+    )
     step: Literal["auto", "fast", "plain"] = Field(
         default="auto", description="fast: never waits for the device, no whole logits; plain: any model"
     )

@@ -162,6 +162,11 @@ def _missing_in_the_second(config, folder: Path) -> None:
     _refused(config, "nothing.txt")
 
 
+def test_accelerates_own_sharding_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert in_group(_refused, share(inputs, tmp_path / "run"), "accelerate's FSDP is not used") == [0, 0]
+
+
 def test_less_text_than_a_step_is_refused(inputs, tmp_path):
     (tmp_path / "short.txt").write_text(prose(700))
     changes = {"data": {"source": str(tmp_path / "short.txt")}, "train": {"batch_size": 64}}

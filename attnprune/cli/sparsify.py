@@ -122,6 +122,12 @@ def sparsify(
     report_to: Annotated[
         str | None, _option("--report-to", help="Experiment tracker: tensorboard, wandb or trackio.")
     ] = None,
+    fsdp: Annotated[
+        str | None,
+        _option(
+            "--fsdp", help="Shard the weights over the processes (FSDP2): on, off, or auto, if one cannot hold them."
+        ),
+    ] = None,
     number: Annotated[
         int,
         typer.Option(
@@ -165,7 +171,7 @@ def sparsify(
             "batch_size": batch_size, "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
             "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "lora_targets": lora_targets,
             "match": match, "optimizer": optimizer,
-            "precision": precision, "gradient_checkpointing": gradient_checkpointing,
+            "precision": precision, "fsdp": fsdp, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,
         },
         "output": {"folder": output, "report_to": report_to},

@@ -234,6 +234,10 @@ class TrainConfig(Section):
         description="8bit: its state in 8 bits; paged: in memory that moves to the host where a GPU has none left "
         "(bitsandbytes)",
     )
+    fsdp: Switch = Field(
+        default="auto",
+        description="weights sharded over the processes (FSDP2); auto: where training does not fit into one",
+    )
     step: Literal["auto", "fast", "plain"] = Field(
         default="auto", description="fast: never waits for the device, no whole logits; plain: any model"
     )

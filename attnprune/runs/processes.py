@@ -93,7 +93,7 @@ def join(device: str) -> None:
     """Meet the other processes, and take this one's GPU.
 
     Raises:
-        InputError: there are more processes on this machine than GPUs.
+        InputError: there are more processes on this machine than GPUs, or accelerate is told to shard the model.
         AttnPruneError: the others do not answer.
     """
     if count() == 1:
@@ -101,6 +101,9 @@ def join(device: str) -> None:
     import torch
     from accelerate import PartialState
 
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise InputError(f"accelerate's {engine} is not used", hint="leave it out of its config; see --fsdp")
     gpus = torch.cuda.device_count()
     if device == "cuda" and here() > gpus:
         raise InputError(f"{here()} processes on a machine with {gpus} GPUs", hint=f"torchrun --nproc-per-node {gpus}")

@@ -20,27 +20,27 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 
-from attnprune.attention.interface import attach
 from attnprune.data.blocks import Blocks
 from attnprune.data.texts import load_blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
-from attnprune.files import locked, temporary_folder, write_atomic
+from attnprune.files import locked, write_atomic
 from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, METRICS_FILE, RUN_FILE, check_output
-from attnprune.runs.frontier import Point, point_folder, write_frontier
 from attnprune.sidecar import bases, format
-from attnprune.sidecar.folder import Sidecar, open_sidecar
+from attnprune.sidecar.folder import Sidecar
 from attnprune.sidecar.identity import model_key
+from attnprune.sidecar.quantised import is_quantised
 from attnprune.sidecar.quiet import quiet
 from attnprune.training import checkpoints
 from attnprune.training.calibration import calibrate, starts_from_mass
 from attnprune.training.callbacks import Deadline, MetricsFile, StopOnSignal
-from attnprune.training.export import export
+from attnprune.training.export import export_all
 from attnprune.training.plan import Clock, Plan, make_plan
 from attnprune.training.recover import choose_layers, hold_still, is_state
 from attnprune.training.resolve import check_quantised, load_base, load_dtype, resolve
-from attnprune.training.scope import DenseBase, make_trainable
+from attnprune.training.scope import DenseBase, attach_gates, causal_lm, make_trainable
+from attnprune.training.sharding import shard
 from attnprune.training.start import check_start, sidecar_to_start_from, start_from
 from attnprune.training.step import settle_step
 from attnprune.training.trackers import tracker
@@ -115,6 +115,10 @@ def _run(
         model, reference, facts = _prepare(run, train_blocks, held_out, on_note)
     if any(others != facts for others in processes.gather(facts)):
         raise InputError("the processes read different data or different base models").of_all()
+    processes.copy_from_first([p.data for p in model.parameters() if is_state(p)])
+    if config.train.fsdp == "on":
+        for whole_model in {causal_lm(model), causal_lm(reference.model)}:
+            shard(whole_model, config.model.device)
     deadline = None if config.train.time is None else started + seconds(config.train.time)
     if not finish:
         with processes.together():
@@ -148,9 +152,7 @@ def _run(
             on_note(f"ended at step {trainer.state.global_step:,} of {config.train.steps:,}")
             config.train.steps = trainer.state.global_step  # what the result says; run.toml keeps what was planned
         trainer.release()
-        if config.model.load_in != "8bit":  # which stays where it was quantised
-            trainer.model.cpu()  # makes room on a GPU
-        sidecar = _export_all(trainer, config, run.base_entry, held_out, folder, on_note)
+        sidecar = export_all(trainer, config, run.base_entry, held_out, folder, on_note)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return sidecar
     except AttnPruneError as error:
@@ -194,17 +196,23 @@ def _load(
         config.model.dtype = init.manifest.base.dtype  # pyright: ignore[reportAttributeAccessIssue]
     on_note(f"loading {config.model.name}")
     loading = time.monotonic()
-    base = load_base(config)
+    may_shard = processes.count() > 1 and config.train.fsdp != "off"
+    place = "cpu" if may_shard else config.model.device
+    base = load_base(config, place)
     clock = Clock(started, time.monotonic() - loading)
     config, more = resolve(config, base)
     if base.model.dtype != load_dtype(config):  # a small model on CUDA: only now is it known that its weights train
-        base = load_base(config)
+        base = load_base(config, place)
+    more += check_quantised(config, base)
+    if is_quantised(base.model):
+        base = base if place == config.model.device else load_base(config)
+    elif config.train.fsdp == "off":
+        base.model.to(config.model.device)
     if load_dtype(config) != torch.float32 and config.train.scope in ("attn", "full"):
         raise InputError(
             f"model.dtype: {config.model.dtype} would round away the updates of scope {config.train.scope}",
             hint="leave out --dtype and use --precision bf16",
         )
-    more += check_quantised(config, base)
     config.model.dtype = str(base.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
     set_seed(config.train.seed)
     base_entry = bases.identity(base)
@@ -237,55 +245,6 @@ def _prepare(
         facts["init"] = hashlib.sha256(init.manifest.to_json().encode()).hexdigest()
     run.notes += hold_still(model, config)
     return model, reference, facts
-
-
-def _export_all(
-    trainer: SparsifyTrainer,
-    config: RunConfig,
-    base_entry: dict[str, Any],
-    held_out: Blocks,
-    folder: Path,
-    on_note: Callable[[str], None],
-) -> Sidecar:
-    """One sidecar for each density of the frontier, and last that of the run, with which it has finished."""
-    base = load_base(config, quantised=config.model.keep_quantised)
-    full = load_base(config, quantised=False) if config.model.keep_quantised else None
-    points: list[Point] = []
-    for mark in trainer.marks:
-        own = mark is trainer.marks[-1]
-        place = "." if own else point_folder(mark.limit)
-        judged = config.model_copy(deep=True)
-        judged.constraint.frontier = []
-        if not own:
-            on_note(f"exporting {place}")
-            judged.constraint.target_density = mark.limit
-            (folder / place).mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / RUN_FILE, folder / place / RUN_FILE)  # says what it was measured on
-        trainer.load_best(mark)
-        with temporary_folder(folder / CHECKPOINTS) as staging:
-            made = export(
-                trainer.model, base, base_entry, judged, held_out, staging, folder / place,
-                full=full, trained=trainer.best_numbers(mark),
-            )  # fmt: skip
-        points.append(Point(folder=place, limit=mark.limit, **_measured(made)))
-        if config.constraint.frontier:
-            write_frontier(folder, points)
-    return open_sidecar(folder)
-
-
-def _measured(sidecar: Sidecar) -> dict[str, Any]:
-    """What a sidecar's result says that its place on a frontier says as well."""
-    known = Point.model_fields.keys() - {"folder", "limit"}
-    return {key: value for key, value in sidecar.manifest.result.model_dump().items() if key in known}
-
-
-def attach_gates(model: Any, config: RunConfig) -> None:
-    """Attach gates with the run's temperatures and initial biases."""
-    settings = config.gate
-    gates = attach(model, bias=settings.bias_init)
-    for gate in gates:
-        gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
-        gate.deterministic = config.train.deterministic
 
 
 def _describe_state(error: AttnPruneError, folder: Path) -> None:
@@ -348,7 +307,6 @@ def _train(
     inner.output.folder = str(folder / CHECKPOINTS)
     stopper = StopOnSignal()
     callbacks = [MetricsFile(folder / METRICS_FILE), stopper, *callbacks]
-    processes.copy_from_first([p.data for p in model.parameters() if is_state(p)])
     trainer = SparsifyTrainer(model, inner, train_blocks, held_out, reference, callbacks, from_sidecar)
     with processes.together():
         if checkpoint is not None:

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
+from attnprune.attention.interface import GATE_ATTRIBUTE, attach, detach, gates_forced_open, gates_of
 from attnprune.errors import AttnPruneError
 from attnprune.runs.config import RunConfig
 from attnprune.sidecar.quantised import is_quantised, source_class
 from attnprune.training.compiled import decoder_layers
+
+
+def attach_gates(model: Any, config: RunConfig) -> None:
+    """Attach gates with the run's temperatures and initial biases."""
+    settings = config.gate
+    gates = attach(model, bias=settings.bias_init)
+    for gate in gates:
+        gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
+        gate.deterministic = config.train.deterministic
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

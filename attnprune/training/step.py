@@ -147,7 +147,7 @@ def settle_step(model: Any, config: RunConfig) -> list[str]:
             decoder_layers(causal_lm(model))
         except LookupError as error:
             raise InputError(f"train.match: {error}") from None
-    obstacle = whole_logits(model)
+    obstacle = "its weights are sharded" if train.fsdp == "on" else whole_logits(model)
     if train.step == "fast" and obstacle:
         raise InputError(f"train.step: fast is not possible: {obstacle}", hint="leave it at auto")
     notes = []

@@ -32,12 +32,22 @@ from attnprune.training.recover import is_state
 from attnprune.training.restoring import MODEL_FILE, STATE_FILE, StrictResume, best_file, check_contents, reading
 from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase
+from attnprune.training.sharding import is_sharded, whole
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once)."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if is_state(p)}
+    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once).
+
+    Every process of a run calls this, and process 0 alone gets them.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if is_state(parameter):
+            tensor = whole(parameter.detach())
+            if processes.is_first():
+                state[name] = tensor.cpu().clone().contiguous()
+    return state
 
 
 class SparsifyTrainer(StrictResume):
@@ -64,6 +74,7 @@ class SparsifyTrainer(StrictResume):
         from_sidecar: bool = False,
     ):
         self.config = config
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.schedule = Schedule.of(config)
         self.marks = self.schedule.marks
         self.constraint = self.marks[-1]
@@ -117,7 +128,8 @@ class SparsifyTrainer(StrictResume):
         if self._step is None:
             self._step = self._fastest(given)
         self._seen.append(self._step(*given))
-        self._gradients.add(last=self.accelerator.sync_gradients)
+        if not self.sharded:
+            self._gradients.add(last=self.accelerator.sync_gradients)
         return self._seen[-1][0] * processes.count()  # Trainer takes the mean
 
     def _fastest(self, given: tuple[Tensor | None, ...]) -> Step:
@@ -157,7 +169,8 @@ class SparsifyTrainer(StrictResume):
         Raises:
             AttnPruneError: a number is not finite.
         """
-        everyone = processes.gather_tensor(torch.cat([*self._seen, norm.detach().float().reshape(1)])).tolist()
+        norm = whole(norm.detach()).float().reshape(1)
+        everyone = processes.gather_tensor(torch.cat([*self._seen, norm])).tolist()
         self._seen = []
         terms = len(TERMS)
         batches = [[numbers[n : n + terms] for n in range(0, len(numbers) - 1, terms)] for numbers in everyone]
@@ -225,11 +238,12 @@ class SparsifyTrainer(StrictResume):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains (not the frozen base) and the best state so far."""
+        state = trainable_state(self.model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.model), folder / MODEL_FILE)
+        save_file(state, folder / MODEL_FILE)
         for mark, state in self.best_states.items():
             save_file(state, folder / best_file(self._mark_name(mark)))
 
@@ -272,7 +286,7 @@ class SparsifyTrainer(StrictResume):
 
     def _keep_if_best(self, report: Report) -> None:
         """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, Tensor] | None = None
         for mark in self.marks:
             value = _constrained_value(mark, report)
             feasible = mark.feasible(value)
@@ -283,7 +297,8 @@ class SparsifyTrainer(StrictResume):
                 numbers = {k: v for k, v in asdict(report).items() if k != "heads"}
                 found = {"rank": rank, "step": self.state.global_step, "feasible": feasible, **numbers}
                 self.dual.keep(self._mark_name(mark), found)
-                state = state or trainable_state(self.model)
+                if state is None:
+                    state = trainable_state(self.model)
                 self.best_states[mark] = state
 
     def _mark_name(self, mark: Constraint) -> str | None:

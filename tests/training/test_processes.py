@@ -14,13 +14,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from attnprune.attention.interface import attach, gates_of
+from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.measure import measure
 from attnprune.runs import processes
 from attnprune.runs.folder import CHECKPOINTS, read_resumed
-from attnprune.training import checkpoints, gradients, recipe
-from tests.helpers.command import ENVIRONMENT, listing
-from tests.helpers.factory import save_text
+from attnprune.sidecar import bases
+from attnprune.training import checkpoints, gradients, recipe, resolve
+from tests.helpers.command import ENVIRONMENT, attnprune, listing
+from tests.helpers.factory import refused, save_text
 from tests.helpers.groups import in_group
 from tests.helpers.recipes import _SignalAt, artefact, logged, run_config
 from tests.helpers.texts import prose
@@ -159,11 +162,85 @@ def _missing_in_the_second(config, folder: Path) -> None:
     _refused(config, "nothing.txt")
 
 
+def test_accelerates_own_sharding_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert in_group(_refused, share(inputs, tmp_path / "run"), "accelerate's FSDP is not used") == [0, 0]
+
+
 def test_less_text_than_a_step_is_refused(inputs, tmp_path):
     (tmp_path / "short.txt").write_text(prose(700))
     changes = {"data": {"source": str(tmp_path / "short.txt")}, "train": {"batch_size": 64}}
     config = run_config(inputs, tmp_path / "run", **changes)
     assert in_group(_refused, config, "less than a step of 64") == [0, 0]
+
+
+# --- sharded weights (FSDP2) ------------------------------------------------------------------------------------------
+
+
+class _Looks(TrainerCallback):
+    """What of a model is sharded, and in which type the gates run."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        gate = gates_of(model)[0]
+        assert len(gate.bias.to_local()) == 2  # of 4 heads
+        gate.register_forward_pre_hook(lambda gate, args: _whole_in_fp32(gate.bias))
+
+
+def _whole_in_fp32(bias) -> None:
+    assert not hasattr(bias, "full_tensor")
+    assert (len(bias), bias.dtype) == (4, torch.float32)
+
+
+def _sharded(config, **options) -> None:
+    recipe.sparsify(config, callbacks=[_Looks()], **options)
+
+
+def agree(folder: Path, other: Path) -> None:
+    for term in ("lagrangian", "train_loss", "kl", "density", "multiplier", "grad_norm"):
+        assert logged(folder, term) == pytest.approx(logged(other, term), abs=1e-5)
+    one, two = (json.loads((run / "attnprune.json").read_text())["result"] for run in (folder, other))
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["kl"] == pytest.approx(one["kl"], abs=1e-5)
+    assert two["open_edges"] == pytest.approx(one["open_edges"], rel=1e-3)
+
+
+@pytest.mark.parametrize("train", [{"scope": "full"}, {"scope": "attn", "gradient_checkpointing": True}, LORA])
+def test_a_sharded_run_agrees_with_one_process_and_its_sidecar_verifies(inputs, tmp_path, train):
+    changes = {"gate": {"estimator": "gumbel"}, "constraint": {"kind": "kl", "tolerance": 0.5}}
+    for name, more in (("one", {"step": "plain"}), ("two", {"fsdp": "on"})):
+        config = share(inputs, tmp_path / name, 1, **changes, train={**train, **more, "steps": 20})
+        if name == "one":
+            recipe.sparsify(config)
+        else:
+            assert in_group(_sharded, config) == [0, 0]
+    agree(tmp_path / "one", tmp_path / "two")
+    verified = attnprune("verify", tmp_path / "two", "--base", inputs[0], cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_a_sharded_run_resumes_exactly(inputs, tmp_path):
+    configs = [share(inputs, tmp_path / name, 1, train={"fsdp": "on"}) for name in ("whole", "stopped")]
+    assert in_group(_sharded, configs[0]) == [0, 0]
+    assert in_group(_stopped_by, signal.SIGTERM, 0, configs[1]) == [0, 0]
+    assert in_group(_resume, read_resumed(tmp_path / "stopped", {})) == [0, 0]
+    assert artefact(tmp_path / "stopped") == artefact(tmp_path / "whole")
+
+
+def test_sharding_needs_several_processes(inputs, tmp_path):
+    refused(lambda: recipe.sparsify(run_config(inputs, tmp_path / "run", train={"fsdp": "on"})), "train.fsdp")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**9, "off"), (10**5, "on")])
+def test_auto_shards_what_does_not_fit_into_one_process(inputs, monkeypatch, free, expected):
+    base = bases.load_base(str(inputs[0]), device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(resolve, "free_memory", lambda device: free)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = run_config(inputs, Path("run"))
+    [note] = resolve.settle_sharding(config, base)
+    assert config.train.fsdp == expected
+    assert "weights and optimiser take" in note
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -185,10 +262,6 @@ def test_a_shared_evaluation_is_the_one_of_one_process(gated_model, rows):
 
 @pytest.fixture
 def gated_model(inputs):
-    from attnprune.attention.interface import attach
-    from attnprune.data.blocks import Blocks
-    from attnprune.sidecar import bases
-
     base, dense = (bases.load_base(str(inputs[0]), device="cpu", dtype=torch.float32) for _ in range(2))
     attach(base.model, bias=-0.1)
     ids = torch.randint(3, 100, (8, 12), generator=torch.Generator().manual_seed(0))

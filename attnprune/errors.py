@@ -6,6 +6,8 @@ Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong an
 
 from __future__ import annotations
 
+from typing import Self
+
 
 def printable(text: object, limit: int | None = None) -> str:
     """Text on one line, control characters escaped so that no name can drive the terminal, cut after `limit`."""
@@ -36,7 +38,13 @@ class AttnPruneError(Exception):
     def __init__(self, message: str, hint: str | None = None):
         self.message = printable(message)
         self.hint = hint
+        self.everywhere = False
         super().__init__(self.message)
+
+    def of_all(self) -> Self:
+        """Mark it as raised in every process of the run, so that one of them says it."""
+        self.everywhere = True
+        return self
 
     def __str__(self) -> str:
         return self.message  # whoever passes an error on may have said more in it

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attnprune.attention.chunked import GatedOutput
 from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.attention.interventions import Recorder, recording
 from attnprune.data.blocks import IGNORED_LABEL, Blocks
 from attnprune.late import Shown
+from attnprune.runs import processes
 from attnprune.units import percent
 
+_SUMS = ("loss", "base", "control", "kl", "agree", "exact", "tokens")  # of the batches, in `measure`
 BATCH_TOKENS = 1024  # bounds the logits in memory: two models x tokens x vocabulary
 
 Reference = Callable[[Tensor], Tensor]
@@ -102,43 +106,40 @@ def mean_loss(reference: Reference, blocks: Blocks, device: torch.device) -> flo
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0
-) -> Report:
+    model: nn.Module, blocks: Blocks, *, reference: Reference | None = None, control: bool = False, batch_size: int = 0,
+    shared: bool = False,
+) -> Report:  # fmt: skip
     """Measure `model` on `blocks`; with `reference` also against the base, with `control` also with open gates.
 
-    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time.
+    `batch_size` is in blocks; 0 means about BATCH_TOKENS tokens at a time. `shared`: the processes of a run share the
+    batches, and all get the report of one process, to the bit: each batch is a row of its own, and rows are added in
+    their order. All run equally many, as a sharded model needs them; what is too much does not count.
     """
     batch_size = batch_size or max(1, BATCH_TOKENS // blocks.seq_len)
     device = next(model.parameters()).device
     gates = gates_of(model)
-    sums: dict[str, float] = dict.fromkeys(("loss", "base", "control", "kl", "agree", "exact", "tokens"), 0.0)
-    open_edges = [torch.zeros_like(gate.bias, dtype=torch.int64) for gate in gates]
-    visible = [0] * len(gates)
-    for first in range(0, len(blocks), batch_size):
-        ids = blocks.input_ids[first : first + batch_size].to(device)
-        labels = blocks.labels[first : first + batch_size].to(device)
-        log_p, losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)
-        for layer, gate in enumerate(gates):
-            assert gate.last is not None  # the forward above ran every layer
-            open_edges[layer] += gate.last.open_edges
-            visible[layer] += int(gate.last.visible_edges)
-        sums["loss"] += losses.double().sum().item()
-        sums["tokens"] += len(losses)
-        sums["exact"] += _exact(log_p, labels)
-        if reference is not None:
-            base_log_p, base_losses = token_losses(reference(ids), labels)
-            sums["base"] += base_losses.double().sum().item()
-            sums["kl"] += kl_divergence(base_log_p, log_p).double().sum().item()
-            sums["agree"] += (base_log_p.argmax(-1) == log_p.argmax(-1)).sum().item()
-        if control:
-            with gates_forced_open(model):
-                sums["control"] += (
-                    token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1].double().sum().item()
-                )
+    batches = [blocks.take(part) for part in torch.arange(len(blocks)).split(batch_size)]
+    rank, world = (processes.rank(), processes.count()) if shared else (0, 1)
+    rows = torch.zeros(len(batches), len(_SUMS), dtype=torch.float64)
+    open_edges = [torch.zeros(gate.heads, dtype=torch.int64, device=device) for gate in gates]
+    visible = torch.zeros(len(gates), dtype=torch.int64)
+    for turn in range(0, len(batches), world):
+        number = turn + rank
+        batch = batches[min(number, len(batches) - 1)]
+        sums, counts = _batch(model, batch.input_ids.to(device), batch.labels.to(device), reference, control)
+        if number < len(batches):
+            rows[number] = torch.tensor(sums, dtype=torch.float64)
+            for layer, counted in enumerate(counts):
+                open_edges[layer] += counted.open_edges
+                visible[layer] += int(counted.visible_edges)
+    if shared:
+        rows, visible = (processes.add(counts.to(device)).cpu() for counts in (rows, visible))
+        open_edges = [processes.add(counts) for counts in open_edges]
+    sums = {name: sum(column) for name, column in zip(_SUMS, rows.T.tolist(), strict=True)}
     tokens = sums["tokens"]
     total_open = int(sum(int(count.sum()) for count in open_edges))
-    total_visible = sum(pairs * len(gate.bias) for pairs, gate in zip(visible, gates, strict=True))
-    query_heads = len(blocks) * blocks.seq_len * sum(len(gate.bias) for gate in gates)
+    total_visible = sum(pairs * gate.heads for pairs, gate in zip(visible.tolist(), gates, strict=True))
+    query_heads = len(blocks) * blocks.seq_len * sum(gate.heads for gate in gates)
     return Report(
         loss=sums["loss"] / tokens,
         density=total_open / total_visible if gates else None,
@@ -153,8 +154,26 @@ def measure(
         seq_len=blocks.seq_len,
         tokens=int(tokens),
         data=blocks.name,
-        heads=[(count / pairs).tolist() for count, pairs in zip(open_edges, visible, strict=True)],
+        heads=[(count / pairs).tolist() for count, pairs in zip(open_edges, visible.tolist(), strict=True)],
     )
+
+
+def _batch(
+    model: Any, ids: Tensor, labels: Tensor, reference: Reference | None, control: bool
+) -> tuple[list[float], list[GatedOutput]]:
+    """(the `_SUMS` of one batch [B, T], what each gate counted)."""
+    log_p, losses = token_losses(model(input_ids=ids, use_cache=False).logits, labels)
+    counts: list[Any] = [gate.last for gate in gates_of(model)]
+    base = open_loss = kl = agree = 0.0
+    if reference is not None:
+        base_log_p, base_losses = token_losses(reference(ids), labels)
+        base = base_losses.double().sum().item()
+        kl = kl_divergence(base_log_p, log_p).double().sum().item()
+        agree = (base_log_p.argmax(-1) == log_p.argmax(-1)).sum().item()
+    if control:
+        with gates_forced_open(model):
+            open_loss = token_losses(model(input_ids=ids, use_cache=False).logits, labels)[1].double().sum().item()
+    return [losses.double().sum().item(), base, open_loss, kl, agree, _exact(log_p, labels), len(losses)], counts
 
 
 def _exact(log_probabilities: Tensor, labels: Tensor) -> int:

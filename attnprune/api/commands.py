@@ -251,11 +251,11 @@ def merge(
         InputError: `path` is merged already or damaged; `out` is not empty or cannot be written.
         VerificationError: the stored probe is not reproduced.
     """
-    from attnprune.sidecar import bases, loading
+    from attnprune.sidecar import loading
     from attnprune.sidecar.folder import open_artefact
     from attnprune.sidecar.hub import locate
     from attnprune.sidecar.merged import write_merged
-    from attnprune.sidecar.precision import DTYPES, cast
+    from attnprune.sidecar.precision import DTYPES
 
     check_new_folder(Path(out))
     if dtype is not None and dtype not in DTYPES:
@@ -265,11 +265,8 @@ def merge(
     if sidecar.manifest.merged is not None:
         raise InputError(f"{path}: is merged already")
     name = None if base is None else str(base)
-    model, tokenizer = loading.load(folder, name, allow_base_mismatch=allow_base_mismatch)
-    if dtype is not None:
-        model = cast(model, bases.torch_dtype(dtype))
-    same = dtype in (None, sidecar.manifest.base.dtype) and not allow_base_mismatch
-    write_merged(model, tokenizer, sidecar, Path(out), same_dtype=same)
+    loaded, same = loading.load_for_merge(folder, name, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
+    write_merged(*loaded, sidecar, Path(out), same_dtype=same)
     return open_artefact(out)
 
 

@@ -29,9 +29,8 @@ from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig, build_config
 from attnprune.sidecar.quiet import quiet
 from attnprune.training.machine import PeakMemory
-from attnprune.training.recipe import attach_gates
 from attnprune.training.resolve import load_base, load_dtype
-from attnprune.training.scope import make_trainable
+from attnprune.training.scope import attach_gates, make_trainable
 from attnprune.training.step import settle_step
 from attnprune.training.trainer import SparsifyTrainer
 

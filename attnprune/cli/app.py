@@ -26,6 +26,7 @@ from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
 from attnprune.cli.signals import EndedBySignal, ending_on_signals
 from attnprune.errors import AttnPruneError
+from attnprune.runs import processes
 
 app = typer.Typer(
     name="attnprune",
@@ -117,5 +118,7 @@ def _fail(error: BaseException, message: str, hint: str | None, code: int) -> in
         import traceback
 
         traceback.print_exception(error)
-    out.error(message, hint, code)
-    return code
+    if processes.tells(error):
+        out.error(message, hint, code)
+    # torchrun makes 1 and a traceback of any code; a run that has finished is no failure there, and its JSON says more.
+    return 0 if code == 3 and processes.count() > 1 and not processes.launched() else code

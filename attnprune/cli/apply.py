@@ -54,19 +54,17 @@ def apply(
         check_release_code(folder)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: {dtype!r} is not float32, bfloat16 or float16")
-    from attnprune.sidecar import bases, loading
+    from attnprune.sidecar import loading
     from attnprune.sidecar.merged import write_merged
-    from attnprune.sidecar.precision import cast
 
-    model, tokenizer = loading.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
+    if merge is None or dry_run:
+        loading.load(folder, base, allow_base_mismatch=allow_base_mismatch)  # runs the probe
     facts = {"sidecar": str(sidecar.path), "probe_verified": not allow_base_mismatch, "merged": None}
     lines = [f"{shown(folder)}: the stored probe is reproduced" if not allow_base_mismatch else "probe not checked"]
     if merge is not None and not dry_run:
         before = sidecar.manifest.probe
-        if dtype is not None:
-            model = cast(model, bases.torch_dtype(dtype))
-        same = dtype in (None, sidecar.manifest.base.dtype) and not allow_base_mismatch
-        after = write_merged(model, tokenizer, sidecar, merge, same_dtype=same).probe
+        loaded, same = loading.load_for_merge(folder, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
+        after = write_merged(*loaded, sidecar, merge, same_dtype=same).probe
         facts |= {"merged": str(merge), "probe_loss": after.loss, "probe_open_edges": after.open_edges}
         lines += [
             f"merged: {merge}",

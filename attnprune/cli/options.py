@@ -36,6 +36,8 @@ RUN_DEFAULTS = {
     "--temperature": "0.5",
     "--lr": "0.0003",
     "--gate-lr": "0.02",
+    "--load-in": "full",
+    "--keep-quantised": "off",
     "--lora-rank": "16",
     "--lora-targets": "attention",
     "--match": "0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from attnprune.cli.options import RUN_DEFAULTS, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.errors import AttnPruneError, ConstraintNotMetError, InputError
+from attnprune.runs import processes
 
 
 def _option(*names: str, help: str) -> Any:
@@ -79,7 +81,9 @@ def sparsify(
     lora_targets: Annotated[
         str | None, _option("--lora-targets", help="Linear layers with adapters: attention, or all.")
     ] = None,
-    optimizer: Annotated[str | None, _option("--optimizer", help="adamw or adamw8bit (bitsandbytes).")] = None,
+    optimizer: Annotated[
+        str | None, _option("--optimizer", help="adamw, adamw8bit, paged_adamw or paged_adamw8bit (bitsandbytes).")
+    ] = None,
     precision: Annotated[str | None, _option("--precision", help="fp32, bf16 (autocast) or auto.")] = None,
     gradient_checkpointing: Annotated[
         bool | None, _option("--gradient-checkpointing", help="Less memory, more time.")
@@ -88,6 +92,16 @@ def sparsify(
     save_every: Annotated[int | None, _option("--save-every", help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, _option("--seed", help="All random choices.")] = None,
     device: Annotated[str | None, _option("--device", help="auto, cpu or cuda.")] = None,
+    load_in: Annotated[
+        str | None,
+        _option(
+            "--load-in", help="The base while it trains: full, or its linear layers in 4bit (nf4) or 8bit (LLM.int8)."
+        ),
+    ] = None,
+    keep_quantised: Annotated[
+        bool | None,
+        _option("--keep-quantised", help="With --load-in: the sidecar is for the quantised base, and needs it."),
+    ] = None,
     dtype: Annotated[str | None, _option("--dtype", help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, _option("--revision", help="Hub branch, tag or commit of MODEL.")] = None,
     init: Annotated[
@@ -108,12 +122,28 @@ def sparsify(
     report_to: Annotated[
         str | None, _option("--report-to", help="Experiment tracker: tensorboard, wandb or trackio.")
     ] = None,
+    fsdp: Annotated[
+        str | None,
+        _option(
+            "--fsdp", help="Shard the weights over the processes (FSDP2): on, off, or auto, if one cannot hold them."
+        ),
+    ] = None,
+    number: Annotated[
+        int,
+        typer.Option(
+            "--processes",
+            help="Processes on this machine that share each batch, one per GPU; as torchrun.",
+            show_default=True,
+        ),
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Post-train MODEL until its attention is sparse at its own loss, and write a sidecar."""
-    out.configure(json=as_json, quiet=quiet)
+    if number != 1 and not processes.launched():
+        return processes.launch(number, sys.argv[1:])
+    out.configure(json=as_json and processes.is_first(), quiet=quiet or not processes.is_first())
     marks: list[float] | None = None
     if frontier is not None:
         if target_density is not None:
@@ -124,7 +154,10 @@ def sparsify(
     if recover and constraint is None:
         constraint = "density"  # that of the sidecar
     flags = {
-        "model": {"name": model, "revision": revision, "init": init, "device": device, "dtype": dtype},
+        "model": {
+            "name": model, "revision": revision, "init": init, "device": device, "dtype": dtype,
+            "load_in": load_in, "keep_quantised": keep_quantised,
+        },
         "data": {
             "source": data or None, "weights": weights and _numbers("--weights", weights), "seq_len": seq_len,
             "eval_tokens": eval_tokens, "text_field": text_field,
@@ -138,7 +171,7 @@ def sparsify(
             "batch_size": batch_size, "micro_batch_size": micro_batch_size, "learning_rate": learning_rate,
             "gate_learning_rate": gate_learning_rate, "lora_rank": lora_rank, "lora_targets": lora_targets,
             "match": match, "optimizer": optimizer,
-            "precision": precision, "gradient_checkpointing": gradient_checkpointing,
+            "precision": precision, "fsdp": fsdp, "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every, "save_every": save_every, "seed": seed,
         },
         "output": {"folder": output, "report_to": report_to},
@@ -183,7 +216,8 @@ def _run(given: dict[str, Any], config_file: Path | None, resume: Path | None, f
         from attnprune.runs.folder import check_output, defaults_for, output_folder
 
         config = build_config(override(defaults_for(name), values))
-        check_output(output_folder(config))  # before the seconds that torch takes to load
+        if processes.is_first():
+            check_output(output_folder(config))  # before the seconds that torch takes to load
 
     from attnprune.report import progress
     from attnprune.report.plan import plan_data, plan_table

@@ -70,7 +70,7 @@ def _difference(model: Any, seq_len: int) -> str:
     probe = Writer(model, 0, 2, length)
     with _attention(model, probe.static):
         ours = torch.stack([probe.read(ids[:, place : place + 1], place) for place in range(length)], 1)
-    off, allowed = float((ours - own).abs().max()), allowed_difference(own, model.dtype)
+    off, allowed = float((ours - own).abs().max()), allowed_difference(own, model)
     return "" if off <= allowed else f"token by token, its logits are off by {off:.2g} (allowed {allowed:.2g})"
 
 

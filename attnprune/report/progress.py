@@ -46,7 +46,8 @@ class Display(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         dataset = kwargs["train_dataloader"].dataset
-        self.tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * dataset.seq_len
+        blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.tokens_per_step = blocks * dataset.seq_len
         self.history.append((time.monotonic(), state.global_step))
         if self.is_live:
             self._live = self._stack.enter_context(Live(console=self.console, refresh_per_second=4, transient=True))

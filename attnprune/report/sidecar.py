@@ -74,6 +74,7 @@ def _outcome(sidecar: Sidecar) -> Table:
         ("loss", f"{result.loss:.4f}, base {result.base_loss:.4f} ({result.loss - result.base_loss:+.4f} nats)"),
         ("control", control),
         ("KL", f"{result.kl:.4f} nats from base to sparse"),
+        *_quantised(manifest.train),
         ("constraint", f"{constraint_text(result.constraint, result.limit)}: {verdict}"),
         ("measured", f"{result.data}, {result.tokens:,} held-out tokens, seed {result.seed}, {result.steps:,} steps"),
     ]
@@ -83,6 +84,16 @@ def _outcome(sidecar: Sidecar) -> Table:
     if manifest.base.kind == "bundled":
         rows.append(("exact", f"{percent(result.exact_match)} of the held-out sums are answered exactly"))
     return facts_table(hub.shown(sidecar.path), rows)
+
+
+def _quantised(train: format.TrainEntry | None) -> list[tuple[str, str]]:
+    """The other side of a run on a quantised base."""
+    if train is None:
+        return []
+    numbers = f"KL {train.kl:.4f}, loss {train.loss:.4f}, base {train.base_loss:.4f}, density {percent(train.density)}"
+    if train.against == "full":
+        return [("", f"from the base in full precision: {numbers}")]
+    return [(f"in {train.load_in}", f"as it trained, from the quantised base: {numbers}")]
 
 
 def _heads(sidecar: Sidecar) -> Table:

@@ -40,6 +40,19 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on CUDA"
     )
+    load_in: Literal["full", "4bit", "8bit"] = Field(
+        default="full",
+        description="the base in training: full, its dtype; or its linear layers in 4 (nf4) or 8 bits (bitsandbytes)",
+    )
+    keep_quantised: bool = Field(
+        default=False, description="the sidecar is for the base as load_in holds it, not for that in full precision"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> Self:
+        if self.keep_quantised and self.load_in == "full":
+            raise ValueError("keep_quantised needs load_in 4bit or 8bit")
+        return self
 
 
 class DataConfig(Section):
@@ -216,7 +229,15 @@ class TrainConfig(Section):
     lora_targets: Literal["attention", "all"] = Field(
         default="attention", description="linear layers with adapters: the attention's, or all of every decoder layer"
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="adamw8bit: bitsandbytes")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        default="adamw",
+        description="8bit: its state in 8 bits; paged: in memory that moves to the host where a GPU has none left "
+        "(bitsandbytes)",
+    )
+    fsdp: Switch = Field(
+        default="auto",
+        description="weights sharded over the processes (FSDP2); auto: where training does not fit into one",
+    )
     step: Literal["auto", "fast", "plain"] = Field(
         default="auto", description="fast: never waits for the device, no whole logits; plain: any model"
     )
@@ -227,7 +248,9 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory")
     deterministic: bool = Field(
-        default=True, description="same bits in every run; false: on CUDA a faster backward pass with atomic sums"
+        default=True,
+        description="same bits in every run, with any number of processes; false: on CUDA a faster backward pass with "
+        "atomic sums, and between processes one sum per step",
     )
     eval_every: Count = Field(default=100, description="steps between evaluations")
     save_every: Count = Field(default=200, description="steps between checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from attnprune import files
 from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
@@ -20,9 +21,19 @@ from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
-from attnprune.sidecar.identity import base_tensors, config_values, content_fingerprint, structure_fingerprint
+from attnprune.sidecar.identity import config_values, fingerprint, fingerprint_of, note_fingerprint
 from attnprune.sidecar.precision import DTYPES, check_cast
+from attnprune.sidecar.quantised import (
+    bitsandbytes,
+    entry_of,
+    identifying_tensors,
+    keep_as_stored,
+    lacks_codes,
+    settings,
+    stored_settings,
+)
 from attnprune.sidecar.quiet import quiet
+from attnprune.sidecar.stored import fingerprint_of_files
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,25 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_base(
-    name: str, *, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantise: BitsAndBytesConfig | Literal["4bit", "8bit"] | None = None,
 ) -> BaseModel:
     """Load a supported base model by Hub id, folder, .gguf file or "demo".
 
+    One whose files hold it quantised by bitsandbytes is loaded as it is.
+
+    Args:
+        quantise: let bitsandbytes hold the linear layers in 4 or 8 bits. The model is then identified by its files in
+            full precision and by this.
+
     Raises:
-        InputError: no such model, not a supported family, quantised, no safetensors weights, weights that do not fit,
-            values too large for `dtype` or not finite at all, unreadable file.
+        InputError: no such model, not a supported family, quantised by another library, no safetensors weights, weights
+            that do not fit, values too large for `dtype` or not finite at all, unreadable file; `quantise` for a base
+            that is quantised already or a .gguf file, or without bitsandbytes.
         AttnPruneError: the Hub cannot be reached.
     """
     try:
@@ -80,17 +103,31 @@ def load_base(
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
         raise InputError(f"{name}: {files.reason(error)}") from None
     config = _read_config(name, kind, location, extra)
-    tokenizer = _read_tokenizer(name, kind, location, extra)
+    stored = stored_settings(name, config, dtype)
+    if quantise is not None:
+        if stored is not None:
+            raise InputError(f"{name}: is quantised already", hint="leave out --load-in")
+        if kind == "gguf":
+            raise InputError(
+                f"{name}: a .gguf file cannot be loaded in 4 or 8 bits", hint="name the model that it was made from"
+            )
+        quantise = settings(quantise, dtype) if isinstance(quantise, str) else quantise
+        extra["quantization_config"] = quantise
+    tokenizer = _read_tokenizer(name, kind, location, {k: v for k, v in extra.items() if k != "quantization_config"})
     if kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
+    if quantise is not None or stored is not None:
+        bitsandbytes()
+        extra["device_map"] = {"": device}  # quantised models are put where they belong while they are read
 
-    def read(dtype: torch.dtype) -> Any:
+    def read(dtype: torch.dtype, **instead: Any) -> Any:
         use_safetensors = None if kind == "gguf" else True
         with _explained(name, kind, "this model"):
             # With its configuration, which takes seconds to read from a .gguf file.
             return AutoModelForCausalLM.from_pretrained(
-                location, config=config, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True, **extra
-            )
+                location, config=copy.deepcopy(config), dtype=dtype, use_safetensors=use_safetensors,
+                output_loading_info=True, **extra | instead,
+            )  # fmt: skip
 
     model, report = read(dtype)
     if kind == "gguf" and getattr(model, "hf_quantizer", None) is not None:
@@ -100,8 +137,19 @@ def load_base(
         check_cast(model, lambda: read(torch.float64)[0])
     except InputError as error:
         raise InputError(f"{name}: {error.message}", hint=error.hint) from None
-    model = model.to(device).eval()
-    return BaseModel(model, tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
+    keep_as_stored(model)
+    if stored is not None:
+        if (layer := lacks_codes(model)) is not None:
+            raise InputError(f"{name}: config.json says that the weights are quantised, and those of {layer} are not")
+        note_fingerprint(model, fingerprint_of(identifying_tensors(model), entry_of(stored, stored=True)))
+    elif quantise is not None:
+        plain = fingerprint_of_files(location, extra.get("revision"), config, dtype)
+        if plain is None:
+            plain = fingerprint(read(dtype, quantization_config=None, device_map=None)[0])
+        note_fingerprint(model, plain._replace(quantisation=entry_of(quantise, stored=False)))
+    if "device_map" not in extra:
+        model = model.to(device)
+    return BaseModel(model.eval(), tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -164,13 +212,6 @@ def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> 
     if config.model_type.startswith("attnprune_"):
         raise UnsupportedModelError(f"{name}: already sparsified")
     check_family(config)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UnsupportedModelError(
-            f"{name}: cannot merge into a quantised base ({method or 'unknown method'})",
-            hint="name the model it was quantised from, or a .gguf file",
-        )
     return config
 
 
@@ -275,14 +316,15 @@ def identity(base: BaseModel) -> dict[str, Any]:
     """The manifest's `base` entry of a loaded base model; call it before any weight changes."""
     if gates_of(base.model):
         raise UnsupportedModelError("the base model already has gates")
-    tensors = base_tensors(base.model)
+    structure, content, quantisation = fingerprint(base.model)
     return {
         "kind": base.kind,
         "repo_id": base.repo_id,
         "revision": base.revision,
         "model_type": base.model.config.model_type,
         "dtype": str(base.model.dtype).removeprefix("torch."),
-        "structure": structure_fingerprint(tensors),
-        "content": content_fingerprint(tensors),
+        "structure": structure,
+        "content": content,
         "config": config_values(base.model.config),
+        "quantisation": quantisation,
     }

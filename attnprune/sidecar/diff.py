@@ -224,16 +224,17 @@ def _base_model(name: str, sparse: Sidecar) -> Any:
     Raises:
         InputError: it is another one.
     """
-    from attnprune.sidecar import bases
+    from attnprune.sidecar import loading
+    from attnprune.sidecar.quantised import dequantise, is_quantised
 
     base = sparse.manifest.base
     revision = base.revision if name == base.repo_id else None
-    model = bases.load_base(name, revision=revision, dtype=bases.torch_dtype(base.dtype)).model
+    model = loading.load_named_base(sparse, name, revision).model
     try:
         check_base(sparse.manifest, model)
     except InputError as error:
         raise InputError(f"{name}: {error.message}") from None  # the hint names an option that diff does not have
-    return model
+    return dequantise(model) if is_quantised(model) else model
 
 
 def _reader(tensor: Any) -> Reader:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,34 @@ def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that identify a base model: by name, tied ones once, gates left out."""
     return {name: p for name, p in model.named_parameters() if "attnprune_gate" not in name}
+
+
+class Fingerprint(NamedTuple):
+    """What identifies a base; `quantisation` is the manifest's entry of one whose layers are quantised."""
+
+    structure: str
+    content: str
+    quantisation: dict[str, Any] | None = None
+
+
+_NOTED = "_attnprune_fingerprint"
+
+
+def note_fingerprint(model: nn.Module, found: Fingerprint) -> None:
+    """Write down what identifies a model whose tensors do not say it later: quantised, or not all in memory."""
+    model.__dict__[_NOTED] = found
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint that was noted while the model was loaded, or that of its parameters."""
+    if _NOTED in model.__dict__:
+        return model.__dict__[_NOTED]
+    return fingerprint_of(base_tensors(model))
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor], quantisation: dict[str, Any] | None = None) -> Fingerprint:
+    """The fingerprint of these tensors by name."""
+    return Fingerprint(structure_fingerprint(tensors), content_fingerprint(tensors), quantisation)
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -121,7 +149,10 @@ def model_key(base: Mapping[str, Any]) -> str:
     """A name for what the base of a manifest's `base` entry computes: text that it writes itself is kept under it."""
     if base.get("config") is None:
         return base["content"]
-    text = json.dumps([base["content"], base["config"]], sort_keys=True)
+    parts = [base["content"], base["config"]]
+    if base.get("quantisation") is not None:
+        parts.append(base["quantisation"])
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -132,16 +163,21 @@ def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool
     Raises:
         InputError: other structure; or other content or another configuration, unless `allow_mismatch`.
     """
-    tensors = base_tensors(model)
+    structure, content, quantisation = fingerprint(model)
     base = manifest.base
     name = base.repo_id or f"a {base.model_type} model"
-    if structure_fingerprint(tensors) != base.structure:
+    expected = None if base.quantisation is None else base.quantisation.model_dump()
+    if quantisation != expected:
+        raise InputError(
+            f"wrong base model: {_precision(quantisation)}; the sidecar was made for {name} {_precision(expected)}"
+        )
+    if structure != base.structure:
         layers, heads = len(manifest.gate.heads), manifest.gate.heads[0]
         raise InputError(f"wrong base model: the sidecar was made for {name} ({layers} layers, {heads} heads)")
     found = getattr(getattr(model, "config", None), "model_type", base.model_type)
     if found != base.model_type:
         raise InputError(f"wrong base model: a {found} model; the sidecar was made for {name} ({base.model_type})")
-    if content_fingerprint(tensors) != base.content and not allow_mismatch:
+    if content != base.content and not allow_mismatch:
         raise InputError(
             f"wrong base model: same structure as {name}, but not the weights the sidecar was made for"
             + (f" (revision {base.revision})" if base.revision else ""),
@@ -154,3 +190,13 @@ def check_base(manifest: format.Manifest, model: nn.Module, allow_mismatch: bool
             f"wrong base model: the weights of {name}, but {difference} as the sidecar was made for",
             hint="--allow-base-mismatch loads it all the same",
         )
+
+
+def _precision(quantisation: Mapping[str, Any] | None) -> str:
+    """How a base's weights are held, in words."""
+    if quantisation is None:
+        return "in full precision"
+    rest = {key: value for key, value in quantisation.items() if key not in ("method", "bits", "stored")}
+    how = "already in its files" if quantisation.get("stored") else "while it is loaded"
+    parts = "".join(f", {key} {value}" for key, value in sorted(rest.items()))
+    return f"quantised to {quantisation.get('bits')} bits {how} ({quantisation.get('method')}{parts})"

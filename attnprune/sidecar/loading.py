@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import attach
-from attnprune.errors import InputError
+from attnprune.errors import AttnPruneError, InputError
 from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.bases import BaseModel, load_base, torch_dtype
@@ -21,6 +22,9 @@ from attnprune.sidecar.identity import check_base
 from attnprune.sidecar.merged import load_merged
 from attnprune.sidecar.precision import cast
 from attnprune.sidecar.probe import check_probe, measure_again
+from attnprune.sidecar.quantised import config_of, dequantise, features, is_quantised
+
+_PEFT = "base_model.model."  # in front of the names of adapters
 
 
 class LoadedModel(NamedTuple):
@@ -55,7 +59,7 @@ def which_base(sidecar: Sidecar, base: str | None) -> tuple[str, str | None]:
 
 
 def load_dense(sidecar: Sidecar, base: str | None = None, device: str = "cpu") -> BaseModel:
-    """The base that a sparse model was made from, in that base's dtype.
+    """The base that a sparse model was made from, in that base's dtype, and quantised where the sidecar requires it.
 
     Args:
         base: Hub id, folder or .gguf file; default: see `default_base`.
@@ -64,7 +68,14 @@ def load_dense(sidecar: Sidecar, base: str | None = None, device: str = "cpu") -
         InputError, AttnPruneError: as `default_base` and `load_base`.
     """
     name, revision = which_base(sidecar, base)
-    return load_base(name, revision=revision, device=device, dtype=torch_dtype(sidecar.manifest.base.dtype))
+    return load_named_base(sidecar, name, revision, device)
+
+
+def load_named_base(sidecar: Sidecar, name: str, revision: str | None, device: str = "cpu") -> BaseModel:
+    """A base by name in the dtype that a sidecar was made in, and quantised if the sidecar requires that."""
+    entry = sidecar.manifest.base
+    quantise = None if entry.quantisation is None or entry.quantisation.stored else config_of(entry.quantisation)
+    return load_base(name, revision=revision, device=device, dtype=torch_dtype(entry.dtype), quantise=quantise)
 
 
 def load(
@@ -110,6 +121,25 @@ def load(
     return LoadedModel(model.to(device).eval(), loaded.tokenizer)
 
 
+def load_for_merge(
+    folder: Path, base: str | None, *, dtype: str | None = None, allow_base_mismatch: bool = False
+) -> tuple[LoadedModel, bool]:
+    """A sparse model with plain weights in `dtype` (default: its base's), as `write_merged` takes it, and whether they
+    are those that its sidecar was measured with. A quantised base is dequantised; its probe is run before.
+
+    Raises:
+        As `load`.
+    """
+    loaded = load(folder, base, allow_base_mismatch=allow_base_mismatch)
+    same = dtype in (None, str(loaded.model.dtype).removeprefix("torch."))
+    model, quantised = loaded.model, is_quantised(loaded.model)
+    if quantised:
+        model = dequantise(model)
+    if dtype is not None:
+        model = cast(model, torch_dtype(dtype))
+    return LoadedModel(model, loaded.tokenizer), same and not (quantised or allow_base_mismatch)
+
+
 def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:
     """Change a freshly loaded base model into the sparse one, in place."""
     check_base(sidecar.manifest, model, allow_base_mismatch)
@@ -117,8 +147,15 @@ def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = F
 
 
 def install(model: Any, biases: Sequence[np.ndarray], weights: dict[str, Tensor], entry: format.WeightsEntry) -> None:
-    """Merge changed weights into a base model and attach gates with the given biases (one array [heads] per layer)."""
-    if entry.kind == "lora":
+    """Merge changed weights into a base model and attach gates with the given biases (one array [heads] per layer).
+
+    In a quantised base adapters stay beside the weights, as they were trained: merged, they would be rounded to codes.
+    """
+    if entry.kind != "none" and is_quantised(model):
+        if entry.kind == "delta":
+            raise InputError(f"{format.DELTA_FILE}: whole weights cannot be changed in a quantised base")
+        _add_lora(model, weights, entry)
+    elif entry.kind == "lora":
         merge_lora(model, weights, entry)
     elif entry.kind == "delta":
         _copy_delta(model, weights)
@@ -142,40 +179,76 @@ def _copy_delta(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             parameters[name].copy_(values)
 
 
+def _add_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+    """Put adapters beside the layers that they change, through PEFT.
+
+    Raises:
+        AttnPruneError: PEFT is missing.
+        InputError: as `merge_lora`.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    except ImportError:
+        raise AttnPruneError("adapters on a quantised base need peft", hint="pip install 'attnprune[lora]'") from None
+    targets = _targets(model, tensors, entry)
+    assert entry.rank is not None
+    assert entry.alpha is not None
+    alpha: Any = entry.alpha  # PEFT declares an int
+    inject_adapter_in_model(LoraConfig(r=entry.rank, lora_alpha=alpha, target_modules=list(targets)), model)
+    set_peft_model_state_dict(model, {name.removeprefix(_PEFT): tensor for name, tensor in tensors.items()})
+    model.requires_grad_(False)
+
+
 def merge_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.WeightsEntry) -> None:
     """Add `alpha / rank * B A` to the base weights, computed in fp32 and cast last.
 
     Names follow PEFT: `base_model.model.MODULE.lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank].
 
     Raises:
-        InputError: A without B, a rank that differs from the manifest, or a target that does not fit.
+        InputError: A without B, a rank that differs from the manifest, or a target that does not fit, or is quantised.
     """
-    from transformers.pytorch_utils import Conv1D
+    if is_quantised(model):
+        raise InputError(f"{format.ADAPTER_FILE}: cannot be merged into quantised weights: dequantise them first")
+    for target, module in _targets(model, tensors, entry).items():
+        update = _update(module, tensors, target, entry)
+        weight = module.weight
+        with torch.no_grad():
+            merged = (weight.float() + update.to(weight.device)).to(weight.dtype)
+            if not bool(merged.isfinite().all()):
+                raise InputError(f"{format.ADAPTER_FILE}: non-finite value in {target} after merging")
+            weight.copy_(merged)
 
+
+def _targets(model: nn.Module, tensors: dict[str, Tensor], entry: format.WeightsEntry) -> dict[str, Any]:
+    """The layers that adapters change, by name.
+
+    Raises:
+        InputError: as `merge_lora`.
+    """
     modules = dict(model.named_modules())
-    prefix = "base_model.model."
-    targets = sorted({n.removeprefix(prefix).rsplit(".lora_", 1)[0] for n in tensors})
-    expected = {f"{prefix}{target}.lora_{side}.weight" for target in targets for side in "AB"}
+    targets = sorted({n.removeprefix(_PEFT).rsplit(".lora_", 1)[0] for n in tensors})
+    expected = {f"{_PEFT}{target}.lora_{side}.weight" for target in targets for side in "AB"}
     if expected != set(tensors):
         raise InputError(f"{format.ADAPTER_FILE}: {sorted(expected ^ set(tensors))[0]} has no partner")
     if entry.rank is None or entry.alpha is None:
         raise InputError(f"{format.MANIFEST_FILE}: weights: lora needs rank and alpha")
     for target in targets:
         module = modules.get(target)
-        a = tensors[f"{prefix}{target}.lora_A.weight"].float()
-        b = tensors[f"{prefix}{target}.lora_B.weight"].float()
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.Linear, Conv1D)) or weight is None:
+        if not isinstance(module, (nn.Linear, Conv1D)) or getattr(module, "weight", None) is None:
             raise InputError(f"{format.ADAPTER_FILE}: target {target} is not allowed")
-        update = entry.alpha / entry.rank * (b @ a)
-        update = update.T if isinstance(module, Conv1D) else update
-        if a.shape[0] != entry.rank or update.shape != weight.shape:
+        a, b = (tuple(tensors[f"{_PEFT}{target}.lora_{side}.weight"].shape) for side in "AB")
+        if (a, b) != ((entry.rank, features(module)[1]), (features(module)[0], entry.rank)):
             raise InputError(f"{format.ADAPTER_FILE}: {target}: shape or rank does not fit the base model")
-        with torch.no_grad():
-            merged = (weight.float() + update.to(weight.device)).to(weight.dtype)
-            if not bool(merged.isfinite().all()):
-                raise InputError(f"{format.ADAPTER_FILE}: non-finite value in {target} after merging")
-            weight.copy_(merged)
+    return {target: modules[target] for target in targets}
+
+
+def _update(module: nn.Module, tensors: dict[str, Tensor], target: str, entry: format.WeightsEntry) -> Tensor:
+    """`alpha / rank * B A` in fp32, laid out as the layer's weight."""
+    assert entry.alpha is not None
+    assert entry.rank is not None
+    a, b = (tensors[f"{_PEFT}{target}.lora_{side}.weight"].float() for side in "AB")
+    update = entry.alpha / entry.rank * (b @ a)
+    return update.T if isinstance(module, Conv1D) else update
 
 
 def verify_probe(model: Any, manifest: format.Manifest) -> None:

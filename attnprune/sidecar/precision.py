@@ -50,7 +50,8 @@ def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating tensors of a checkpoint of this model, gates left out; tied ones once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and "attnprune_gate" not in name and id(tensor) not in seen:
+        codes = type(tensor).__name__ == "Params4bit"  # which may be stored as if they were floating
+        if tensor.is_floating_point() and not codes and "attnprune_gate" not in name and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
 

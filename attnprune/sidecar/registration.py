@@ -1,8 +1,9 @@
-"""What `import attnprune` changes in transformers and PEFT, without importing them before the user does.
+"""What `import attnprune` changes in transformers, PEFT and bitsandbytes, without importing them before the user does.
 
 transformers has no entry points, so the first call of `AutoConfig.from_pretrained`, which every auto class makes,
 registers our model types. By then transformers is whole; during its own imports it is not. PEFT's `save_pretrained`
-refuses a model with gates, since what it writes names the dense base.
+refuses a model with gates, since what it writes names the dense base. bitsandbytes does not see the package `kernels`,
+with which it would fetch code from the Hub while it is imported, and compute other numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 def register() -> None:
     """Arrange each change now, or when its module is imported."""
+    if "bitsandbytes" not in sys.modules:
+        sys.meta_path.insert(0, _Hiding("bitsandbytes", "kernels"))
     for name, change in CHANGES.items():
         if name in sys.modules:
             change(sys.modules[name])
@@ -25,11 +28,11 @@ def register() -> None:
             sys.meta_path.insert(0, _AfterImport(name, change))
 
 
-class _AfterImport(MetaPathFinder):
-    """Finds one module as Python would, and steps in after it has been executed."""
+class _Around(MetaPathFinder):
+    """Finds one module as Python would, and steps in where it is executed."""
 
-    def __init__(self, name: str, change: Callable[[ModuleType], None]):
-        self.name, self.change = name, change
+    def __init__(self, name: str):
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,14 +43,41 @@ class _AfterImport(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
-        execute = spec.loader.exec_module
-
-        def execute_then_change(module: ModuleType) -> None:
-            execute(module)
-            self.change(module)
-
-        spec.loader.exec_module = execute_then_change
+        spec.loader.exec_module = functools.partial(self.executed, spec.loader.exec_module)
         return spec
+
+    def executed(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        raise NotImplementedError
+
+
+class _AfterImport(_Around):
+    """Changes a module after it has been imported."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], None]):
+        super().__init__(name)
+        self.change = change
+
+    def executed(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        self.change(module)
+
+
+class _Hiding(_Around):
+    """Hides a package from a module that is being imported."""
+
+    def __init__(self, name: str, hidden: str):
+        super().__init__(name)
+        self.hidden = hidden
+
+    def executed(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        before = sys.modules.get(self.hidden)
+        sys.modules[self.hidden] = None  # pyright: ignore[reportArgumentType]
+        try:
+            execute(module)
+        finally:
+            del sys.modules[self.hidden]
+            if before is not None:
+                sys.modules[self.hidden] = before
 
 
 def _register_on_first_use(module: ModuleType) -> None:

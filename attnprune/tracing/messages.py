@@ -82,7 +82,7 @@ class Messages:
         if not bool(own.isfinite().all()):
             raise InputError(f"{family}: the logits are not finite on this text")
         off = (own - full).abs().max().item()
-        if not off <= allowed_difference(own, own.dtype):
+        if not off <= allowed_difference(own, self.anatomy.model):
             raise SelfCheckError(f"{family}: with all messages open the logits are off by {off:.2g}")
 
     def __len__(self) -> int:

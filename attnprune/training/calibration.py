@@ -11,6 +11,7 @@ from attnprune.attention.interface import gates_forced_open, gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.runs.config import RunConfig
 from attnprune.training.scope import causal_lm
+from attnprune.training.sharding import assign, is_sharded
 
 CALIBRATION_BLOCKS = 16
 BIAS_LIMIT = 100.0
@@ -29,7 +30,7 @@ def calibrate(model: Any, config: RunConfig, blocks: Blocks) -> None:
     gates = gates_of(model)
     ids = blocks.take(rows).input_ids.to(gates[0].bias.device)
     for gate, bias in zip(gates, bias_for_mass(model, ids, config.gate.initial_mass), strict=True):
-        gate.bias.copy_(bias)
+        assign(gate.bias, bias)
 
 
 @torch.no_grad()
@@ -48,9 +49,11 @@ def bias_for_mass(model: Any, input_ids: Tensor, mass: float) -> Tensor:
 
     hooks = [gate.register_forward_pre_hook(record, with_kwargs=True) for gate in gates]
     try:
+        core = causal_lm(model)
+        # Without the output layer: nobody needs the logits, which are large. A sharded model runs as a whole only.
+        body = core if is_sharded(gates[0].bias) else core.base_model
         with gates_forced_open(model):
-            # Without the output layer: nobody needs the logits, which are large.
-            causal_lm(model).base_model(input_ids=input_ids, use_cache=False)
+            body(input_ids=input_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from attnprune.files import append_line, reopen_lines
+from attnprune.runs import processes
 from attnprune.training import checkpoints
 from attnprune.training.budget import MARGIN, Costs
 from attnprune.training.constraint import Multiplier
@@ -45,7 +46,7 @@ class DualState(TrainerCallback, ExportableState):
         self.start_density = start_density
         self.ways = ways or {}
         self.frontier = frontier or {}
-        self.observed: list[dict[str, float]] = []
+        self.violation = 0.0  # of the step that runs, over all its micro-batches
 
     def state(self) -> dict[str, Any]:
         args = {"multiplier": self.multiplier.state(), "best": self.best, "start_density": self.start_density}
@@ -63,15 +64,14 @@ class DualState(TrainerCallback, ExportableState):
             self.frontier[density] = found
 
     def on_step_end(self, args, state, control, **kwargs):
-        violation = sum(o["violation"] for o in self.observed) / len(self.observed)
-        self.multiplier.step(violation)
-        self.observed = []
+        self.multiplier.step(self.violation)
 
 
 class Seal(TrainerCallback):
     """Seals each checkpoint after it was written, then deletes the ones before the last two."""
 
     def on_save(self, args, state, control, **kwargs):
+        processes.wait()  # each of them has written its own random state
         if state.is_world_process_zero:
             checkpoints.seal(Path(str(args.output_dir)) / f"{checkpoints.PREFIX}{state.global_step}")
             checkpoints.rotate(Path(str(args.output_dir)), keep=2)
@@ -99,7 +99,10 @@ class BeforeOptimizer(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM finish the current step, save and stop; a second signal ends the process at once."""
+    """SIGINT and SIGTERM finish the current step, save and stop; a second signal ends the process at once.
+
+    Signals reach the processes of a run in different steps, and all of them stop after the same one.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -120,7 +123,9 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received is not None:
+        found = [number for number in processes.gather(self.received) if number is not None]
+        if found:
+            self.received = found[0]
             control.should_save = True
             control.should_training_stop = True
 
@@ -149,7 +154,7 @@ class Deadline(TrainerCallback):
         costs = self.costs
         self._since = now
         left = costs.step + costs.checkpoint + costs.evaluation + costs.ending
-        if now + (1 + MARGIN) * left > self.at:
+        if processes.from_first(now + (1 + MARGIN) * left > self.at):
             control.should_evaluate = True
             control.should_training_stop = True
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +17,64 @@ from torch import Tensor
 from attnprune.attention.interface import GATE_ATTRIBUTE, gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError, InputError
+from attnprune.files import temporary_folder
 from attnprune.measure import GateStatistics, Report, gate_statistics, measure
 from attnprune.runs.config import RunConfig
+from attnprune.runs.folder import CHECKPOINTS, RUN_FILE
+from attnprune.runs.frontier import Point, point_folder, write_frontier
 from attnprune.sidecar import bases, format, loading
-from attnprune.sidecar.folder import Sidecar, file_entries, publish, save_files
+from attnprune.sidecar.folder import Sidecar, file_entries, open_sidecar, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
+from attnprune.training.resolve import load_base
 from attnprune.training.schedule import constraint_of
-from attnprune.training.trainer import trainable_state
+from attnprune.training.scope import attach_gates, make_trainable
+from attnprune.training.trainer import SparsifyTrainer, trainable_state
+
+
+def export_all(
+    trainer: SparsifyTrainer,
+    config: RunConfig,
+    base_entry: dict[str, Any],
+    held_out: Blocks,
+    folder: Path,
+    on_note: Callable[[str], None],
+) -> Sidecar:
+    """One sidecar for each density of the frontier, and last that of the run, with which it has finished."""
+    if trainer.sharded:  # the best states are whole, and go into a model that is
+        plain = load_base(config, "cpu").model
+        attach_gates(plain, config)
+        trainer.model, _ = make_trainable(plain, config)
+    if config.model.load_in != "8bit":  # which stays where it was quantised
+        trainer.model.cpu()  # makes room on a GPU
+    base = load_base(config, quantised=config.model.keep_quantised)
+    full = load_base(config, quantised=False) if config.model.keep_quantised else None
+    points: list[Point] = []
+    for mark in trainer.marks:
+        own = mark is trainer.marks[-1]
+        place = "." if own else point_folder(mark.limit)
+        judged = config.model_copy(deep=True)
+        judged.constraint.frontier = []
+        if not own:
+            on_note(f"exporting {place}")
+            judged.constraint.target_density = mark.limit
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / RUN_FILE, folder / place / RUN_FILE)  # says what it was measured on
+        trainer.load_best(mark)
+        with temporary_folder(folder / CHECKPOINTS) as staging:
+            made = export(
+                trainer.model, base, base_entry, judged, held_out, staging, folder / place,
+                full=full, trained=trainer.best_numbers(mark),
+            )  # fmt: skip
+        points.append(Point(folder=place, limit=mark.limit, **_measured(made)))
+        if config.constraint.frontier:
+            write_frontier(folder, points)
+    return open_sidecar(folder)
+
+
+def _measured(sidecar: Sidecar) -> dict[str, Any]:
+    """What a sidecar's result says that its place on a frontier says as well."""
+    known = Point.model_fields.keys() - {"folder", "limit"}
+    return {key: value for key, value in sidecar.manifest.result.model_dump().items() if key in known}
 
 
 def export(
@@ -32,10 +85,18 @@ def export(
     held_out: Blocks,
     staging: Path,
     folder: Path,
+    *,
+    full: bases.BaseModel | None = None,
+    trained: dict[str, Any],
 ) -> Sidecar:
     """Put a trained model's state onto a fresh base exactly as `load` will, measure that, publish it in `folder`.
 
-    `staging` is an empty folder of the same file system.
+    Args:
+        fresh: the base that the sidecar is for.
+        base_entry: its identity.
+        staging: an empty folder of the same file system.
+        full: the base in full precision, where the sidecar is for a quantised one.
+        trained: what the state's evaluation in training found.
     """
     biases = [gate.bias.detach().cpu().numpy() for gate in gates_of(model)]
     weights, adapter_config, entry = changed_weights(model, config)
@@ -48,7 +109,7 @@ def export(
     manifest = {
         "format": format.FORMAT,
         "format_version": format.FORMAT_VERSION,
-        "requires": _required(entry, config),
+        "requires": _required(entry, config, base_entry),
         "created_by": f"attnprune {metadata.version('attnprune')}",
         "base": {key: value for key, value in base_entry.items() if value is not None},
         "gate": {"logit": "score+bias", "threshold": 0, "heads": [len(bias) for bias in biases]},
@@ -56,17 +117,34 @@ def export(
         "files": file_entries(staging),
         "result": result_entry(report, config, held_out),
         "probe": measure_probe(sparse, *probe).model_dump(),
+        "train": _other_numbers(sparse, config, held_out, full, trained),
     }
     staged = Sidecar(staging, format.Manifest.model_validate(manifest))
     _check_written(staged, biases, weights)
     return publish(staging, folder, staged.manifest)
 
 
-def _required(entry: format.WeightsEntry, config: RunConfig) -> list[str]:
+def _other_numbers(
+    sparse: Any, config: RunConfig, held_out: Blocks, full: bases.BaseModel | None, trained: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The manifest's `train`: how far the artefact is from the base in full precision, or the state that trained from
+    its quantised base; None for a run whose base was not quantised for it.
+    """
+    if config.model.load_in == "full":
+        return None
+    against = "quantised"
+    if full is not None:
+        against, trained = "full", asdict(measure(sparse, held_out, reference=bases.dense(full.model)))
+    numbers = {key: trained[key] for key in ("loss", "base_loss", "kl", "density")}
+    return {"load_in": config.model.load_in, "against": against, **numbers}
+
+
+def _required(entry: format.WeightsEntry, config: RunConfig, base_entry: dict[str, Any]) -> list[str]:
     """The features that a reader has to know."""
     weights = [f"weights:{entry.kind}"] if entry.kind != "none" else []
     anywhere = [format.LORA_ALL] if entry.kind == "lora" and config.train.lora_targets == "all" else []
-    return ["gate:threshold", *weights, *anywhere]
+    quantised = [format.QUANTISED_BASE] if base_entry["quantisation"] is not None else []
+    return ["gate:threshold", *weights, *anywhere, *quantised]
 
 
 def _check_written(staged: Sidecar, biases: list[np.ndarray], weights: dict[str, Tensor]) -> None:

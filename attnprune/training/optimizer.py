@@ -10,6 +10,7 @@ from torch import nn
 
 from attnprune.attention.interface import gates_of
 from attnprune.runs.config import TrainConfig
+from attnprune.sidecar.quantised import bitsandbytes
 from attnprune.training.scope import attention_modules
 
 
@@ -47,8 +48,7 @@ def _by_decay(parameters: list[nn.Parameter], train: TrainConfig) -> list[dict[s
 
 
 def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit  # pyright: ignore[reportReturnType]
-    return torch.optim.AdamW
+    if name == "adamw":
+        return torch.optim.AdamW
+    classes = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
+    return getattr(bitsandbytes().optim, classes[name])

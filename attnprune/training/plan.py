@@ -16,6 +16,7 @@ from attnprune.attention.interface import gates_of
 from attnprune.data.blocks import Blocks, Source
 from attnprune.errors import AttnPruneError
 from attnprune.measure import BATCH_TOKENS, measure
+from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.training.budget import DISK, MARGIN, Costs, steps_within
 from attnprune.training.calibration import CALIBRATION_BLOCKS, bias_for_mass, starts_from_mass
@@ -147,7 +148,8 @@ def make_plan(
         estimator = estimator.corrected(1, peak)
     if settings.micro_batch_size == "auto":
         settings.micro_batch_size = _micro_batch(estimator, limit, config, train.seq_len)
-    micro = settings.micro_batch_size or settings.batch_size
+    here = settings.batch_size // processes.count()
+    micro = settings.micro_batch_size or here
     memory = estimator.of(micro)
     too_much = limit is not None and memory.total > limit
     if too_much:
@@ -155,7 +157,7 @@ def make_plan(
             f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
             "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
-    step = _seconds(steps, micro, taken, measure_it=not too_much) * (settings.batch_size // micro) + OVERHEAD
+    step = _seconds(steps, micro, taken, measure_it=not too_much) * (here // micro) + OVERHEAD
     costs = None
     if settings.time is not None:
         assert clock is not None
@@ -200,6 +202,8 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
     free, held = free_memory(device), held_memory(device)
     if free is None:
         return estimator, None
+    if device.type == "cpu":
+        free //= processes.here()
     one = estimator.of(1)
     estimator = replace(estimator, process=max(0.0, held - one.weights - one.copied))
     needed, limit = estimator.of(1).total, round(held + SHARE[device.type] * free)
@@ -212,11 +216,12 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
 
 
 def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq_len: int) -> int:
-    """The largest divisor of the batch that fits; on a CPU with no more tokens than make it faster."""
-    most = config.train.batch_size if limit is None else estimator.fits(limit)
+    """The largest divisor of this process's part of the batch that fits; on a CPU no more than makes it faster."""
+    here = config.train.batch_size // processes.count()
+    most = here if limit is None else estimator.fits(limit)
     if estimator.on_cpu:
         most = min(most, USEFUL_TOKENS // seq_len)
-    return largest_divisor(config.train.batch_size, most)
+    return largest_divisor(here, most)
 
 
 def _seconds(steps: _Steps, micro: int, one: float, measure_it: bool) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +10,17 @@ import torch
 from attnprune.data.sources import absolute
 from attnprune.data.texts import DEFAULT_HUB_DATASET
 from attnprune.errors import InputError
+from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO, output_folder
 from attnprune.sidecar import bases
-from attnprune.training.machine import WORTH_IT, bfloat16_flags, bfloat16_gain
+from attnprune.sidecar.identity import fingerprint, note_fingerprint
+from attnprune.sidecar.quantised import is_quantised, parameter_count
+from attnprune.training.machine import WORTH_IT, bfloat16_flags, bfloat16_gain, free_memory
+from attnprune.units import size
 
 DEFAULT_SEQ_LEN = 512
+MOST_FOR_WEIGHTS = 0.6  # of a device's free memory, before weights are sharded: a step needs room as well
 SMALL_MODEL = 20_000_000  # parameters; below this everything trains, above it LoRA
 
 
@@ -25,8 +29,7 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     config, notes = config.model_copy(deep=True), []
     model, train, text = config.model, config.train, config.data
     model.device = bases.pick_device(model.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes: training runs on one process", hint="leave out torchrun")
+    _check_batch(config)
     if "auto" in text.sources:
         text.source = [DEFAULT_HUB_DATASET if source == "auto" else source for source in text.sources]
         notes.append(f"data: {DEFAULT_HUB_DATASET}, because general web text is closest to what models were trained on")
@@ -38,15 +41,16 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
             setattr(section, key, str(Path(getattr(section, key)).resolve()))
     if base is None:
         return config, notes
-    size = sum(p.numel() for p in base.model.parameters())
+    parameters = parameter_count(base.model)
     if train.scope == "auto":
-        train.scope = "full" if size < SMALL_MODEL else "lora"
-        notes.append(f"scope: {train.scope}, for a model of {size:,} parameters")
+        train.scope = "full" if parameters < SMALL_MODEL and not is_quantised(base.model) else "lora"
+        notes.append(f"scope: {train.scope}, for a model of {parameters:,} parameters")
     if train.precision == "auto":
-        train.precision, why = _precision(base.model, size, model.device)
+        train.precision, why = _precision(base.model, parameters, model.device)
         notes += [f"precision: {train.precision}, {why}"] if why else []
     elif train.precision == "bf16" and model.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         notes.append("precision: this processor has no bf16 instructions; fp32 is many times faster")
+    notes += settle_sharding(config, base)
     context = bases.context_length(base.model) or DEFAULT_SEQ_LEN
     if text.seq_len == 0:
         text.seq_len = min(DEFAULT_SEQ_LEN, context)
@@ -56,15 +60,26 @@ def resolve(config: RunConfig, base: bases.BaseModel | None = None) -> tuple[Run
     return config, notes
 
 
-def _precision(model: Any, size: int, device: str) -> tuple[Literal["fp32", "bf16"], str]:
+def _check_batch(config: RunConfig) -> None:
+    """Refuse a batch that the processes cannot share."""
+    train = config.train
+    micro = 0 if train.micro_batch_size == "auto" else train.micro_batch_size
+    if train.batch_size % (processes.count() * max(1, micro)):
+        each = f"{processes.count()} processes" + (f" x micro_batch_size {micro}" if micro else "")
+        raise InputError(f"train.batch_size: {train.batch_size} is not a multiple of {each}")
+
+
+def _precision(model: Any, parameters: int, device: str) -> tuple[Literal["fp32", "bf16"], str]:
     """(precision, why): bf16 on CUDA, and on a processor that is measured to be faster in it with this model's shapes.
 
     Small models stay in fp32 without a measurement, so that their runs do not depend on the machine.
     """
     if device == "cuda":
         return "bf16", ""
-    if size < SMALL_MODEL:
+    if parameters < SMALL_MODEL:
         return "fp32", ""
+    if is_quantised(model):
+        return "fp32", "as the layers of a quantised base compute on a processor"
     flags = bfloat16_flags()
     if not flags or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return "fp32", "this processor has no bf16 instructions"
@@ -86,7 +101,75 @@ def load_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.device == "cuda" and frozen else torch.float32
 
 
-def load_base(config: RunConfig) -> bases.BaseModel:
-    """The run's base model."""
+def load_base(config: RunConfig, device: str | None = None, *, quantised: bool = True) -> bases.BaseModel:
+    """The run's base model, on the run's device or another one; as it trains, or (`quantised` False) in full precision
+    where `load_in` quantises it."""
     model = config.model
-    return bases.load_base(model.name, revision=model.revision, device=model.device, dtype=load_dtype(config))
+    quantise = model.load_in if quantised and model.load_in != "full" else None
+    device = device or model.device
+    base = bases.load_base(
+        model.name, revision=model.revision, device=device, dtype=load_dtype(config), quantise=quantise
+    )
+    if quantise is not None and not model.keep_quantised:  # the sidecar is for the base in full precision
+        note_fingerprint(base.model, fingerprint(base.model)._replace(quantisation=None))
+    return base
+
+
+def check_quantised(config: RunConfig, base: bases.BaseModel) -> list[str]:
+    """Refuse what cannot train on a quantised base; returns the plan's notes about one.
+
+    Raises:
+        InputError: whole weights would train, or the base itself would write the text.
+    """
+    stored = config.model.load_in == "full"
+    if not is_quantised(base.model):
+        if stored:
+            return []
+        raise InputError(f"model.load_in: {config.model.name} has no linear layer to hold in {config.model.load_in}")
+    if config.train.scope in ("attn", "full"):
+        raise InputError(
+            f"train.scope: {config.train.scope} trains whole weights, which a quantised base has not",
+            hint="--scope lora or gates" if stored else "--scope lora or gates, or leave out --load-in",
+        )
+    if config.train.fsdp == "on":
+        raise InputError("train.fsdp: the layers of a quantised base cannot be sharded", hint="leave out --fsdp")
+    for way in ("compile", "cuda_graph"):
+        if getattr(config.train, way) == "auto":
+            setattr(config.train, way, "off")
+    if stored:
+        return ["base: quantised in its own files; the sidecar will need it as it is"]
+    if config.model.keep_quantised:
+        return [f"base: in {config.model.load_in}, and the sidecar will need it so"]
+    if "self" in config.data.sources:
+        raise InputError(
+            f"data.source: self would be written by the base in {config.model.load_in}, which is another model",
+            hint="write the text first with the base in full precision, or use --keep-quantised",
+        )
+    return [f"base: in {config.model.load_in} while it trains; measured and saved on the base in full precision"]
+
+
+def settle_sharding(config: RunConfig, base: bases.BaseModel) -> list[str]:
+    """Decide whether the weights are sharded, in `config.train.fsdp`; returns the plan's notes.
+
+    Raises:
+        InputError: asked for in one process.
+    """
+    train = config.train
+    if processes.count() == 1:
+        if train.fsdp == "on":
+            raise InputError("train.fsdp: needs several processes", hint="--processes N, or torchrun")
+        train.fsdp = "off"
+    if is_quantised(base.model) and train.fsdp == "auto":
+        train.fsdp = "off"
+    if train.fsdp != "auto":
+        return []
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    everything = train.scope in ("attn", "full")
+    # A frozen copy beside what trains, gradients and AdamW's two moments; adapters are small.
+    needed = weights * (1 + 1 + 3) if everything else weights
+    free = free_memory(torch.device(config.model.device))
+    if config.model.device == "cpu" and free is not None:
+        free //= processes.here()
+    train.fsdp = "on" if free is not None and needed > MOST_FOR_WEIGHTS * free else "off"
+    what = f"weights and optimiser take {size(needed)} in each process, of {size(free or 0)} that are free"
+    return [f"fsdp: {train.fsdp}, because {what}"]

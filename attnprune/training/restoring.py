@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from attnprune.errors import AttnPruneError, InputError, first_line_with_type
+from attnprune.training.sharding import assign, load_whole_state, whole_state
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "trainer_state.json"
+_OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
 # transformers goes on without them, on another path.
-_WANTED = (MODEL_FILE, STATE_FILE, "optimizer.pt", "scheduler.pt")
+_WANTED = (MODEL_FILE, STATE_FILE, *_OPTIMIZER_FILES)
 
 
 def best_file(density: str | None) -> str:
@@ -79,6 +82,11 @@ def check_contents(checkpoint: Path, trains: Mapping[str, Tensor], callbacks: se
                 _check_tensors(checkpoint, name, trains)
 
 
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser below accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _check_tensors(checkpoint: Path, name: str, trains: Mapping[str, Tensor]) -> None:
     with safe_open(checkpoint / name, "pt") as file:
         shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -95,13 +103,39 @@ def _cannot_continue(checkpoint: str | Path | None, why: str) -> InputError:
 class StrictResume(Trainer):
     """transformers' Trainer whose resuming ends in one line where a checkpoint is not as it was written."""
 
+    sharded: bool  # whether the model's parameters are, see `sharding`
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self.sharded:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            trains: Any = model or self.model
+            parameters = dict(trains.named_parameters())
+            for name, tensor in load_file(Path(resume_from_checkpoint) / MODEL_FILE).items():
+                assign(parameters[name], tensor)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if not self.sharded or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            optimizer, scheduler = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True) for name in _OPTIMIZER_FILES
+            )
+            load_whole_state(_unwrapped(self.optimizer), optimizer)
+            rates: Any = self.lr_scheduler
+            rates.load_state_dict(scheduler)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        rates: Any = self.lr_scheduler
+        states = (whole_state(_unwrapped(self.optimizer)), rates.state_dict())
+        if self.args.should_save:
+            for name, state in zip(_OPTIMIZER_FILES, states, strict=True):
+                torch.save(state, Path(output_dir) / name)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint):

@@ -11,10 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from attnprune.attention.interface import GATE_ATTRIBUTE, detach, gates_forced_open, gates_of
+from attnprune.attention.interface import GATE_ATTRIBUTE, attach, detach, gates_forced_open, gates_of
 from attnprune.errors import AttnPruneError
 from attnprune.runs.config import RunConfig
+from attnprune.sidecar.quantised import is_quantised, source_class
 from attnprune.training.compiled import decoder_layers
+
+
+def attach_gates(model: Any, config: RunConfig) -> None:
+    """Attach gates with the run's temperatures and initial biases."""
+    settings = config.gate
+    gates = attach(model, bias=settings.bias_init)
+    for gate in gates:
+        gate.temperature, gate.slope_temperature = settings.temperature, settings.slope_temperature
+        gate.deterministic = config.train.deterministic
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -95,6 +105,8 @@ def make_trainable(model: Any, config: RunConfig) -> tuple[Any, DenseBase]:
             module.requires_grad_(True)
     if scope == "lora":
         model = _add_lora(model, config)
+    elif is_quantised(model):
+        model._hf_peft_config_loaded = True  # Trainer refuses a quantised model that has nothing of its own to train
     _switch_off_dropout(model)
     return model, DenseBase(causal_lm(model) if copied is None else copied)
 
@@ -119,7 +131,7 @@ def _add_lora(model: Any, config: RunConfig) -> Any:
     rank = config.train.lora_rank
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", target_modules=names,
-        fan_in_fan_out=isinstance(modules[names[0]], Conv1D), task_type="CAUSAL_LM",
+        fan_in_fan_out=issubclass(source_class(modules[names[0]]), Conv1D), task_type="CAUSAL_LM",
     )  # fmt: skip
     wrapped = get_peft_model(model, lora)
     for gate in gates_of(wrapped):

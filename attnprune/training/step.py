@@ -147,7 +147,7 @@ def settle_step(model: Any, config: RunConfig) -> list[str]:
             decoder_layers(causal_lm(model))
         except LookupError as error:
             raise InputError(f"train.match: {error}") from None
-    obstacle = whole_logits(model)
+    obstacle = "its weights are sharded" if train.fsdp == "on" else whole_logits(model)
     if train.step == "fast" and obstacle:
         raise InputError(f"train.step: fast is not possible: {obstacle}", hint="leave it at auto")
     notes = []
@@ -182,7 +182,7 @@ def whole_logits(model: Any) -> str | None:
     with torch.no_grad():
         logits = core(input_ids=ids, use_cache=False).logits
         rebuilt = head_of(core, None).logits(last_hidden_states(core, ids))
-    if not (rebuilt - logits).abs().max().item() <= allowed_difference(logits, logits.dtype):
+    if not (rebuilt - logits).abs().max().item() <= allowed_difference(logits, core):
         return "its logits are more than an output layer's"
     return None
 

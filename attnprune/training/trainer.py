@@ -14,27 +14,40 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from attnprune.attention.gates import mix_seed, seed_tensor
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.measure import Report, mean_loss, measure
+from attnprune.runs import processes
 from attnprune.runs.config import RunConfig
 from attnprune.training.callbacks import BeforeOptimizer, DualState, EndOfStretch, Seal
 from attnprune.training.constraint import Constraint, Multiplier, lagrangian_weights
+from attnprune.training.gradients import SharedGradients
 from attnprune.training.graph import RecordedStep, Step, fastest
 from attnprune.training.optimizer import make_optimizer
 from attnprune.training.recover import is_state
 from attnprune.training.restoring import MODEL_FILE, STATE_FILE, StrictResume, best_file, check_contents, reading
 from attnprune.training.schedule import Schedule
 from attnprune.training.scope import DenseBase
+from attnprune.training.sharding import is_sharded, whole
 from attnprune.training.step import TERMS, MicroStep, compares_with_base
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once)."""
-    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if is_state(p)}
+    """CPU copies of everything that trains (or is held still), by parameter name (tied parameters once).
+
+    Every process of a run calls this, and process 0 alone gets them.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if is_state(parameter):
+            tensor = whole(parameter.detach())
+            if processes.is_first():
+                state[name] = tensor.cpu().clone().contiguous()
+    return state
 
 
 class SparsifyTrainer(StrictResume):
@@ -61,6 +74,7 @@ class SparsifyTrainer(StrictResume):
         from_sidecar: bool = False,
     ):
         self.config = config
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.schedule = Schedule.of(config)
         self.marks = self.schedule.marks
         self.constraint = self.marks[-1]
@@ -80,11 +94,15 @@ class SparsifyTrainer(StrictResume):
             callbacks=[dual, BeforeOptimizer(self._look), EndOfStretch(self.schedule), *callbacks, Seal()],
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout
+        # Not to be wrapped: the micro-steps run without the others, and gradients are added once per step.
+        model._is_accelerate_prepared = True  # pyright: ignore[reportArgumentType]
         self.model_accepts_loss_kwargs = False
         # Now, not in the first step, where it would add to the memory of the training graph.
         needed = not (compares_with_base(config) and config.constraint.paired)
         mean = mean_loss(reference, held_out, self.args.device) if needed else None
         self._micro_step = MicroStep(model, reference, config, mean)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients = SharedGradients(self._trained, in_order=config.train.deterministic)
         self._step: Step | None = None  # the fastest way to run it, known after the first batch
         self._seen: list[Tensor] = []  # stats of this step's micro-batches, on the device
 
@@ -103,18 +121,20 @@ class SparsifyTrainer(StrictResume):
         """Forward, base, loss and backward of one micro-batch; what it saw stays on the device until the step ends."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        coefficients = [weight / self.current_gradient_accumulation_steps for weight in self._coefficients()]
+        parts = self.current_gradient_accumulation_steps * processes.count()
+        coefficients = [weight / parts for weight in self._coefficients()]
         device = inputs["input_ids"].device
         given = (inputs["input_ids"], inputs["labels"], _sent(coefficients, device), self._seed(device))
         if self._step is None:
             self._step = self._fastest(given)
         self._seen.append(self._step(*given))
-        return self._seen[-1][0]
+        if not self.sharded:
+            self._gradients.add(last=self.accelerator.sync_gradients)
+        return self._seen[-1][0] * processes.count()  # Trainer takes the mean
 
     def _fastest(self, given: tuple[Tensor | None, ...]) -> Step:
         """The fastest way to run the micro-step here; a resumed run has to go on as it began."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        step = fastest(self._micro_step, trained, given, self.config.train.model_copy(update=self.dual.ways))
+        step = fastest(self._micro_step, self._trained, given, self.config.train.model_copy(update=self.dual.ways))
         taken = {"compile": self._micro_step.layers is not None, "cuda_graph": isinstance(step, RecordedStep)}
         self.dual.ways = {way: "on" if used else "off" for way, used in taken.items()}
         return step
@@ -122,7 +142,14 @@ class SparsifyTrainer(StrictResume):
     def _seed(self, device: torch.device) -> Tensor | None:
         if self.config.gate.estimator != "gumbel":
             return None
-        return seed_tensor(mix_seed(self.config.train.seed, self.state.global_step, len(self._seen)), device)
+        micro = len(self._seen) * processes.count() + processes.rank()  # its number in the whole batch
+        return seed_tensor(mix_seed(self.config.train.seed, self.state.global_step, micro), device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Whole steps only: the last step of an epoch would depend on the number of processes."""
+        blocks: Any = self.train_dataset
+        batch = self.config.train.batch_size
+        return RandomSampler(blocks, num_samples=len(blocks) // batch * batch or len(blocks))
 
     def _coefficients(self) -> tuple[float, float]:
         """Weights of edges and damage in the Lagrangian. Both terms are relative, so a multiplier of about 1 suits any
@@ -142,37 +169,46 @@ class SparsifyTrainer(StrictResume):
         Raises:
             AttnPruneError: a number is not finite.
         """
-        numbers = torch.cat([*self._seen, norm.detach().float().reshape(1)]).tolist()
+        norm = whole(norm.detach()).float().reshape(1)
+        everyone = processes.gather_tensor(torch.cat([*self._seen, norm])).tolist()
         self._seen = []
-        dual, terms, number = self.dual, len(TERMS), self.state.global_step + 1
-        for first in range(0, len(numbers) - 1, terms):
-            observed: dict[str, float] = dict(zip(TERMS, numbers[first : first + terms], strict=True))
-            del observed["lagrangian"]  # Trainer logs it
-            for term, seen in (("kl", self._micro_step.compares), ("state_error", self._micro_step.match)):
-                if not seen:
-                    del observed[term]
-            observed["gap"] = observed["train_loss"] - observed["base_loss"]
-            if dual.start_density is None:
-                dual.start_density = observed["density"]
-            constraint = self._current_constraint()
+        terms = len(TERMS)
+        batches = [[numbers[n : n + terms] for n in range(0, len(numbers) - 1, terms)] for numbers in everyone]
+        # In the order of the whole batch, as one process would have seen them.
+        seen = [self._observed(stats) for turn in zip(*batches, strict=True) for stats in turn]
+        if self.dual.start_density is None:
+            self.dual.start_density = sum(o["density"] for o in seen) / len(seen)
+        constraint = self._current_constraint()
+        for observed in seen:
             value = constraint.value(
                 loss_gap=observed["gap"], kl=observed.get("kl", math.nan), density=observed["density"]
             )
             observed["violation"] = constraint.violation(value)
-            for term, found in observed.items():
-                if not math.isfinite(found):
-                    raise AttnPruneError(f"training: non-finite {term} at step {number}")
-            dual.observed.append(observed)
-            self._latest = {**observed, "multiplier": dual.multiplier.value}
-        if not math.isfinite(numbers[-1]):
-            raise AttnPruneError(f"training: non-finite gradient at step {number}")
+        mean = {term: sum(o[term] for o in seen) / len(seen) for term in seen[0]}
+        number = self.state.global_step + 1
+        for term, found in mean.items():
+            if not math.isfinite(found):
+                raise AttnPruneError(f"training: non-finite {term} at step {number}").of_all()
+        if not math.isfinite(everyone[0][-1]):
+            raise AttnPruneError(f"training: non-finite gradient at step {number}").of_all()
+        self.dual.violation = mean["violation"]
+        self._latest = {**mean, "multiplier": self.dual.multiplier.value}
+
+    def _observed(self, stats: list[float]) -> dict[str, float]:
+        """One micro-batch's terms by name, those that the run has, and the gap."""
+        observed: dict[str, float] = dict(zip(TERMS, stats, strict=True))
+        del observed["lagrangian"]  # Trainer logs it
+        for term, seen in (("kl", self._micro_step.compares), ("state_error", self._micro_step.match)):
+            if not seen:
+                del observed[term]
+        return {**observed, "gap": observed["train_loss"] - observed["base_loss"]}
 
     def _current_constraint(self) -> Constraint:
         """The constraint of this step."""
         return self.schedule.constraint(self.state.global_step, self.dual.start_density or 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the constraint's numbers of the last micro-batch to each training log."""
+        """Add the constraint's numbers of the last step to each training log."""
         if "loss" in logs:
             logs["lagrangian"] = logs.pop("loss")
             logs.update(self._latest)
@@ -183,7 +219,7 @@ class SparsifyTrainer(StrictResume):
         held_out: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        report = measure(self.model, held_out, reference=self.reference)
+        report = measure(self.model, held_out, reference=self.reference, shared=True)
         self.model.train(was_training)
         self._keep_if_best(report)
         metrics = {
@@ -202,18 +238,19 @@ class SparsifyTrainer(StrictResume):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains (not the frozen base) and the best state so far."""
+        state = trainable_state(self.model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.model), folder / MODEL_FILE)
+        save_file(state, folder / MODEL_FILE)
         for mark, state in self.best_states.items():
             save_file(state, folder / best_file(self._mark_name(mark)))
 
     def release(self) -> None:
         """Let go of what only training needs: the recorded step with its memory, gradients, the optimiser."""
         self._step = self.optimizer = None
-        del self._micro_step
+        del self._micro_step, self._gradients
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
@@ -243,9 +280,13 @@ class SparsifyTrainer(StrictResume):
         """Put the best state into the model: for one of `marks`, or for the run's own constraint."""
         self.model.load_state_dict(self.best_states[mark or self.constraint], strict=False)
 
+    def best_numbers(self, mark: Constraint) -> dict[str, Any]:
+        """What the evaluation of the best state for one of `marks` found."""
+        return self.dual.best_of(self._mark_name(mark)) or {}
+
     def _keep_if_best(self, report: Report) -> None:
         """Feasible beats infeasible; then fewer edges (or lower loss, density-first); infeasible ones by violation."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, Tensor] | None = None
         for mark in self.marks:
             value = _constrained_value(mark, report)
             feasible = mark.feasible(value)
@@ -256,7 +297,8 @@ class SparsifyTrainer(StrictResume):
                 numbers = {k: v for k, v in asdict(report).items() if k != "heads"}
                 found = {"rank": rank, "step": self.state.global_step, "feasible": feasible, **numbers}
                 self.dual.keep(self._mark_name(mark), found)
-                state = state or trainable_state(self.model)
+                if state is None:
+                    state = trainable_state(self.model)
                 self.best_states[mark] = state
 
     def _mark_name(self, mark: Constraint) -> str | None:
@@ -285,7 +327,8 @@ def _checkpointing(on: bool) -> dict[str, Any]:
 def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     assert train.micro_batch_size != "auto"  # the plan has chosen
-    micro = train.micro_batch_size or train.batch_size
+    whole = train.batch_size // processes.count()
+    micro = train.micro_batch_size or whole
     on_cpu = config.model.device == "cpu"
     warmup = min(train.warmup_steps, train.steps // 10)
     arguments = TrainingArguments(
@@ -294,7 +337,7 @@ def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) 
         # Compiled layers and a recorded step have one shape. (An older run that goes on is plain.)
         dataloader_drop_last=train.step == "fast" and blocks >= micro,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, train.batch_size // micro),
+        gradient_accumulation_steps=max(1, whole // micro),
         learning_rate=train.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={

@@ -154,7 +154,7 @@ def test_inspect_shows_and_dumps(place):
     for part in ("density of each head", "constraint", "open share by distance"):
         assert part in shown.stdout
     data = json.loads(attnprune("inspect", "model-attnprune", "--json", cwd=place).stdout)
-    assert data["manifest"]["format_version"] == "1.2"
+    assert data["manifest"]["format_version"] == "1.3"
     assert [len(layer) for layer in data["density"]] == [4, 4]
 
 

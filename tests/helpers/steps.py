@@ -13,7 +13,7 @@ from attnprune.attention.interface import attach, gates_of
 from attnprune.attention.spans import KnownMask, Spans
 from attnprune.data.blocks import Blocks
 from attnprune.training import recipe, trainer
-from attnprune.training.scope import make_trainable
+from attnprune.training.scope import attach_gates, make_trainable
 from attnprune.training.step import MicroStep, settle_step
 from tests.helpers.families import BIAS, build
 from tests.helpers.recipes import run_config
@@ -42,7 +42,7 @@ def micro_steps(family, *ways, tokens=24, **overrides):
     config = run_config(("x", "y"), "out", train=train, **overrides)
     blocks = Blocks(torch.randint(0, 97, (4, tokens), generator=torch.Generator().manual_seed(1)), None, "random")
     config.gate.initial_mass = 0.0
-    recipe.attach_gates(model, config)
+    attach_gates(model, config)
     for gate, bias in zip(gates_of(model), BIAS, strict=True):
         gate.bias.data.copy_(bias)
     model, base = make_trainable(model, config)

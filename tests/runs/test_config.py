@@ -43,7 +43,7 @@ CHOSEN = {  # where any text would not do
     "time": "1h30m", "micro_batch_size": 8, "weights": [0.3], "frontier": [0.5, 0.1 + 1e-17], "recover": [0, 18],
     "rest_learning_rate": 1e-4 / 3,
 }  # fmt: skip
-WITH = {"frontier": {"kind": "density"}}  # what a value needs beside it
+WITH = {"frontier": {"kind": "density"}, "keep_quantised": {"load_in": "8bit"}}  # what a value needs beside it
 
 
 def another_value(name, field):

@@ -574,7 +574,8 @@ STRANGE_GGUF = (
     + text_of_gguf("general.architecture") + (8).to_bytes(4, "little") + text_of_gguf("strange")
 )  # fmt: skip
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-QUANTISED = "cannot merge into a quantised base (bitsandbytes)"
+GPTQ = {"quant_method": "gptq", "bits": 4}
+QUANTISED = "cannot merge into a quantised base (gptq)"
 
 B = {
     "B1-layers": (another(num_hidden_layers=1), "made for a llama model (2 layers, 4 heads)"),
@@ -634,7 +635,7 @@ def test_b5_a_family_that_does_not_call_its_attention_function_fails_the_self_ch
 
 def test_b10_a_quantised_base_is_not_merged_into(tmp_path, real, copy):
     base = copy("llama")
-    edit_config(quantization_config=NF4)(base)
+    edit_config(quantization_config=GPTQ)(base)
     refuse_cli(tmp_path, ["apply", base, real / "none", "--merge", "out"], QUANTISED)
 
 
@@ -665,7 +666,8 @@ MORE = {
     "no config": (lambda base: (base / "config.json").unlink(), "no config.json"),
     "type of a key": (edit_config(hidden_size="x"), "cannot load this model", "'hidden_size'"),
     "contradicting keys": (edit_config(model_type="falcon"), "cannot load this model"),  # AttributeError
-    "quantised": (edit_config(quantization_config=NF4), QUANTISED),
+    "quantised": (edit_config(quantization_config=GPTQ), QUANTISED),
+    "quantised by name only": (edit_config(quantization_config=NF4), "says that the weights are quantised, and those"),
     "pipe": (special("config.json", os.mkfifo), "config.json: not a regular file"),
     "adapter": (lambda base: (base / "adapter_config.json").write_text("{}"), "would load another base model"),
     "tokenizer": (lambda base: (base / "tokenizer.json").write_text("{"), "cannot load its tokenizer"),

@@ -219,9 +219,10 @@ def test_base_by_other_names_is_loaded_as_the_sidecar_says(copied, monkeypatch, 
         asked.append((name, options))
         return load_base(str(VECTORS / "bases" / "llama-bf16"), dtype=options["dtype"])
 
-    monkeypatch.setattr(bases, "load_base", load)
+    monkeypatch.setattr(loading, "load_base", load)
     assert len(compare(name, folder).tensors) == 8
-    assert asked == [(name, {"revision": revision if name == "some/model" else None, "dtype": torch.bfloat16})]
+    options = {"revision": revision if name == "some/model" else None, "dtype": torch.bfloat16}
+    assert asked == [(name, options | {"device": "cpu", "quantise": None})]
 
 
 def test_merged_in_another_dtype_than_the_base(place):

@@ -12,7 +12,7 @@ from attnprune.sidecar.folder import open_sidecar
 from attnprune.sidecar.format import manifest as manifest_module
 from attnprune.training import recipe
 from attnprune.training.optimizer import make_optimizer
-from attnprune.training.scope import make_trainable
+from attnprune.training.scope import attach_gates, make_trainable
 from tests.helpers.families import build
 from tests.helpers.recipes import run_config
 from tests.helpers.sidecars import save_tiny_gpt2
@@ -75,7 +75,7 @@ def test_the_rest_has_its_own_rate(scope):
     train = {"scope": scope, "lora_targets": "all", "learning_rate": 1e-3, "weight_decay": 0.1}
     config = build_config({"train": {**train, "rest_learning_rate": 1e-4}})
     model = build("llama")
-    recipe.attach_gates(model, config)
+    attach_gates(model, config)
     model, _ = make_trainable(model, config)
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {

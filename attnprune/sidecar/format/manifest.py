@@ -24,6 +24,7 @@ from attnprune.sidecar.format.names import (
     MAX_FILES,
     MERGED_KEY,
     NAME,
+    QUANTISED_BASE,
     WEIGHTS_FILE,
 )
 from attnprune.sidecar.format.reading import parse_json
@@ -55,6 +56,24 @@ class FileEntry(_Entry):
     sha256: Sha256
 
 
+class QuantisationEntry(_Entry):
+    """How bitsandbytes holds the linear layers of a base that is needed quantised (since 1.3).
+
+    `stored`: the base's own files hold codes and scales, and `structure` and `content` are of those; else the named
+    base is in full precision and is quantised in this way while it is loaded. 4 bits have `quant_type`, `double_quant`
+    and `compute_dtype`, 8 bits a `threshold` for outliers.
+    """
+
+    method: Literal["bitsandbytes"]
+    bits: Literal[4, 8]
+    stored: bool
+    quant_type: Literal["nf4", "fp4"] | None = None
+    double_quant: bool | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    skip_modules: list[Annotated[str, Field(max_length=256)]] | None = Field(default=None, max_length=1024)
+
+
 class BaseEntry(_Entry):
     """The base model. `structure` hashes its (name, dtype, shape) list, `content` 256 sampled values per tensor;
     `config` holds the keys of its configuration that change what it computes (since 1.1).
@@ -68,6 +87,7 @@ class BaseEntry(_Entry):
     structure: Sha256
     content: Sha256
     config: dict[str, Any] | None = None
+    quantisation: QuantisationEntry | None = None
 
 
 class GateEntry(_Entry):
@@ -118,6 +138,21 @@ class ResultEntry(_Entry):
     feasible: bool
 
 
+class TrainEntry(_Entry):
+    """A run whose base was quantised in training (since 1.3), and the numbers that `result` does not say.
+
+    `against` "quantised": the state as it trained, on the quantised base and compared with it. `against` "full": the
+    artefact, which needs the quantised base, compared with the base in full precision. Losses and kl in nats per token.
+    """
+
+    load_in: Literal["4bit", "8bit"]
+    against: Literal["quantised", "full"]
+    loss: Finite
+    base_loss: Finite
+    kl: Finite
+    density: Annotated[float, Field(ge=0, le=1)]
+
+
 class ProbeRow(_Entry):
     """A text whose loss (nats per token) and open-edge count a reader reproduces within the tolerances."""
 
@@ -163,6 +198,7 @@ class Manifest(_Entry):
     probe: ProbeEntry
     files: dict[str, FileEntry]
     merged: MergedEntry | None = None
+    train: TrainEntry | None = None
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, final newline."""
@@ -243,5 +279,9 @@ def check_weights_entry(manifest: Manifest) -> None:
     for file in sorted({DELTA_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE} & (expected ^ listed)):
         problem = "not listed in" if file in expected else f"unexpected for weights {entry.kind!r} in"
         raise InputError(f"{file}: {problem} {MANIFEST_FILE}")
+    if (manifest.base.quantisation is not None) != (QUANTISED_BASE in manifest.requires) and manifest.merged is None:
+        raise InputError(f"{MANIFEST_FILE}: base.quantisation and the feature {QUANTISED_BASE!r} need each other")
+    if manifest.base.quantisation is not None and entry.kind == "delta":
+        raise InputError(f"{MANIFEST_FILE}: weights: a delta cannot change a quantised base")
     if entry.kind == "lora" and (entry.rank is None or entry.alpha is None or entry.alpha <= 0):
         raise InputError(f"{MANIFEST_FILE}: weights: lora needs a rank and an alpha above 0")

@@ -7,10 +7,11 @@ import re
 from attnprune.runs.folder import MANIFEST_FILE as MANIFEST_FILE
 
 FORMAT = "attnprune"
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 SIZES_HIDDEN = "merged:sizes"
 LORA_ALL = "lora:all-linear"
-FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", LORA_ALL, SIZES_HIDDEN})
+QUANTISED_BASE = "base:quantised"
+FEATURES = frozenset({"gate:threshold", "weights:lora", "weights:delta", LORA_ALL, SIZES_HIDDEN, QUANTISED_BASE})
 
 GATES_FILE = "gates.safetensors"
 DELTA_FILE = "delta.safetensors"

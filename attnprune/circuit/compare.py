@@ -1,4 +1,4 @@
-"""One or two models on the same prompts: the comparison, the whole result, and its export for EAP-IG."""
+"""One or two models on the same prompts: the comparison and the whole result."""
 
 from __future__ import annotations
 
@@ -190,25 +190,3 @@ def result_of(
         seconds=round(seconds, 1),
         notes=notes,
     )  # fmt: skip
-
-
-def eap_ig_data(analysis: Analysis) -> dict[str, Any] | None:
-    """Scores and circuit as the EAP-IG package stores a graph; None where heads share key/value heads."""
-    graph = analysis.anatomy.graph
-    if graph.heads != graph.kv_heads:
-        return None
-    heads, mlps = graph.touched(analysis.edges)
-    nodes = {"input": {"in_graph": True}}
-    for layer in range(graph.layers):
-        nodes |= {f"a{layer}.h{head}": {"in_graph": bool(heads[layer, head])} for head in range(graph.heads)}
-        nodes[f"m{layer}"] = {"in_graph": bool(mlps[layer])}
-    nodes["logits"] = {"in_graph": True}
-    edges = {
-        graph.edge_name(source, destination): {
-            "score": analysis.scores[source, destination].item(),
-            "in_graph": bool(analysis.edges[source, destination]),
-        }
-        for source, destination in graph.mask().nonzero().tolist()
-    }
-    sizes = {"n_layers": graph.layers, "n_heads": graph.heads, "parallel_attn_mlp": graph.parallel}
-    return {"cfg": sizes | {"d_model": analysis.anatomy.width}, "nodes": nodes, "edges": edges}

@@ -1,7 +1,7 @@
 """A search's folder: its settings, its record, and the checks before anything heavy is imported. No torch.
 
 DIR/circuit.json, or the same compressed, circuit.json.gz; circuit.html and curve.png, which are made from it;
-eap-ig.json, where that format can hold the scores; cache/ with settings.json and what has been measured so far
+eap-ig.json and eap-ig.pt, for other tools; cache/ with settings.json and what has been measured so far
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from attnprune.circuit.analysis import analyse, search_again
-from attnprune.circuit.compare import eap_ig_data, result_of, task_facts
+from attnprune.circuit.compare import result_of, task_facts
+from attnprune.circuit.exchange import graph_json, graph_pt
 from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE, check_folder
+from attnprune.circuit.given import GivenCircuit, evaluate_given
 from attnprune.circuit.model.adapters import graph_of
 from attnprune.circuit.result import CircuitResult
 from attnprune.circuit.search.cache import Cache
@@ -83,21 +85,28 @@ def _run(
                 subject = Subject(analyses[place].anatomy, tasks[again], key, other_how, watch, cache)
                 analyses[place] = analyses[place].with_search(search_again(subject, name))
         facts = task_facts(task, tokenizer, settings["seed"])
-        notes: list[str] = []
-        exports = {"eap-ig.json": eap_ig_data(analyses[0])}
-        if len(analyses) > 1:
-            exports["eap-ig-against.json"] = eap_ig_data(analyses[1])
-        if None in exports.values():
-            notes.append("no eap-ig.json: that format has no shared key/value heads")
+        exports = {}
+        for analysis, name in zip(analyses, ("eap-ig", "eap-ig-against"), strict=False):
+            whole = (analysis.anatomy.graph, analysis.anatomy.width, analysis.edges, analysis.scores)
+            exports |= {f"{name}.json": json.dumps(graph_json(*whole)), f"{name}.pt": graph_pt(*whole)}
         result = result_of(
             analyses, facts, how, command=settings["command"], quick=settings["quick"],
-            seconds=time.monotonic() - started, notes=notes,
+            seconds=time.monotonic() - started, notes=[],
         )  # fmt: skip
     for name, data in exports.items():
-        if data is not None:
-            write_atomic(folder / name, json.dumps(data))
+        write_atomic(folder / name, data)
     write_atomic(folder / RECORD_FILE, result.model_dump_json(indent=1) + "\n")
     return result
+
+
+def evaluate_file(
+    file: Path, settings: dict[str, Any], device: str, watching: AbstractContextManager[Watch]
+) -> GivenCircuit:
+    """Evaluate the circuit in a file; settings as those of a search. Raises what `given.evaluate_given` raises."""
+    model, tokenizer = load_model(settings["model"], settings["base"], device)
+    task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
+    with watching as watch:
+        return evaluate_given(model, settings["model"], task, file, _thoroughness(settings), watch)
 
 
 def _seeds(settings: dict[str, Any]) -> list[int]:

@@ -90,6 +90,14 @@ def circuit(
         Path | None,
         typer.Option("--resume", help="Continue the search in this folder. Default: none.", show_default=False),
     ] = None,
+    edges: Annotated[
+        Path | None,
+        typer.Option(
+            "--edges",
+            help="Evaluate the circuit in this EAP-IG .json or .pt file, without a search. Default: none.",
+            show_default=False,
+        ),
+    ] = None,
     render: Annotated[
         Path | None,
         typer.Option(
@@ -109,6 +117,12 @@ def circuit(
     if render is not None:
         _refuse(context, "--render: draws what a finished search found", besides=("render", "as_json", "quiet"))
         _draw(render)
+        return
+    if edges is not None and model is not None and task is not None:
+        able = ("model", "task", "edges", "base", "prompts", "seed", "quick", "ablate", "batch_size", "device")
+        _refuse(context, "--edges: evaluates without a search", besides=(*able, "as_json", "quiet"))
+        how = {"base": base, "prompts": prompts, "seed": seed, "quick": quick, "ablate": ablate}
+        _evaluate(model, task, edges, how | {"batch_size": batch_size, "device": device})
         return
     if resume is not None:
         _refuse(context, "--resume: goes on as the search was begun", besides=("resume", "device", "as_json", "quiet"))
@@ -162,6 +176,16 @@ def _run(
     missed = [m for m in result.models if not m.reached]
     if missed:
         raise ConstraintNotMetError(report.not_shown(missed[0], result), hint="try more --prompts, with another --out")
+
+
+def _evaluate(model: str, task: str, edges: Path, how: dict[str, Any]) -> None:
+    from attnprune.api.commands import circuit_of_file
+    from attnprune.report.circuits import Watching
+    from attnprune.report.given_circuit import summary
+
+    watching = Watching(out.stderr, live=out.live, quiet=out.quiet)
+    found = circuit_of_file(model, task, edges, progress=watching, **how)
+    out.result(found.model_dump(mode="json"), *summary(found))
 
 
 def _draw(folder: Path) -> None:

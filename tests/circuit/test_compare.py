@@ -7,7 +7,8 @@ import torch
 
 from attnprune.circuit import controls
 from attnprune.circuit.analysis import analyse
-from attnprune.circuit.compare import compare, eap_ig_data, parity, result_of, task_facts
+from attnprune.circuit.compare import compare, parity, result_of, task_facts
+from attnprune.circuit.exchange import graph_json
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
 from attnprune.circuit.result import MARGIN, CircuitResult
@@ -174,7 +175,7 @@ def test_models_that_behave_differently_are_not_comparable(both):
 
 def test_eap_ig_file_has_every_edge(both):
     analysis = both[2][1]
-    data = eap_ig_data(analysis)
+    data = graph_json(analysis.anatomy.graph, analysis.anatomy.width, analysis.edges, analysis.scores)
     assert len(data["edges"]) == analysis.anatomy.graph.edge_count
     assert sum(edge["in_graph"] for edge in data["edges"].values()) == analysis.model.counts.edges
     assert set(data["nodes"]) == {*analysis.anatomy.graph.source_names, "logits"}

@@ -103,6 +103,19 @@ def test_files_of_a_search(place):
     assert len(edges) == 479
 
 
+@pytest.mark.parametrize("kind", ["json", "pt"])
+def test_a_circuit_of_another_tool_is_evaluated_exactly(place, kind):
+    """The search's own circuit, as others would give it, on the same test prompts."""
+    found = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
+    file = place / "found" / f"eap-ig.{kind}"
+    done = circuit("demo", "--task", "addition", "--prompts", "9", "--quick", "--edges", file, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    given = first_object(done.stdout)
+    assert given["fingerprint"] == found.task.fingerprint or found.task.more  # the search drew more of them
+    assert given["edges"] == given["given"] == found.models[0].counts.edges
+    assert given["test"]["faithfulness"]["value"] == pytest.approx(found.models[0].test.faithfulness.value, abs=1e-4)
+
+
 def test_a_finished_search_can_be_shown_again(place):
     before = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     done = circuit("--resume", "found", cwd=place)
@@ -225,6 +238,8 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "nonsense"), "nonsense: no such task"),
         (("demo", "--task", "addition", "--ablate", "noise"), "ablate noise: is none of corrupt, mean, zero, mixed"),
         (("demo", "--task", "addition", "--searches", "0"), "Invalid value for '--searches'"),
+        (("demo", "--task", "addition", "--edges", "none.json"), "none.json: no such file"),
+        (("demo", "--task", "addition", "--edges", "none.json", "--out", "x"), "leave out --out"),
         (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )

@@ -1,0 +1,45 @@
+"""A circuit from a file, on the terminal. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from attnprune.errors import printable
+from attnprune.units import number, percent
+
+if TYPE_CHECKING:
+    from attnprune.circuit.given import GivenCircuit
+
+
+def summary(found: GivenCircuit) -> list[Any]:
+    """What it computes, what it is worth, and what was not asked."""
+    table = Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+    table.add_column("", style="dim")
+    table.add_column(escape(printable(found.model, 40)), justify="right")
+    test, worst = found.test, found.stress.worst_trial
+    rows = {
+        "edges": f"{found.edges:,} of {found.of:,}",
+        "  in the file": f"{found.given:,}",
+        "heads": f"{found.heads:,}",
+        "MLPs": f"{found.mlps:,}",
+        "faithfulness": f"{test.faithfulness.value:.3f}",
+        "  95 %": f"{test.faithfulness.low:.2f} to {test.faithfulness.high:.2f}",
+        "  one-sided 95 %": f"{number(test.lower)} to {number(test.upper)}",
+        "accuracy": percent(test.accuracy),
+        "  model": percent(found.accuracy),
+        "KL to model": number(test.kl),
+        "all other edges": number(found.complement),
+        "random circuits": f"{number(found.random.faithfulness)} in {found.random.draws} draws",
+        "worst other ablation": ""
+        if worst is None
+        else f"{number(worst.faithfulness)}, {100 * worst.share:g} % {worst.ablation}",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, cell)
+    return [
+        table,
+        f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
+    ]

@@ -79,13 +79,13 @@ def test_the_same_search_finds_planted_circuits_on_all_levels(family, gated, mon
     assert torch.equal(search.found["nodes"].chosen.edges, nodes)
     messages = search.found["messages"]
     truth = planted_messages(planted)
-    for kept in messages.units.flat({(LENGTH, 0): truth, (LENGTH, 1): truth}).bool()[None]:
-        assert not (messages.chosen.edges & ~kept).any()
+    able = truth.clone()
+    able[0, 0] |= gated  # no gradient ranks the messages of the signal, so some more than needed may stay
+    assert not (messages.chosen.edges & ~messages.units.flat({(LENGTH, 0): able, (LENGTH, 1): able}).bool()).any()
     by_level = {level.level: level for level in found.model.levels}
     assert by_level["nodes"].size == int(nodes.sum())
     assert by_level["edges"].size == found.model.counts.edges == int(planted.edges.sum())
-    assert by_level["messages"].size <= int(truth.sum())
-    assert by_level["messages"].whole > 3 * int(truth.sum()) or not gated
+    assert by_level["messages"].size <= int(able.sum()) < 0.3 * by_level["messages"].whole
     assert all(level.faithfulness.value == pytest.approx(1, abs=0.15) for level in found.model.levels)
 
 

@@ -14,7 +14,6 @@ from attnprune.files import check_new_folder, temporary_folder
 from attnprune.runs.folder import CHECKPOINTS, MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from attnprune.circuit.given import GivenCircuit
     from attnprune.circuit.result import CircuitResult
     from attnprune.measure import Report
     from attnprune.publish.plan import Plan
@@ -185,46 +184,6 @@ def circuit(
     result = run(folder, settings, device, is_new=resume is None, watching=progress)
     write_pictures(result, folder)
     return result
-
-
-def circuit_of_file(
-    model: str | Path,
-    task: str | Path,
-    edges: str | Path,
-    *,
-    base: str | Path | None = None,
-    prompts: int = 0,
-    seed: int = 0,
-    quick: bool = False,
-    ablate: str = "corrupt",
-    batch_size: int = 32,
-    device: str = "auto",
-    progress: bool | AbstractContextManager[Any] = True,
-) -> GivenCircuit:
-    """Evaluate somebody else's circuit exactly: a .json or .pt graph of EAP-IG. Arguments as for `circuit`.
-
-    Raises:
-        InputError: no such file, or one for another model.
-        AttnPruneError: the model cannot do the task.
-    """
-    from attnprune.circuit.worth import ABLATIONS
-
-    if not Path(edges).is_file():
-        raise InputError(f"{edges}: no such file")
-    if ablate not in ABLATIONS:
-        raise InputError(f"ablate {ablate}: is none of {', '.join(ABLATIONS)}")
-    from attnprune.circuit.run import evaluate_file
-    from attnprune.report.circuits import Watching
-
-    settings = {
-        "model": str(model), "task": str(task), "base": base and str(base), "seed": seed, "quick": quick,
-        "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "ablate": ablate, "batch_size": batch_size,
-        "target": 0.9, "procedure": "exact", "mask_steps": None, "deletions": None, "levels": None,
-    }  # fmt: skip
-    console = progress_console()
-    if isinstance(progress, bool):
-        progress = Watching(console, live=progress and console.is_terminal, quiet=not progress)
-    return evaluate_file(Path(edges), settings, device, progress)
 
 
 def diff(a: str | Path, b: str | Path, *, base: str | Path | None = None) -> Difference:

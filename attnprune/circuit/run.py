@@ -12,6 +12,7 @@ from typing import Any
 from attnprune.circuit.analysis import analyse, search_again
 from attnprune.circuit.compare import result_of, task_facts
 from attnprune.circuit.exchange import graph_json, graph_pt
+from attnprune.circuit.explained import ExplainedEdge, explain_edge
 from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE, check_folder
 from attnprune.circuit.given import GivenCircuit, evaluate_given
 from attnprune.circuit.model.adapters import graph_of
@@ -107,6 +108,13 @@ def evaluate_file(
     task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
     with watching as watch:
         return evaluate_given(model, settings["model"], task, file, _thoroughness(settings), watch)
+
+
+def explain(edge: str, settings: dict[str, Any], device: str) -> ExplainedEdge:
+    """Explain an attention edge; settings as those of a search. Raises what `explained.explain_edge` raises."""
+    model, tokenizer = load_model(settings["model"], settings["base"], device)
+    task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
+    return explain_edge(model, tokenizer, settings["model"], task, edge)
 
 
 def _seeds(settings: dict[str, Any]) -> list[int]:

@@ -98,6 +98,15 @@ def circuit(
             show_default=False,
         ),
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            help="Say why an attention edge of the first test prompt is open: HEAD:QUERY<-KEY, for example "
+            "'a5.h1:END<-S1' or 'a5.h1:9<-3'. Default: none.",
+            show_default=False,
+        ),
+    ] = None,
     render: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +126,11 @@ def circuit(
     if render is not None:
         _refuse(context, "--render: draws what a finished search found", besides=("render", "as_json", "quiet"))
         _draw(render)
+        return
+    if explain is not None and model is not None and task is not None:
+        able = ("model", "task", "explain", "base", "seed", "device", "as_json", "quiet")
+        _refuse(context, "--explain: runs one prompt", besides=able)
+        _explain(model, task, explain, {"base": base, "seed": seed, "device": device})
         return
     if edges is not None and model is not None and task is not None:
         able = ("model", "task", "edges", "base", "prompts", "seed", "quick", "ablate", "batch_size", "device")
@@ -179,12 +193,20 @@ def _run(
 
 
 def _evaluate(model: str, task: str, edges: Path, how: dict[str, Any]) -> None:
-    from attnprune.api.commands import circuit_of_file
+    from attnprune.api.circuits import circuit_of_file
     from attnprune.report.circuits import Watching
     from attnprune.report.given_circuit import summary
 
     watching = Watching(out.stderr, live=out.live, quiet=out.quiet)
     found = circuit_of_file(model, task, edges, progress=watching, **how)
+    out.result(found.model_dump(mode="json"), *summary(found))
+
+
+def _explain(model: str, task: str, edge: str, how: dict[str, Any]) -> None:
+    from attnprune.api.circuits import explain
+    from attnprune.report.explained import summary
+
+    found = explain(model, task, edge, **how)
     out.result(found.model_dump(mode="json"), *summary(found))
 
 

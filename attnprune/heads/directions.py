@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnprune.circuit.model.activations import norm_factor
+from attnprune.circuit.model.activations import norm_factor, norm_scale
 from attnprune.circuit.model.adapters import Anatomy
-from attnprune.tracing.moved import logits_of, norm_scale
+from attnprune.tracing.moved import logits_of
 
 
 class Written(NamedTuple):

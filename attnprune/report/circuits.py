@@ -137,7 +137,9 @@ def sizes_table(result: CircuitResult) -> Table:
 def levels_table(result: CircuitResult) -> Table:
     """The smallest circuits of every level and search, and the ratio of two models."""
     table = _table("Levels, each with a search of its own (size, faithfulness on test prompts)", result)
-    ratios = {} if result.compare is None else {ratio.level: ratio for ratio in result.compare.levels}
+    ratios: dict[Level, LevelRatio] = {}
+    if result.compare is not None:
+        ratios = {ratio.level: ratio for ratio in result.compare.levels}
     if ratios:
         table.add_column("ratio", justify="right")
         table.add_column("95 %", justify="right")

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnprune.circuit.model.activations import norm_factor
+from attnprune.circuit.model.activations import norm_scale
 from attnprune.tracing.messages import Messages
 
 BATCH = 128  # messages whose logits are held at once
@@ -65,17 +65,3 @@ def written_by(messages: Messages, chosen: Tensor) -> Tensor:
         factor = messages.factors[index]
         written[mine] = made if factor is None else made * factor[query[mine]]
     return written
-
-
-def norm_scale(norm: nn.Module, stream: Tensor) -> tuple[Tensor, bool]:
-    """What a norm multiplies the stream [T, D] by, [T, D], and whether it subtracts the mean before (a LayerNorm)."""
-    shifted = norm.forward(stream + stream.abs().max())
-    centred = torch.allclose(shifted, norm.forward(stream), rtol=1e-2, atol=1e-2)
-    if not centred:
-        return norm_factor(norm, stream[None])[0], False
-    weight = getattr(norm, "weight", None)
-    weight = torch.ones_like(stream[0]) if weight is None else weight
-    weighted = weight * (stream - stream.mean(-1, keepdim=True))
-    made = norm.forward(stream) - norm.forward(torch.zeros_like(stream))
-    per_token = (made * weighted).sum(-1, keepdim=True) / weighted.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    return weight * per_token, True

@@ -116,6 +116,20 @@ def test_a_circuit_of_another_tool_is_evaluated_exactly(place, kind):
     assert given["test"]["faithfulness"]["value"] == pytest.approx(found.models[0].test.faithfulness.value, abs=1e-4)
 
 
+def test_an_edge_is_explained_by_role_and_by_position(place):
+    done = circuit("demo", "--task", "addition", "--explain", "a2.h1:END<-4", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for side in ("query", "key"):
+        terms = sum(writer["value"] for writer in found[f"by_{side}"])
+        assert terms + found[f"{side}_remainder"] == pytest.approx(found["score"], abs=1e-3)
+        assert [writer["without"] is None for writer in found[f"by_{side}"]] == [False] * 5 + [True] * 6
+    assert found["query"] == len(found["prompt"]) - 1
+    shown = circuit("demo", "--task", "addition", "--explain", f"a2.h1:{found['query']}<-4", cwd=place)
+    assert "written into the query" in shown.stdout
+    assert f"score {found['score']:.3f}, a dense model, which has no gate: open" in shown.stdout
+
+
 def test_a_finished_search_can_be_shown_again(place):
     before = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text())
     done = circuit("--resume", "found", cwd=place)
@@ -240,6 +254,9 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "addition", "--searches", "0"), "Invalid value for '--searches'"),
         (("demo", "--task", "addition", "--edges", "none.json"), "none.json: no such file"),
         (("demo", "--task", "addition", "--edges", "none.json", "--out", "x"), "leave out --out"),
+        (("demo", "--task", "addition", "--explain", "a0.h0"), "a0.h0: is no edge HEAD:QUERY<-KEY"),
+        (("demo", "--task", "addition", "--explain", "a0.h0:1<-3"), "a0.h0:1<-3: no such edge"),
+        (("demo", "--task", "addition", "--explain", "a0.h0:END<-S1"), "S1 is no position and no role (roles: END, "),
         (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )

@@ -249,6 +249,20 @@ def norm_factor(norm: nn.Module, total: Tensor) -> Tensor:
     return weight * (per_token / weighted.square().sum(-1, keepdim=True).clamp(min=_TINY))
 
 
+def norm_scale(norm: nn.Module, stream: Tensor) -> tuple[Tensor, bool]:
+    """What a norm multiplies the stream [T, D] by, [T, D], and whether it subtracts the mean before (a LayerNorm)."""
+    shifted = norm.forward(stream + stream.abs().max())
+    centred = torch.allclose(shifted, norm.forward(stream), rtol=1e-2, atol=1e-2)
+    if not centred:
+        return norm_factor(norm, stream[None])[0], False
+    weight = getattr(norm, "weight", None)
+    weight = torch.ones_like(stream[0]) if weight is None else weight
+    weighted = weight * (stream - stream.mean(-1, keepdim=True))
+    made = norm.forward(stream) - norm.forward(torch.zeros_like(stream))
+    per_token = (made * weighted).sum(-1, keepdim=True) / weighted.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    return weight * per_token, True
+
+
 def attention_of(run: Activations, layer: int) -> tuple[Tensor, Tensor]:
     """(pattern [B, H, S, S], values [B, H_kv, S, width]) of a layer. Raises UnsupportedModelError without gates."""
     if run.patterns is None or run.values is None:

@@ -1,0 +1,87 @@
+"""Why an attention edge of a task's first test prompt is open: asked for by name, and what is shown of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.model.explain import Explanation, Term, explain
+from attnprune.circuit.record import Strict
+from attnprune.circuit.search.splits import pattern_visible
+from attnprune.circuit.tasks import Prompts, Task
+from attnprune.errors import InputError
+
+REMOVED = 5  # terms of either side that are removed and run
+_EDGE = re.compile(r"a(\d+)\.h(\d+):([\w+.-]+)<-([\w+.-]+)")
+
+
+class Writer(Strict):
+    """What a head, an MLP or the input adds to the score; the score and the gate without it, null: not removed (no gate)."""
+
+    source: str
+    value: float
+    without: float | None
+    open_without: bool | None
+
+
+class ExplainedEdge(Strict):
+    """The score of an attention edge as a sum over what was written into its query and into its key."""
+
+    model: str
+    task: str
+    edge: str
+    prompt: list[str] = Field(description="tokens")
+    query: int
+    key: int
+    score: float
+    bias: float | None = Field(description="of the gate, which is open if score + bias > 0; null: a dense model")
+    is_open: bool
+    by_query: list[Writer] = Field(description="largest first; they and query_remainder add up to the score")
+    by_key: list[Writer]
+    query_remainder: float
+    key_remainder: float
+
+
+def explain_edge(model: Any, tokenizer: Any, name: str, task: Task, asked: str) -> ExplainedEdge:
+    """Explain `asked`, for example "a5.h1:END<-S1": positions from 0 on, or roles of the task's first test prompt.
+
+    Raises:
+        InputError: not such an edge.
+        UnsupportedModelError: no adapter, or a family with a soft cap.
+    """
+    found = _EDGE.fullmatch(asked)
+    if found is None:
+        raise InputError(f"{asked}: is no edge HEAD:QUERY<-KEY", hint="for example a5.h1:12<-4, or a5.h1:END<-S1")
+    prompts = task.test[0]
+    layer, head = int(found[1]), int(found[2])
+    query, key = (_place(prompts, text, asked) for text in (found[3], found[4]))
+    anatomy = anatomy_of(model)
+    dense = not anatomy.gated
+    ids = prompts.clean[:1].to(model.device)
+    with pattern_visible(anatomy):
+        why = explain(anatomy, ids, (layer, head, query, key), dense=dense, removed=REMOVED)
+    return ExplainedEdge(
+        model=name, task=task.name, edge=asked, prompt=[tokenizer.decode([token]) for token in ids[0].tolist()],
+        query=query, key=key, score=why.score, bias=why.bias, is_open=why.is_open,
+        by_query=[_writer(term, why) for term in why.query], by_key=[_writer(term, why) for term in why.key],
+        query_remainder=why.query_remainder, key_remainder=why.key_remainder,
+    )  # fmt: skip
+
+
+def _writer(term: Term, why: Explanation) -> Writer:
+    is_open = None if term.without is None or why.bias is None else term.without + why.bias > 0
+    return Writer(source=term.source, value=term.value, without=term.without, open_without=is_open)
+
+
+def _place(prompts: Prompts, text: str, asked: str) -> int:
+    """A position of the first prompt: a number, or a role's first token."""
+    if text.isdecimal():
+        return int(text)
+    roles = {role: spans[0] for role, spans in prompts.roles.items() if int(spans[0, 1])}
+    if text not in roles:
+        raise InputError(f"{asked}: {text} is no position and no role", hint=f"roles: {', '.join(sorted(roles))}")
+    return int(torch.as_tensor(roles[text])[0])

@@ -20,7 +20,7 @@ _EDGE = re.compile(r"a(\d+)\.h(\d+):([\w+.-]+)<-([\w+.-]+)")
 
 
 class Writer(Strict):
-    """What a head, an MLP or the input adds to the score; the score and the gate without it, null: not removed (no gate)."""
+    """What a head, an MLP or the input adds to the score; the score without it (null: not removed), and the gate."""
 
     source: str
     value: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,14 +71,14 @@ def test_a_second_run_maps_the_file_and_tokenizes_nothing(text, tmp_path, monkey
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".i32", ".json"]
 
 
-def test_another_text_tokenizer_or_length_is_another_file(text, tmp_path):
+def test_another_text_tokenizer_or_number_is_another_file(text, tmp_path):
     cache = tmp_path / "cache"
-    arguments = [str(text), "text", byte_tokenizer(), 16, 10**9]
-    stored_blocks(*arguments, cache)
-    stored_blocks(*arguments[:3], 8, 10**9, cache)
-    stored_blocks(*arguments[:2], byte_tokenizer(adds_bos=True), *arguments[3:], cache)
+    both(text, cache)
+    both(text, cache, tokens=2000)
+    both(text, cache, tokenizer=byte_tokenizer(adds_bos=True))
     text.write_text(prose(60_000, seed=2))
-    assert stored_blocks(*arguments, cache).fingerprint == read_blocks(*arguments).fingerprint
+    stored, plain = both(text, cache)
+    assert stored.fingerprint == plain.fingerprint
     assert len(list(cache.glob("*.i32"))) == 4
 
 
@@ -121,10 +122,6 @@ def test_a_token_beyond_the_vocabulary_is_named_by_its_block(text, tmp_path, mon
     monkeypatch.setattr("attnprune.data.blocks._ROWS_AT_ONCE", 50)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text.write_text(prose(20_000)[: 16 * 1000 - 1])  # its end-of-text token is the last of block 1,000
-
-    class Model:
-        class config:
-            vocab_size = EOS
-
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=EOS))
     settings = run_config((tmp_path, text), tmp_path / "run")
-    refused(lambda: texts.load_blocks(settings, Model, byte_tokenizer(), "key"), "block 1000 of 1000")
+    refused(lambda: texts.load_blocks(settings, model, byte_tokenizer(), "key"), "block 1000 of 1000")

@@ -46,7 +46,8 @@ class Plan:
         trainable, total: numbers of parameters (gate biases count as trainable).
         tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
         seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, and OVERHEAD, times 1000.
-        memory: of a step with one micro-batch, by what it is for.
+        memory: of a step with one micro-batch, by what it is for, in each process.
+        evaluation_bytes, export_bytes: in all, while held-out text is measured in training, and while the artefact is.
         limit_bytes: what the process may hold in all; None where the system does not tell.
         fits: GB of a GPU -> blocks at once that fit (with bf16).
         costs: what a run of some length takes; None without a time budget.
@@ -62,6 +63,8 @@ class Plan:
     eval_tokens: int
     seconds_per_1000_steps: float
     memory: Memory
+    evaluation_bytes: float
+    export_bytes: float
     limit_bytes: int | None
     fits: dict[int, int]
     costs: Costs | None
@@ -173,6 +176,8 @@ def make_plan(
         eval_tokens=held_out.input_ids.numel(),
         seconds_per_1000_steps=1000 * step,
         memory=memory,
+        evaluation_bytes=estimator.evaluation(),
+        export_bytes=estimator.export(config.model.keep_quantised),
         limit_bytes=limit,
         fits={card: _on_card(estimator, config).fits(SHARE["cuda"] * card * 1e9) for card in CARDS},
         costs=costs,
@@ -198,6 +203,7 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
         shape, config.train, seq_len, on_cpu=device.type == "cpu", bf16=config.train.precision == "bf16",
         compares=compares_with_base(config),
         chunk=chunk_tokens(device.type, shape.vocabulary) if config.train.step == "fast" else None,
+        processes=processes.count(), sharded=config.train.fsdp == "on",
     )  # fmt: skip
     free, held = free_memory(device), held_memory(device)
     if free is None:

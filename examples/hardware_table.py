@@ -118,11 +118,12 @@ Computed by the formulas of the plan (`attnprune/training/memory.py`) on models 
     python -m examples.hardware_table --out docs/hardware.md --json examples/results/hardware.json
 
 Nothing in these tables is measured. On CPUs the same formulas are compared with real runs
-([memory-cpu.json](../examples/results/memory-cpu.json), by `examples/check_memory.py`). On a GPU one number is known: 29 GiB
-for 32 blocks of 512 tokens of SmolLM2-135M. A run corrects them by a measured step, and `--dry-run` prints the result.
+([memory-cpu.json](../examples/results/memory-cpu.json), by `examples/check_memory.py`). On a GPU one number is known:
+29 GiB for 32 blocks of 512 tokens of SmolLM2-135M. A run corrects them by a measured step, and `--dry-run` prints the result.
 
-A number under a card is how many blocks one GPU takes at once, in 90 % of its memory, with bf16, `adamw` unless said, the
-base compared with at every step, and adapters of rank 16 on the attention. `-`: not even one. "GB, one block" is per GPU.
+A number under a card is how many blocks one GPU takes at once, in 90 % of its memory, with bf16, `adamw` unless said,
+the base compared with at every step, and adapters of rank 16 on the attention. `-`: not even one. "GB, one block" is
+per GPU.
 
 - LoRA keeps the base in bf16. In 4 bits it is nf4 (`--load-in 4bit`).
 - "Everything" trains fp32 weights beside a frozen fp32 copy. FSDP2 divides all of that.

@@ -119,7 +119,7 @@ Computed by the formulas of the plan (`attnprune/training/memory.py`) on models 
 
 Nothing in these tables is measured. On CPUs the same formulas are compared with real runs
 ([memory-cpu.json](../examples/results/memory-cpu.json), by `examples/check_memory.py`). On a GPU one number is known:
-29 GiB for 32 blocks of 512 tokens of SmolLM2-135M. A run corrects them by a measured step, and `--dry-run` prints the result.
+29 GiB for 32 blocks of 512 tokens of SmolLM2-135M. A run corrects them by a measured step; `--dry-run` prints that.
 
 A number under a card is how many blocks one GPU takes at once, in 90 % of its memory, with bf16, `adamw` unless said,
 the base compared with at every step, and adapters of rank 16 on the attention. `-`: not even one. "GB, one block" is

@@ -147,8 +147,9 @@ def make_plan(
     estimator, limit = _before(model, config, train.seq_len, steps.device)
     on_note(f"measuring a step of one block of {train.seq_len} tokens (about {size(estimator.of(1).total)})")
     taken, peak = steps.measured(1)
+    formulas = estimator
     if peak is not None:
-        estimator = estimator.corrected(1, peak)
+        estimator = formulas.corrected(1, peak)
     if settings.micro_batch_size == "auto":
         settings.micro_batch_size = _micro_batch(estimator, limit, config, train.seq_len)
     here = settings.batch_size // processes.count()
@@ -160,7 +161,14 @@ def make_plan(
             f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
             "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
-    step = _seconds(steps, micro, taken, measure_it=not too_much) * (here // micro) + OVERHEAD
+    if micro > 1 and not too_much and (micro * taken < QUICK or micro * train.seq_len <= USEFUL_TOKENS):
+        seconds_of_micro, peak = steps.measured(micro)  # small tensors are slow, and large, for their size
+        if peak is not None:
+            estimator = formulas.corrected(micro, peak)
+            memory = estimator.of(micro)
+    else:
+        seconds_of_micro = micro * taken
+    step = seconds_of_micro * (here // micro) + OVERHEAD
     costs = None
     if settings.time is not None:
         assert clock is not None
@@ -228,13 +236,6 @@ def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq
     if estimator.on_cpu:
         most = min(most, USEFUL_TOKENS // seq_len)
     return largest_divisor(here, most)
-
-
-def _seconds(steps: _Steps, micro: int, one: float, measure_it: bool) -> float:
-    """Seconds of a micro-batch; from one block's where that is long: small tensors are slow for their size."""
-    if micro > 1 and measure_it and micro * one < QUICK:
-        return steps.measured(micro)[0]
-    return micro * one
 
 
 def _on_card(estimator: Estimator, config: RunConfig) -> Estimator:

@@ -6,9 +6,11 @@ Documents are joined by the tokenizer's end-of-text token and cut into blocks of
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from attnprune.data.chat import Conversation
 from attnprune.errors import InputError
 
 IGNORED_LABEL = -100
+_ROWS_AT_ONCE = 4096
 _DOCUMENTS_AT_ONCE = 64  # a fast tokenizer works on several in parallel
 
 
@@ -58,20 +61,92 @@ class Blocks(Dataset):
         """The given rows, in that order."""
         return replace(self, input_ids=self.input_ids[rows], labels=self.labels[rows])
 
+    select = take
+
     @property
     def seq_len(self) -> int:
         return self.input_ids.shape[1]
 
     @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the tokens and labels: equal fingerprints mean equal data."""
-        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
-        for tensor in (self.input_ids, self.labels):
-            digest.update(tensor.to(torch.int32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return _fingerprint(self.input_ids.shape, [self.input_ids], [self.labels])
 
 
-def split(blocks: Blocks, eval_tokens: int, seed: int) -> tuple[Blocks, Blocks]:
+@dataclass(frozen=True)
+class StoredBlocks(Dataset):
+    """Blocks of plain text in memory-mapped files, read as they are needed; the processes of a run share the pages.
+
+    Attributes:
+        parts: int32 [M, T] each, mapped.
+        rows: int64 [N], the chosen rows of all parts, counted through them.
+        name, sources: as in `Blocks`.
+    """
+
+    parts: tuple[Tensor, ...]
+    rows: Tensor
+    name: str
+    sources: tuple[Source, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self._read(self.rows[[index]])[0]
+        return {"input_ids": ids, "labels": ids}
+
+    def take(self, rows: Tensor) -> Blocks:
+        """The given rows, in that order, in memory."""
+        ids = self._read(self.rows[rows])
+        return Blocks(ids, ids, self.name, self.sources)
+
+    def select(self, rows: Tensor) -> StoredBlocks:
+        """The given rows, in that order, where they are."""
+        return replace(self, rows=self.rows[rows])
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return len(self) * self.seq_len
+
+    @property
+    def fingerprint(self) -> str:
+        """As that of `Blocks` with the same rows."""
+        return _fingerprint((len(self), self.seq_len), self.chunks(), self.chunks())
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All rows, int64 [up to 4096, T] at a time."""
+        return (self._read(rows) for rows in self.rows.split(_ROWS_AT_ONCE))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """int64 [len(rows), T]."""
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        where = torch.bucketize(rows, ends, right=True)
+        ids = torch.empty(len(rows), self.seq_len, dtype=torch.int64)
+        for number, part in enumerate(self.parts):
+            mine = where == number
+            ids[mine] = part[rows[mine] - (ends[number] - len(part))].long()
+        return ids
+
+
+AnyBlocks = Blocks | StoredBlocks
+
+
+def _fingerprint(shape: Iterable[int], ids: Iterable[Tensor], labels: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    for tensor in chain(ids, labels):
+        digest.update(tensor.to(torch.int32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def split(blocks: AnyBlocks, eval_tokens: int, seed: int) -> tuple[AnyBlocks, Blocks]:
     """(train, eval): a seeded choice of whole blocks, about `eval_tokens` of them held out; no block is in both.
 
     Raises:
@@ -86,19 +161,50 @@ def split(blocks: Blocks, eval_tokens: int, seed: int) -> tuple[Blocks, Blocks]:
     held_out = max(1, min(eval_tokens // blocks.seq_len, total // 5 or 1))
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     # Sorted, so the order of the evaluation sums (and with it the last bit of the loss) does not depend on the seed.
-    return blocks.take(order[held_out:].sort().values), blocks.take(order[:held_out].sort().values)
+    return blocks.select(order[held_out:].sort().values), blocks.take(order[:held_out].sort().values)
 
 
-def mix(parts: list[Blocks]) -> Blocks:
-    """All blocks of all parts."""
+@overload
+def mix(parts: list[Blocks]) -> Blocks: ...
+@overload
+def mix(parts: list[AnyBlocks]) -> AnyBlocks: ...
+def mix(parts: Any) -> AnyBlocks:
+    """All blocks of all parts, which stay where they are if one of them is in a file."""
     if len(parts) == 1:
         return parts[0]
-    ids, labels = (torch.cat([getattr(part, key) for part in parts]) for key in ("input_ids", "labels"))
     sources = tuple(source for part in parts for source in part.sources)
-    return Blocks(ids, labels, " + ".join(part.name for part in parts), sources)
+    name = " + ".join(part.name for part in parts)
+    if any(isinstance(part, StoredBlocks) for part in parts):
+        return _joined([_stored(part) for part in parts], name, sources)
+    ids, labels = (torch.cat([getattr(part, key) for part in parts]) for key in ("input_ids", "labels"))
+    return Blocks(ids, labels, name, sources)
+
+
+def _stored(blocks: AnyBlocks) -> StoredBlocks:
+    if isinstance(blocks, StoredBlocks):
+        return blocks
+    assert torch.equal(blocks.input_ids, blocks.labels)  # only the bundled task has labels of its own
+    return StoredBlocks((blocks.input_ids.int(),), torch.arange(len(blocks)), blocks.name, blocks.sources)
+
+
+def _joined(parts: list[StoredBlocks], name: str, sources: tuple[Source, ...]) -> StoredBlocks:
+    rows, before = [], 0
+    for part in parts:
+        rows.append(part.rows + before)
+        before += sum(map(len, part.parts))
+    return StoredBlocks(tuple(array for part in parts for array in part.parts), torch.cat(rows), name, sources)
 
 
 def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int, name: str) -> Blocks:
+    """The blocks that `rows_of` cuts, in memory."""
+    tokens = array("i")
+    for row in rows_of(documents, tokenizer, seq_len, max_tokens, name):
+        tokens.extend(row)
+    ids = torch.frombuffer(tokens, dtype=torch.int32).view(-1, seq_len).long()
+    return Blocks(ids, ids, name)
+
+
+def rows_of(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int, name: str) -> Iterator[list[int]]:
     """Tokenize documents, join them with the end-of-text token and cut blocks of `seq_len`; the tail is dropped.
 
     A tokenizer that starts every text with a BOS token (Gemma, Llama) gets one at the start of each block. A document's
@@ -109,27 +215,25 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     """
     opening = tokenizer("")["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in opening else []
-    rows: list[list[int]] = []
+    most, made = max(1, max_tokens // seq_len), 0
     buffer: list[int] = []
     for ids in _token_ids(documents, tokenizer, max_tokens, name):
         buffer += ids
         start = 0
-        while len(rows) * seq_len < max_tokens:
+        while made < most:
             first = [] if bos == buffer[start : start + 1] else bos  # a chat template writes its own
             end = start + seq_len - len(first)
             if end > len(buffer):
                 break
-            rows.append(first + buffer[start:end])
-            start = end
+            yield first + buffer[start:end]
+            start, made = end, made + 1
         buffer = buffer[start:]
-        if len(rows) * seq_len >= max_tokens:
-            break
-    if not rows:
+        if made == most:
+            return
+    if not made:
         raise InputError(
             f"{name}: the text is shorter than one block of {seq_len} tokens", hint="use a smaller --seq-len"
         )
-    ids = torch.tensor(rows[: max(1, max_tokens // seq_len)], dtype=torch.int64)
-    return Blocks(ids, ids.clone(), name)
 
 
 def _token_ids(documents: Iterable[str], tokenizer: Any, wanted: int, name: str) -> Iterator[list[int]]:

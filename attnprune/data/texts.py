@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from attnprune.data.blocks import IGNORED_LABEL, Blocks, Source, mix, pack, split
+from attnprune.data.blocks import IGNORED_LABEL, AnyBlocks, Blocks, Source, StoredBlocks, mix, pack, split
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.sources import check_distinct, documents, is_local, local_files, source_name
+from attnprune.data.store import is_large, stored_blocks
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
@@ -18,7 +20,7 @@ from attnprune.runs.folder import DEMO
 DEFAULT_HUB_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 
 
-def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple[Blocks, Blocks]:
+def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -> tuple[AnyBlocks, Blocks]:
     """(train, held-out) blocks of a resolved run; those of several sources are mixed in proportion to their sizes, or
     by the run's weights.
 
@@ -39,24 +41,30 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
     limit = text.train_tokens + text.eval_tokens
     needed = min(text.train_tokens, train.steps * train.batch_size * text.seq_len) + text.eval_tokens
     share = -(-needed // len(text.sources))
-    parts: dict[str, Blocks] = {}
+    parts: dict[str, AnyBlocks] = {}
     for source in text.sources:
         if source == "self":
             blocks = self_written(model, tokenizer, text.seq_len, share, train.seed, cache_folder(), model_key)
-            parts[source] = replace(blocks, sources=(Source("self", blocks.input_ids.numel()),))
+            parts[source] = replace(blocks, sources=(Source("self", blocks.tokens),))
         else:
             tokens = limit if is_local(source) else share
-            parts[source] = read_blocks(source, text.text_field, tokenizer, text.seq_len, tokens)
+            reading: Any = read_blocks
+            if is_large(source, tokenizer):
+                reading = partial(stored_blocks, cache=cache_folder())
+            parts[source] = reading(source, text.text_field, tokenizer, text.seq_len, tokens)
     parts = _weighted(parts, text.weights) if text.weights else _cut(parts, limit)
     blocks = mix(list(parts.values()))
-    check_tokens(blocks.input_ids, tokenizer, model.config.vocab_size, blocks.name)
+    first = 0
+    for ids in blocks.chunks() if isinstance(blocks, StoredBlocks) else [blocks.input_ids]:
+        check_tokens(ids, tokenizer, model.config.vocab_size, blocks.name, first, len(blocks))
+        first += len(ids)
     return split(blocks, text.eval_tokens, train.seed)
 
 
-def _cut(parts: dict[str, Blocks], limit: int) -> dict[str, Blocks]:
+def _cut(parts: dict[str, AnyBlocks], limit: int) -> dict[str, AnyBlocks]:
     """The parts, those of local files cut in proportion to their bytes where together they are beyond the limit."""
     sizes = {source: sum(file.stat().st_size for file in local_files(source)) for source in parts if is_local(source)}
-    tokens = {source: blocks.input_ids.numel() for source, blocks in parts.items()}
+    tokens = {source: blocks.tokens for source, blocks in parts.items()}
     room = limit - sum(count for source, count in tokens.items() if source not in sizes)
     if len(parts) == 1 or sum(tokens[source] for source in sizes) <= room:
         return parts
@@ -66,7 +74,7 @@ def _cut(parts: dict[str, Blocks], limit: int) -> dict[str, Blocks]:
     return cut
 
 
-def _weighted(parts: dict[str, Blocks], weights: list[float]) -> dict[str, Blocks]:
+def _weighted(parts: dict[str, AnyBlocks], weights: list[float]) -> dict[str, AnyBlocks]:
     """The parts cut so that their sizes are in the proportion of the weights; no text is repeated."""
     share = min(len(blocks) / weight for blocks, weight in zip(parts.values(), weights, strict=True))
     return {
@@ -75,18 +83,18 @@ def _weighted(parts: dict[str, Blocks], weights: list[float]) -> dict[str, Block
     }
 
 
-def _first(blocks: Blocks, rows: int) -> Blocks:
+def _first(blocks: AnyBlocks, rows: int) -> AnyBlocks:
     """The first rows of one source, and what it says of them."""
-    kept = blocks.take(torch.arange(min(rows, len(blocks))))
+    kept = blocks.select(torch.arange(min(rows, len(blocks))))
     [counted] = kept.sources
-    return replace(kept, sources=(replace(counted, tokens=kept.input_ids.numel()),))
+    return replace(kept, sources=(replace(counted, tokens=kept.tokens),))
 
 
 def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_tokens: int) -> Blocks:
     """Blocks of the text that one source holds, at most `max_tokens`."""
     texts = documents(source, text_field, tokenizer)
     blocks = pack(texts, tokenizer, seq_len, max_tokens, source_name(source))
-    return replace(blocks, sources=(Source(blocks.name, blocks.input_ids.numel(), texts.empty, texts.conversations),))
+    return replace(blocks, sources=(Source(blocks.name, blocks.tokens, texts.empty, texts.conversations),))
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnprune.attention.interface import gates_forced_open, gates_of
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import AnyBlocks
 from attnprune.runs.config import RunConfig
 from attnprune.training.scope import causal_lm
 from attnprune.training.sharding import assign, is_sharded
@@ -24,7 +24,7 @@ def starts_from_mass(config: RunConfig) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: Any, config: RunConfig, blocks: Blocks) -> None:
+def calibrate(model: Any, config: RunConfig, blocks: AnyBlocks) -> None:
     """Set the gates' first biases from the scores of a few blocks, evenly spread over the text."""
     rows = torch.linspace(0, len(blocks) - 1, min(CALIBRATION_BLOCKS, len(blocks))).long()
     gates = gates_of(model)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attnprune.attention.interface import gates_of
-from attnprune.data.blocks import Blocks, Source
+from attnprune.data.blocks import AnyBlocks, Blocks, Source
 from attnprune.errors import AttnPruneError
 from attnprune.measure import BATCH_TOKENS, measure
 from attnprune.runs import processes
@@ -88,7 +88,7 @@ class Clock:
 class _Steps:
     """Real micro-batches that leave no trace, with their time and memory."""
 
-    def __init__(self, model: Any, base: DenseBase, config: RunConfig, train: Blocks):
+    def __init__(self, model: Any, base: DenseBase, config: RunConfig, train: AnyBlocks):
         self.model, self.config, self.train = model, config, train
         self.step, self.draws = MicroStep(model, base, config), config.gate.estimator == "gumbel"
         self.device = next(model.parameters()).device
@@ -130,7 +130,7 @@ def make_plan(
     model: Any,
     reference: DenseBase,
     config: RunConfig,
-    train: Blocks,
+    train: AnyBlocks,
     held_out: Blocks,
     notes: list[str],
     clock: Clock | None = None,
@@ -180,8 +180,8 @@ def make_plan(
         trainable=estimator.shape.trainable,
         total=estimator.shape.parameters,
         tokens_per_step=settings.batch_size * train.seq_len,
-        train_tokens=train.input_ids.numel(),
-        eval_tokens=held_out.input_ids.numel(),
+        train_tokens=train.tokens,
+        eval_tokens=held_out.tokens,
         seconds_per_1000_steps=1000 * step,
         memory=memory,
         evaluation_bytes=estimator.evaluation(),
@@ -248,7 +248,7 @@ def _on_card(estimator: Estimator, config: RunConfig) -> Estimator:
 
 
 def _costs(
-    model: Any, reference: DenseBase, config: RunConfig, train: Blocks, held_out: Blocks, step: float, clock: Clock
+    model: Any, reference: DenseBase, config: RunConfig, train: AnyBlocks, held_out: Blocks, step: float, clock: Clock
 ) -> Costs:
     """What the run's parts take, from one batch of an evaluation and one block of the gates' first values."""
     rows = torch.arange(min(len(held_out), max(1, BATCH_TOKENS // held_out.seq_len)))

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import AnyBlocks, Blocks
 from attnprune.data.texts import load_blocks
 from attnprune.errors import AttnPruneError, InputError, InterruptedRunError
 from attnprune.files import locked, write_atomic
@@ -223,7 +223,7 @@ def _load(
 
 
 def _prepare(
-    run: _Loaded, train_blocks: Blocks, held_out: Blocks, on_note: Callable[[str], None]
+    run: _Loaded, train_blocks: AnyBlocks, held_out: Blocks, on_note: Callable[[str], None]
 ) -> tuple[Any, DenseBase, dict[str, str]]:
     """(the gated model with what trains, its dense base, what has to be the same when the run is resumed)."""
     config, init = run.config, run.init
@@ -293,7 +293,7 @@ def _start(
 def _train(
     model: Any,
     config: RunConfig,
-    train_blocks: Blocks,
+    train_blocks: AnyBlocks,
     held_out: Blocks,
     reference: DenseBase,
     folder: Path,

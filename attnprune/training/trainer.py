@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from attnprune.attention.gates import mix_seed, seed_tensor
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import AnyBlocks, Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.measure import Report, mean_loss, measure
 from attnprune.runs import processes
@@ -67,7 +67,7 @@ class SparsifyTrainer(StrictResume):
         self,
         model: nn.Module,
         config: RunConfig,
-        train: Blocks,
+        train: AnyBlocks,
         held_out: Blocks,
         reference: DenseBase,
         callbacks: list[TrainerCallback],

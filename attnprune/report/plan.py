@@ -29,6 +29,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "seconds_per_1000_steps": plan.seconds_per_1000_steps,
         "memory_bytes": plan.memory.total,
         "memory": asdict(plan.memory),
+        "evaluation_bytes": plan.evaluation_bytes,
+        "export_bytes": plan.export_bytes,
         "memory_limit": plan.limit_bytes,
         "fits": plan.fits,
         "passes": plan.passes,
@@ -55,6 +57,10 @@ def plan_table(plan: Plan) -> Table:
         ("constraint", constraint_text(config.constraint.kind, _limit(config))),
         *_frontier(config.constraint),
         ("memory", f"about {size(plan.memory.total)}{_of_limit(plan)}: {_parts(plan)}"),
+        (
+            "",
+            f"{size(plan.evaluation_bytes)} while it is evaluated, {size(plan.export_bytes)} while the artefact is",
+        ),
         *_cards(plan),
         (
             "time",

@@ -124,6 +124,19 @@ def features(module: Any) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, with the scales of quantised ones."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    for _, module in quantised_layers(model):
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            scales = [module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
+        else:
+            scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        total += sum(scale.numel() * scale.element_size() for scale in scales)
+    return total
+
+
 def source_class(module: nn.Module) -> type:
     """The class of a linear layer, or the one that it had before it was quantised."""
     return getattr(module, "source_cls", type(module))

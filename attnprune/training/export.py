@@ -23,9 +23,12 @@ from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import CHECKPOINTS, RUN_FILE
 from attnprune.runs.frontier import Point, point_folder, write_frontier
 from attnprune.sidecar import bases, format, loading
+from attnprune.sidecar.bases import torch_dtype
 from attnprune.sidecar.folder import Sidecar, file_entries, open_sidecar, publish, save_files
 from attnprune.sidecar.probe import measure_probe, probe_rows
-from attnprune.training.resolve import load_base
+from attnprune.sidecar.quantised import parameter_count
+from attnprune.training.machine import free_memory
+from attnprune.training.resolve import MOST_FOR_WEIGHTS, load_base
 from attnprune.training.schedule import constraint_of
 from attnprune.training.scope import attach_gates, make_trainable
 from attnprune.training.trainer import SparsifyTrainer, trainable_state
@@ -46,8 +49,11 @@ def export_all(
         trainer.model, _ = make_trainable(plain, config)
     if config.model.load_in != "8bit":  # which stays where it was quantised
         trainer.model.cpu()  # makes room on a GPU
-    base = load_base(config, quantised=config.model.keep_quantised)
-    full = load_base(config, quantised=False) if config.model.keep_quantised else None
+    place = _place(trainer.model, config)
+    if place != config.model.device:
+        on_note("measuring in the host's memory, because the GPU does not hold the base and the artefact")
+    base = load_base(config, place, quantised=config.model.keep_quantised)
+    full = load_base(config, place, quantised=False) if config.model.keep_quantised else None
     points: list[Point] = []
     for mark in trainer.marks:
         own = mark is trainer.marks[-1]
@@ -69,6 +75,15 @@ def export_all(
         if config.constraint.frontier:
             write_frontier(folder, points)
     return open_sidecar(folder)
+
+
+def _place(model: Any, config: RunConfig) -> str:
+    """Where the base and the artefact beside it are measured: the run's device if it holds both."""
+    device = torch.device(config.model.device)
+    if device.type == "cpu":
+        return "cpu"
+    needed = 2 * parameter_count(model) * torch_dtype(config.model.dtype).itemsize
+    return device.type if needed <= MOST_FOR_WEIGHTS * (free_memory(device) or 0) else "cpu"
 
 
 def _measured(sidecar: Sidecar) -> dict[str, Any]:

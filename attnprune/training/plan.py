@@ -46,7 +46,8 @@ class Plan:
         trainable, total: numbers of parameters (gate biases count as trainable).
         tokens_per_step, train_tokens, eval_tokens: sizes in tokens.
         seconds_per_1000_steps: one micro-batch's time times the micro-batches of a step, and OVERHEAD, times 1000.
-        memory: of a step with one micro-batch, by what it is for.
+        memory: of a step with one micro-batch, by what it is for, in each process.
+        evaluation_bytes, export_bytes: in all, while held-out text is measured in training, and while the artefact is.
         limit_bytes: what the process may hold in all; None where the system does not tell.
         fits: GB of a GPU -> blocks at once that fit (with bf16).
         costs: what a run of some length takes; None without a time budget.
@@ -62,6 +63,8 @@ class Plan:
     eval_tokens: int
     seconds_per_1000_steps: float
     memory: Memory
+    evaluation_bytes: float
+    export_bytes: float
     limit_bytes: int | None
     fits: dict[int, int]
     costs: Costs | None
@@ -144,8 +147,9 @@ def make_plan(
     estimator, limit = _before(model, config, train.seq_len, steps.device)
     on_note(f"measuring a step of one block of {train.seq_len} tokens (about {size(estimator.of(1).total)})")
     taken, peak = steps.measured(1)
+    formulas = estimator
     if peak is not None:
-        estimator = estimator.corrected(1, peak)
+        estimator = formulas.corrected(1, peak)
     if settings.micro_batch_size == "auto":
         settings.micro_batch_size = _micro_batch(estimator, limit, config, train.seq_len)
     here = settings.batch_size // processes.count()
@@ -157,7 +161,14 @@ def make_plan(
             f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
             "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
-    step = _seconds(steps, micro, taken, measure_it=not too_much) * (here // micro) + OVERHEAD
+    if micro > 1 and not too_much and (micro * taken < QUICK or micro * train.seq_len <= USEFUL_TOKENS):
+        seconds_of_micro, peak = steps.measured(micro)  # small tensors are slow, and large, for their size
+        if peak is not None:
+            estimator = formulas.corrected(micro, peak)
+            memory = estimator.of(micro)
+    else:
+        seconds_of_micro = micro * taken
+    step = seconds_of_micro * (here // micro) + OVERHEAD
     costs = None
     if settings.time is not None:
         assert clock is not None
@@ -173,6 +184,8 @@ def make_plan(
         eval_tokens=held_out.tokens,
         seconds_per_1000_steps=1000 * step,
         memory=memory,
+        evaluation_bytes=estimator.evaluation(),
+        export_bytes=estimator.export(config.model.keep_quantised),
         limit_bytes=limit,
         fits={card: _on_card(estimator, config).fits(SHARE["cuda"] * card * 1e9) for card in CARDS},
         costs=costs,
@@ -198,6 +211,7 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
         shape, config.train, seq_len, on_cpu=device.type == "cpu", bf16=config.train.precision == "bf16",
         compares=compares_with_base(config),
         chunk=chunk_tokens(device.type, shape.vocabulary) if config.train.step == "fast" else None,
+        processes=processes.count(), sharded=config.train.fsdp == "on",
     )  # fmt: skip
     free, held = free_memory(device), held_memory(device)
     if free is None:
@@ -222,13 +236,6 @@ def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq
     if estimator.on_cpu:
         most = min(most, USEFUL_TOKENS // seq_len)
     return largest_divisor(here, most)
-
-
-def _seconds(steps: _Steps, micro: int, one: float, measure_it: bool) -> float:
-    """Seconds of a micro-batch; from one block's where that is long: small tensors are slow for their size."""
-    if micro > 1 and measure_it and micro * one < QUICK:
-        return steps.measured(micro)[0]
-    return micro * one
 
 
 def _on_card(estimator: Estimator, config: RunConfig) -> Estimator:

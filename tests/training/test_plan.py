@@ -78,7 +78,7 @@ def test_each_setting_moves_its_own_part():
     usual = estimator().of(16)
     copied, light = estimator(scope="full").of(16), estimator(optimizer="adamw8bit").of(16)
     assert (usual.copied, copied.copied) == (0, SMOLLM2.weights)
-    assert usual.optimizer - light.optimizer == 6 * SMOLLM2.trainable
+    assert usual.optimizer - light.optimizer == pytest.approx((6 - 8 / 256) * SMOLLM2.trainable, abs=8)
     assert estimator(gradient_checkpointing=True).of(16).activations < usual.activations / 5
     chunked = replace(estimator(), chunk=4096)
     assert chunked.of(16).logits == chunked.of(8).logits == usual.logits / 2

@@ -36,6 +36,7 @@ RUN_DEFAULTS = {
     "--temperature": "0.5",
     "--lr": "0.0003",
     "--gate-lr": "0.02",
+    "--fsdp": "auto",
     "--load-in": "full",
     "--keep-quantised": "off",
     "--lora-rank": "16",

@@ -257,7 +257,10 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "addition", "--edges", "none.json", "--out", "x"), "leave out --out"),
         (("demo", "--task", "addition", "--explain", "a0.h0"), "a0.h0: is no edge HEAD:QUERY<-KEY"),
         (("demo", "--task", "addition", "--explain", "a0.h0:1<-3"), "a0.h0:1<-3: no such edge"),
-        (("demo", "--task", "addition", "--explain", "a0.h0:END<-S1"), "S1 is no position and no role (roles: =, END, "),
+        (
+            ("demo", "--task", "addition", "--explain", "a0.h0:END<-S1"),
+            "S1 is no position and no role (roles: =, END, ",
+        ),
         (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )

@@ -103,25 +103,30 @@ def test_messages_alone_are_a_circuit_run_with_all_edges(group):
     clean, corrupted = runs.clean, runs.corrupted
     kept = torch.rand(clean.patterns.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     found = run_messages(anatomy, clean, corrupted, kept)
-    torch.testing.assert_close(
-        found, run_circuit(anatomy, clean, corrupted, anatomy.graph.mask(), kept), atol=1e-3, rtol=0
-    )
+    whole = run_circuit(anatomy, clean, corrupted, anatomy.graph.mask(), kept)
+    torch.testing.assert_close(found, whole, atol=1e-2, rtol=2e-3)
     assert (found - clean.logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", [Edges, Nodes])
-def test_gradients_of_a_level_are_those_of_how_much_is_kept(group, kind):
-    """Where the model is nearly linear, what a unit's gradient says is what the metric loses without it."""
+def test_gradients_of_nodes_are_those_of_the_edges_at_both_ends(group):
+    """Added up by name, inside a circuit that lacks some nodes."""
     anatomy, runs, _ = group
-    units = kind(anatomy)
-    whole = units.mask()
-    gradient = units.gradients(runs, whole, runs.prompts.score)
-    base = runs.prompts.score(units.logits(runs, whole))
-    for unit in gradient.flatten().abs().topk(4).indices.tolist():
-        without = whole.clone()
-        without.view(-1)[unit] = False
-        lost = (base - runs.prompts.score(units.logits(runs, without))).mean().item()
-        assert gradient.flatten()[unit].item() == pytest.approx(lost, rel=0.5)
+    graph, nodes = anatomy.graph, Nodes(anatomy)
+    kept = nodes.mask()
+    kept[[2, 5, 9]] = False
+    edges = nodes.edges(kept)
+    gradient = nodes.gradients(runs, kept, runs.prompts.score)
+    by_edge = Edges(anatomy).gradients(runs, edges, runs.prompts.score)
+    for node in kept.nonzero()[:, 0].tolist():
+        name, total = graph.source_names[node], 0.0
+        layer, _, head = name.partition(".h")
+        group_name = f"{layer}.kv{int(head) // 2}" if head else name
+        for source, destination in edges.nonzero().tolist():
+            reader = graph.destination_names[destination].partition("<")[0]
+            if source == node or reader in (name, group_name):
+                total += by_edge[source, destination].item()
+        assert gradient[node].item() == pytest.approx(total, rel=1e-3, abs=1e-2)
+    assert gradient[0] == 0
 
 
 def test_gradients_of_messages_are_derivatives(group):

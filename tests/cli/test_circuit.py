@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from attnprune.circuit.folder import read_settings
-from attnprune.circuit.result import CircuitResult, not_shown
+from attnprune.circuit.result import NOT_CLEAR, CircuitResult, not_shown
 from tests.helpers.factory import save_tiny_llama
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -67,7 +67,8 @@ def test_json_is_the_file_and_matches_its_schema(place):
     one, other = result.models
     assert one.edges == other.edges
     assert result.compare.edges.value == 1
-    assert result.compare.reasons == [not_shown("demo")] * 2
+    assert result.compare.reasons == [not_shown("demo")] * 2 + [f"demo: its circuit is {NOT_CLEAR}"] * 2
+    assert not one.controls.nonsense.clear  # nine prompts show nothing of the control either
     assert result.task.test == 9
     assert result.task.chance == 0.5
     assert len(one.test.each) == 9
@@ -256,7 +257,10 @@ def refused(place: Path, *arguments, message: str, code: int = 2) -> None:
         (("demo", "--task", "addition", "--edges", "none.json", "--out", "x"), "leave out --out"),
         (("demo", "--task", "addition", "--explain", "a0.h0"), "a0.h0: is no edge HEAD:QUERY<-KEY"),
         (("demo", "--task", "addition", "--explain", "a0.h0:1<-3"), "a0.h0:1<-3: no such edge"),
-        (("demo", "--task", "addition", "--explain", "a0.h0:END<-S1"), "S1 is no position and no role (roles: END, "),
+        (
+            ("demo", "--task", "addition", "--explain", "a0.h0:END<-S1"),
+            "S1 is no position and no role (roles: =, END, ",
+        ),
         (("demo", "--task", "addition", "--procedure", "no"), "procedure no: is none of exact, published"),
     ],
 )

@@ -79,7 +79,7 @@ def explain(
     if block.attention_norm is not None:
         scale, centred = norm_scale(block.attention_norm, stream[0])
     sides: dict[Side, list[Term]] = {}
-    for side, place in (("query", query), ("key", key)):
+    for side, place in _places(query, key):
         kind, index = _reader(anatomy, side, head)
         written = outputs[:, 0, place]
         written = (written - written.mean(-1, keepdim=True)) if centred else written
@@ -96,6 +96,10 @@ def explain(
     bias = None if dense else _gate(block).bias[head].item()
     rest = [score - sum(term.value for term in sides[side]) for side in ("query", "key")]
     return Explanation(score, bias, sides["query"], sides["key"], *rest)
+
+
+def _places(query: int, key: int) -> list[tuple[Side, int]]:
+    return [("query", query), ("key", key)]
 
 
 def _reader(anatomy: Anatomy, side: Side, head: int) -> tuple[Kind, int]:
@@ -158,7 +162,7 @@ def _score_and_gradients(
         score = _score(anatomy, seen, edge)
         made = dict(zip(kept, torch.autograd.grad(score, list(kept.values())), strict=True))
     found: dict[Side, Tensor] = {}
-    for side, place in (("query", query), ("key", key)):
+    for side, place in _places(query, key):
         kind, index = _reader(anatomy, side, head)
         projection = block.projections[kind]
         found[side] = projection.view(made[projection.module])[0, place, index]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attnprune.attention.chunked import GatedOutput
-from attnprune.attention.interface import gates_forced_open, gates_of
+from attnprune.attention.interface import device_of, gates_forced_open, gates_of
 from attnprune.attention.interventions import Recorder, recording
 from attnprune.data.blocks import IGNORED_LABEL, Blocks
 from attnprune.late import Shown
@@ -116,7 +116,7 @@ def measure(
     their order. All run equally many, as a sharded model needs them; what is too much does not count.
     """
     batch_size = batch_size or max(1, BATCH_TOKENS // blocks.seq_len)
-    device = next(model.parameters()).device
+    device = device_of(model)
     gates = gates_of(model)
     batches = [blocks.take(part) for part in torch.arange(len(blocks)).split(batch_size)]
     rank, world = (processes.rank(), processes.count()) if shared else (0, 1)
@@ -130,7 +130,7 @@ def measure(
         if number < len(batches):
             rows[number] = torch.tensor(sums, dtype=torch.float64)
             for layer, counted in enumerate(counts):
-                open_edges[layer] += counted.open_edges
+                open_edges[layer] += counted.open_edges.to(device)
                 visible[layer] += int(counted.visible_edges)
     if shared:
         rows, visible = (processes.add(counts.to(device)).cpu() for counts in (rows, visible))

@@ -38,6 +38,7 @@ def evaluate(
     batch_size: int = 0,
     text_field: str = "text",
     allow_base_mismatch: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Report | list[Report]:
     """Measure loss, base loss, open-gate control, KL, density and edges per query on text.
 
@@ -49,6 +50,7 @@ def evaluate(
         seq_len: tokens per block; 0: as in training (at most 512 of a base model).
         tokens: at most so many per text.
         batch_size: blocks per forward pass; 0: by length.
+        device_map: spread the models over devices, as `load` does; instead of `device`.
 
     Returns:
         A Report; for a tuple of sources a list with one of each.
@@ -73,9 +75,11 @@ def evaluate(
                 raise InputError(f"{model}: say what to measure on", hint="data=FILE")
             reports = evaluate_model(
                 str(model), sidecar, sources, base=None if base is None else str(base), revision=revision,
-                device=device, allow_base_mismatch=allow_base_mismatch, **options,
+                device=device, allow_base_mismatch=allow_base_mismatch, device_map=device_map, **options,
             )  # fmt: skip
         else:
+            if device_map is not None:
+                raise InputError("device_map: a model in memory has its place")
             name_of(model)
             if tokenizer is None or not sources:
                 raise InputError("evaluate: a model in memory needs its tokenizer and data")

@@ -302,7 +302,7 @@ def _probe_inputs(config: Any, device: torch.device) -> dict[str, Tensor]:
 def _discover(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
     """Run eager and open-gated attention on the same tokens; return the attention modules called, in order."""
     config = model.config
-    inputs = _probe_inputs(config, next(model.parameters()).device)
+    inputs = _probe_inputs(config, device_of(model))
     was_training = model.training
     model.eval()
     try:
@@ -352,11 +352,8 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
     if gates_of(model):
         raise UnsupportedModelError("this model already has gates", hint="call attnprune.detach(model) first")
     check_family(model.config)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "attach: parts of this model are offloaded (device_map)",
-            hint="load it in memory; a merged model (attnprune apply --merge) can be offloaded",
-        )
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise UnsupportedModelError("attach: parts of this model are not in memory, and nothing says where they are")
     _check_bias(torch.as_tensor(bias), model.config)
     previous = model.config._attn_implementation or "sdpa"
     try:
@@ -365,7 +362,7 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
         model.set_attn_implementation(previous)
         raise
     for layer, (module, heads) in enumerate(found):
-        gate = Gate(heads, layer=layer).to(next(model.parameters()).device)
+        gate = Gate(heads, layer=layer).to(device_of(module))
         with torch.no_grad():
             gate.bias.copy_(torch.as_tensor(bias[layer] if isinstance(bias, Tensor) else bias))
         gate.train(module.training)
@@ -380,6 +377,16 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
     model.__dict__["_attnprune"] = (previous, handles)
     model.__dict__["_attnprune_dropout"] = switch_off(model.config, [module for module, _ in found])
     return gates_of(model)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model takes its inputs, or a part of it computes, also where accelerate has put parts elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    place = next((place for place in places if place is not None), None)
+    if place is not None:
+        return torch.device(place)
+    return next(parameter.device for parameter in module.parameters())
 
 
 def _savable(model: nn.Module) -> list[nn.Module]:

@@ -69,6 +69,14 @@ def evaluate(
     revision: Revision = None,
     base: Base = None,
     device: Device = "cpu",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            help="auto: spread the models over GPUs, the host's memory and the disk. Default: one --device.",
+            show_default=False,
+        ),
+    ] = None,
     allow_base_mismatch: AllowMismatch = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -80,6 +88,8 @@ def evaluate(
     from attnprune.sidecar.hub import is_repo
 
     sidecar = sidecar_at(path, revision)
+    if device_map is not None and (tasks is not None or damage):
+        raise InputError("--device-map: is for measuring on text; leave out --tasks and --damage")
     if tasks is not None:
         if data or damage:
             raise InputError("--tasks: brings its own text; leave out --data and --damage")
@@ -105,6 +115,7 @@ def evaluate(
     reports = evaluate_model(
         path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len,
         tokens=tokens or 16_384, batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
+        device_map=device_map,
     )  # fmt: skip
     facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
     lines: list[object] = [report_table(reports), *warnings_of(reports)]

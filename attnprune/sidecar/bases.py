@@ -29,10 +29,12 @@ from attnprune.sidecar.quantised import (
     identifying_tensors,
     keep_as_stored,
     lacks_codes,
+    let_go_of_files,
     settings,
     stored_settings,
 )
 from attnprune.sidecar.quiet import quiet
+from attnprune.sidecar.spreading import DeviceMap, spread
 from attnprune.sidecar.stored import fingerprint_of_files
 
 
@@ -83,6 +85,7 @@ def load_base(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantise: BitsAndBytesConfig | Literal["4bit", "8bit"] | None = None,
+    device_map: DeviceMap | None = None,
 ) -> BaseModel:
     """Load a supported base model by Hub id, folder, .gguf file or "demo".
 
@@ -91,6 +94,7 @@ def load_base(
     Args:
         quantise: let bitsandbytes hold the linear layers in 4 or 8 bits. The model is then identified by its files in
             full precision and by this.
+        device_map: where its parts are put, instead of `device`; see `spread` for a base in full precision.
 
     Raises:
         InputError: no such model, not a supported family, quantised by another library, no safetensors weights, weights
@@ -118,7 +122,7 @@ def load_base(
         extra["quantization_config"] = GgufConfig(dequantize=True)
     if quantise is not None or stored is not None:
         bitsandbytes()
-        extra["device_map"] = {"": device}  # quantised models are put where they belong while they are read
+        extra["device_map"] = device_map or {"": device}  # quantised ones are put there while they are read
 
     def read(dtype: torch.dtype, **instead: Any) -> Any:
         use_safetensors = None if kind == "gguf" else True
@@ -138,6 +142,8 @@ def load_base(
     except InputError as error:
         raise InputError(f"{name}: {error.message}", hint=error.hint) from None
     keep_as_stored(model)
+    if quantise is not None:
+        let_go_of_files(model)
     if stored is not None:
         if (layer := lacks_codes(model)) is not None:
             raise InputError(f"{name}: config.json says that the weights are quantised, and those of {layer} are not")
@@ -148,7 +154,11 @@ def load_base(
             plain = fingerprint(read(dtype, quantization_config=None, device_map=None)[0])
         note_fingerprint(model, plain._replace(quantisation=entry_of(quantise, stored=False)))
     if "device_map" not in extra:
-        model = model.to(device)
+        if device_map is None:
+            model = model.to(device)
+        else:
+            note_fingerprint(model, fingerprint(model))
+            model = spread(model, device_map)
     return BaseModel(model.eval(), tokenizer, kind, name if kind == "hub" else None, extra.get("revision"))
 
 

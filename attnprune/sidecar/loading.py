@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import attach
@@ -18,11 +19,12 @@ from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.bases import BaseModel, load_base, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
-from attnprune.sidecar.identity import check_base
+from attnprune.sidecar.identity import check_base, fingerprint, note_fingerprint
 from attnprune.sidecar.merged import load_merged
 from attnprune.sidecar.precision import cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quantised import config_of, dequantise, features, is_quantised
+from attnprune.sidecar.spreading import DeviceMap, spread
 
 _PEFT = "base_model.model."  # in front of the names of adapters
 
@@ -58,24 +60,42 @@ def which_base(sidecar: Sidecar, base: str | None) -> tuple[str, str | None]:
     return default_base(sidecar) if base is None else (base, None)
 
 
-def load_dense(sidecar: Sidecar, base: str | None = None, device: str = "cpu") -> BaseModel:
+def load_dense(
+    sidecar: Sidecar,
+    base: str | None = None,
+    device: str = "cpu",
+    *,
+    quantise: BitsAndBytesConfig | None = None,
+    device_map: DeviceMap | None = None,
+) -> BaseModel:
     """The base that a sparse model was made from, in that base's dtype, and quantised where the sidecar requires it.
 
     Args:
         base: Hub id, folder or .gguf file; default: see `default_base`.
+        quantise, device_map: as `load_base` takes them.
 
     Raises:
         InputError, AttnPruneError: as `default_base` and `load_base`.
     """
     name, revision = which_base(sidecar, base)
-    return load_named_base(sidecar, name, revision, device)
+    return load_named_base(sidecar, name, revision, device, quantise=quantise, device_map=device_map)
 
 
-def load_named_base(sidecar: Sidecar, name: str, revision: str | None, device: str = "cpu") -> BaseModel:
+def load_named_base(
+    sidecar: Sidecar,
+    name: str,
+    revision: str | None,
+    device: str = "cpu",
+    *,
+    quantise: BitsAndBytesConfig | None = None,
+    device_map: DeviceMap | None = None,
+) -> BaseModel:
     """A base by name in the dtype that a sidecar was made in, and quantised if the sidecar requires that."""
     entry = sidecar.manifest.base
-    quantise = None if entry.quantisation is None or entry.quantisation.stored else config_of(entry.quantisation)
-    return load_base(name, revision=revision, device=device, dtype=torch_dtype(entry.dtype), quantise=quantise)
+    if entry.quantisation is not None and not entry.quantisation.stored:
+        quantise = config_of(entry.quantisation)
+    dtype = torch_dtype(entry.dtype)
+    return load_base(name, revision=revision, device=device, dtype=dtype, quantise=quantise, device_map=device_map)
 
 
 def load(
@@ -87,11 +107,10 @@ def load(
     dtype: torch.dtype | None = None,
     allow_base_mismatch: bool = False,
     verify: bool = True,
+    device_map: DeviceMap | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> LoadedModel:
     """Load a sparse model: the base, its changed weights and its gates, ready for `generate`.
-
-    It is loaded whole into memory. Parts on other devices or the disk are for merged folders, which
-    `AutoModelForCausalLM.from_pretrained` loads with a `device_map`.
 
     Args:
         path: a sidecar or merged folder, or a Hub repository USER/NAME that holds one.
@@ -102,23 +121,47 @@ def load(
             moves scores that sit on their threshold, so a few edges differ.
         allow_base_mismatch: accept a base of equal structure with other weights (the probe is then not run).
         verify: run the stored probe (64 tokens, and 256 where the context allows) before returning.
+        device_map: "auto", or a device for each part, as transformers has it; instead of `device`. The weights are
+            changed in the host's memory and then spread, and the probe is run where they are.
+        quantization_config: hold the linear layers in 4 or 8 bits (bitsandbytes). Adapters stay beside them, and the
+            probe is not run: these are other weights than those that it was measured with. A sidecar for a quantised
+            base needs no such setting.
 
     Raises:
         VerificationError: the stored probe is not reproduced.
-        InputError: damaged sidecar, a base that is not the one it was made for, or a value too large for `dtype`.
+        InputError: damaged sidecar, a base that is not the one it was made for, a value too large for `dtype`, or
+            options that do not go together.
         AttnPruneError: the Hub cannot be reached.
     """
     folder = hub.locate(path, revision)
+    if dtype is not None and (device_map is not None or quantization_config is not None):
+        raise InputError("dtype: casts a model in one place; leave out device_map and quantization_config")
+    if is_merged(folder) and (device_map is not None or quantization_config is not None):
+        raise InputError(
+            f"{path}: is a merged model",
+            hint="AutoModelForCausalLM.from_pretrained takes it, trust_remote_code=True, with these options",
+        )
     if is_merged(folder):
         model, tokenizer = load_merged(folder, verify=verify)
         return LoadedModel((cast(model, dtype) if dtype else model).to(device).eval(), tokenizer)
     sidecar = open_sidecar(folder)
-    loaded = load_dense(sidecar, base)
-    apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch)
+    if quantization_config is not None and sidecar.manifest.base.quantisation is not None:
+        raise InputError(f"{path}: says itself how its base is quantised; leave out quantization_config")
+    where = None if quantization_config is None else device_map or {"": device}
+    loaded = load_dense(sidecar, base, quantise=quantization_config, device_map=where)
+    if quantization_config is not None:
+        note_fingerprint(loaded.model, fingerprint(loaded.model)._replace(quantisation=None))
+        verify = False
+    elif device_map is not None and is_quantised(loaded.model):
+        raise InputError("device_map: a quantised base is put in one place; leave it out")
+    spread_to = device_map if where is None else None
+    apply_sidecar(loaded.model, sidecar, allow_base_mismatch=allow_base_mismatch, device_map=spread_to)
     if verify and not allow_base_mismatch:
         verify_probe(loaded.model, sidecar.manifest)
     model = cast(loaded.model, dtype) if dtype else loaded.model
-    return LoadedModel(model.to(device).eval(), loaded.tokenizer)
+    if device_map is None and not is_quantised(model):
+        model = model.to(device)
+    return LoadedModel(model.eval(), loaded.tokenizer)
 
 
 def load_for_merge(
@@ -140,13 +183,21 @@ def load_for_merge(
     return LoadedModel(model, loaded.tokenizer), same and not (quantised or allow_base_mismatch)
 
 
-def apply_sidecar(model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False) -> None:
-    """Change a freshly loaded base model into the sparse one, in place."""
+def apply_sidecar(
+    model: Any, sidecar: Sidecar, *, allow_base_mismatch: bool = False, device_map: DeviceMap | None = None
+) -> None:
+    """Change a freshly loaded base model into the sparse one, in place, and spread it over devices."""
     check_base(sidecar.manifest, model, allow_base_mismatch)
-    install(model, sidecar.biases(), sidecar.weights(), sidecar.manifest.weights)
+    install(model, sidecar.biases(), sidecar.weights(), sidecar.manifest.weights, device_map)
 
 
-def install(model: Any, biases: Sequence[np.ndarray], weights: dict[str, Tensor], entry: format.WeightsEntry) -> None:
+def install(
+    model: Any,
+    biases: Sequence[np.ndarray],
+    weights: dict[str, Tensor],
+    entry: format.WeightsEntry,
+    device_map: DeviceMap | None = None,
+) -> None:
     """Merge changed weights into a base model and attach gates with the given biases (one array [heads] per layer).
 
     In a quantised base adapters stay beside the weights, as they were trained: merged, they would be rounded to codes.
@@ -159,6 +210,8 @@ def install(model: Any, biases: Sequence[np.ndarray], weights: dict[str, Tensor]
         merge_lora(model, weights, entry)
     elif entry.kind == "delta":
         _copy_delta(model, weights)
+    if device_map is not None:
+        spread(model, device_map)
     gates = attach(model)
     if [len(gate.bias) for gate in gates] != [len(bias) for bias in biases]:
         raise InputError(f"{format.GATES_FILE}: the gates do not fit the model's layers and heads")

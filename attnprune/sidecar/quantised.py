@@ -143,6 +143,14 @@ def source_class(module: nn.Module) -> type:
     return getattr(module, "source_cls", type(module))
 
 
+def let_go_of_files(model: nn.Module) -> None:
+    """Copy what is not quantised out of the mapped files, which one tensor keeps in memory with all that was read."""
+    quantised = {id(module.weight) for _, module in quantised_layers(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantised and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def keep_as_stored(model: nn.Module) -> None:
     """Switch off that a forward on a CPU with bf16 instructions repacks 4-bit weights in place and rounds their scales:
     the model would compute one thing before and another thing after it, and a processor without them a third.

@@ -16,6 +16,7 @@ from attnprune.runs.folder import RUN_FILE, load_run_file
 from attnprune.sidecar import bases, loading
 from attnprune.sidecar.folder import Sidecar
 from attnprune.sidecar.identity import model_key
+from attnprune.sidecar.spreading import DeviceMap
 
 # Of 32 bits, since a CPU's generator keeps no more (2**32 is its seed 0), and one that no run is given by chance: text
 # that the base writes here was not trained on.
@@ -35,16 +36,19 @@ def evaluate_model(
     batch_size: int = 0,
     text_field: str = "text",
     allow_base_mismatch: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> list[Report]:
     """One Report per text. A sidecar is measured against its base, with the open-gate control.
+
+    `device_map` spreads the models over devices, as `attnprune.load` does; instead of `device`.
 
     Raises:
         InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
     """
     if sidecar is None:
-        loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device))
+        loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device), device_map=device_map)
         return _measured(loaded, sources, seq_len, tokens, batch_size, text_field)
-    dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch)
+    dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch, device_map=device_map)
     length = seq_len or sidecar.manifest.result.seq_len
     texts = [text_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
     reference = bases.dense(dense.model)
@@ -87,13 +91,22 @@ def _measured(
 
 
 def load_pair(
-    sidecar: Sidecar, base: str | None, device: str, *, allow_base_mismatch: bool = False
+    sidecar: Sidecar,
+    base: str | None,
+    device: str,
+    *,
+    allow_base_mismatch: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> tuple[bases.BaseModel, Any]:
     """(the base, the sparse model) of a sidecar; `base` None is the one that it names.
 
     Raises:
         InputError: no base that can be found, or another one than the sidecar was made from.
     """
+    if device_map is not None:  # a spread model cannot be copied; the second takes the room that the first leaves
+        dense = loading.load_dense(sidecar, base, device_map=device_map)
+        options = {"allow_base_mismatch": allow_base_mismatch, "verify": False, "device_map": device_map}
+        return dense, loading.load(sidecar.path, base, **options).model
     dense = loading.load_dense(sidecar, base, bases.pick_device(device))
     sparse = copy.deepcopy(dense.model)
     loading.apply_sidecar(sparse, sidecar, allow_base_mismatch=allow_base_mismatch)

@@ -384,13 +384,20 @@ def test_gates_that_are_not_finite_are_refused_on_the_disk_too(forms, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
 
 
-def test_gates_are_not_attached_to_a_model_on_the_disk(forms, tmp_path):
+def test_gates_are_attached_to_a_model_on_the_disk(forms, tmp_path):
+    """They are in memory, and the model computes what it did. Without accelerate nothing says where parts are."""
     forms("llama")
     places = dict.fromkeys(PARTS["llama"], "cpu") | {f"model.layers.{i}": "disk" for i in range(2)}
     model = AutoModelForCausalLM.from_pretrained(
         forms.folder / "llama-base", device_map=places, offload_folder=str(tmp_path)
     )
-    refused(lambda: attach(model), "offloaded")
+    ids = torch.arange(8)[None]
+    plain = AutoModelForCausalLM.from_pretrained(forms.folder / "llama-base")
+    gates = attach(model, bias=100.0)
+    assert not any(gate.bias.is_meta for gate in gates)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-4)
+    refused(lambda: attach(plain.to("meta")), "nothing says where they are")
 
 
 def test_a_merged_folder_of_format_1_0_still_loads(forms, tmp_path):

@@ -43,6 +43,7 @@ RUN_DEFAULTS = {
     "--match": "0",
     "--optimizer": "adamw",
     "--precision": "auto",
+    "--fsdp": "auto",
     "--gradient-checkpointing": "off",
     "--eval-every": "100",
     "--save-every": "200",

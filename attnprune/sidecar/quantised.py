@@ -106,7 +106,8 @@ def is_quantised(model: Any) -> bool:
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, module) of the layers that bitsandbytes holds."""
     for name, module in model.named_modules():
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+        # An adapter around such a layer shows the layer's weight as its own.
+        if type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params"):
             yield name, module
 
 

@@ -161,7 +161,11 @@ def make_plan(
             f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
             "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
-    if micro > 1 and not too_much and (micro * taken < QUICK or micro * train.seq_len <= USEFUL_TOKENS):
+    if (
+        micro > 1
+        and not too_much
+        and (micro * taken < QUICK or (taken < WARM and micro * train.seq_len <= 2 * USEFUL_TOKENS))
+    ):
         seconds_of_micro, peak = steps.measured(micro)  # small tensors are slow, and large, for their size
         if peak is not None:
             estimator = formulas.corrected(micro, peak)

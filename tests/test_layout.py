@@ -104,7 +104,8 @@ def tracked() -> list[str]:
 
 
 def test_a_long_file_says_why_in_its_first_comment():
-    code = [ROOT / name for name in tracked() if name.endswith((".py", ".js", ".css", ".html"))]
+    made = "docs/pictures/"  # by commands
+    code = [ROOT / n for n in tracked() if n.endswith((".py", ".js", ".css", ".html")) and not n.startswith(made)]
     assert len(code) > 100
     for file in code:
         text = file.read_text()

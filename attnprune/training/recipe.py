@@ -117,8 +117,8 @@ def _run(
         raise InputError("the processes read different data or different base models").of_all()
     processes.copy_from_first([p.data for p in model.parameters() if is_state(p)])
     if config.train.fsdp == "on":
-        for whole_model in {causal_lm(model), causal_lm(reference.model)}:
-            shard(whole_model, config.model.device)
+        trains, dense = causal_lm(model), causal_lm(reference.model)
+        shard([trains] if dense is trains else [trains, dense], config.model.device)
     deadline = None if config.train.time is None else started + seconds(config.train.time)
     if not finish:
         with processes.together():

@@ -7,6 +7,7 @@ training (checkpoints, the best state, the sidecar) is made of whole tensors, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from attnprune.runs import processes
 from attnprune.training.compiled import decoder_layers
 
 
-def shard(model: Any, device: str) -> None:
-    """Shard a transformers causal LM in place, layer by layer; every process calls this with the same weights.
+def shard(models: Sequence[Any], device: str) -> None:
+    """Shard transformers causal LMs in place, layer by layer; every process calls this with the same weights.
 
     What a backward pass leaves is the sum over the processes of each one's gradients.
     """
@@ -26,15 +27,14 @@ def shard(model: Any, device: str) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(device, (processes.count(),))
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing in passing
-    if not all(is_sharded(parameter) for parameter in model.parameters()):
-        raise AttnPruneError("fsdp: some weights were not sharded")
+    for model in models:
+        for part in (*decoder_layers(model), model):
+            fully_shard(part, mesh=mesh)
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing in passing
+        if not all(is_sharded(parameter) for parameter in model.parameters()):
+            raise AttnPruneError("fsdp: some weights were not sharded")
 
 
 def is_sharded(tensor: Tensor) -> bool:

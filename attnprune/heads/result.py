@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from attnprune.circuit.record import Strict
 
 SCHEMA = "attnprune-atlas-1"
 KINDS = {
@@ -29,18 +31,14 @@ CONTROL = "the share with each query's edges (or mass) on uniformly drawn keys t
 STRENGTH = "P_ij times the norm of what the head's output map makes of the value at the key"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Share(_Strict):
+class Share(Strict):
     """Part of a head's edges or mass, and the part to be expected by chance."""
 
     share: float
     control: float
 
 
-class Reading(_Strict):
+class Reading(Strict):
     """Where the edges or the mass of a head go. Kinds overlap, so shares need not add up to 1."""
 
     total: float = Field(description="open edges, or attention mass")
@@ -50,14 +48,14 @@ class Reading(_Strict):
     labels: list[str] = Field(description="kinds that pass the rule, the largest share first")
 
 
-class Window(_Strict):
+class Window(Strict):
     """Consecutive tokens of a block."""
 
     start: int = Field(description="position of the first one in the block")
     tokens: list[str]
 
 
-class Example(_Strict):
+class Example(Strict):
     """One edge in context. A key appears once per block and head, with the query that gets most from it."""
 
     block: int
@@ -68,7 +66,7 @@ class Example(_Strict):
     text: list[Window] = Field(description="around key and query; one window if they are near")
 
 
-class Direction(_Strict):
+class Direction(Strict):
     """An output direction of W_V W_O through the unembedding; its sign means nothing, so both sides are given."""
 
     share: float = Field(
@@ -78,7 +76,7 @@ class Direction(_Strict):
     lowers: list[str] = Field(description="tokens its opposite promotes most")
 
 
-class Head(_Strict):
+class Head(Strict):
     """The dossier of a head."""
 
     layer: int
@@ -103,7 +101,7 @@ class Head(_Strict):
         return self.edges or self.mass
 
 
-class ModelAtlas(_Strict):
+class ModelAtlas(Strict):
     """Every head of one model, by layer and head."""
 
     name: str
@@ -115,7 +113,7 @@ class ModelAtlas(_Strict):
     seconds: float
 
 
-class Atlas(_Strict):
+class Atlas(Strict):
     """atlas.json."""
 
     schema_id: Literal["attnprune-atlas-1"] = SCHEMA

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from attnprune.circuit.record import Strict
 from attnprune.late import Shown
 
 SCHEMA = "attnprune-trace-1"
@@ -21,11 +22,7 @@ CLOSING = "P_ij A_ij v_j = 0 for every message outside the set; softmax over all
 SHARE = "1 - KL(full || set) / KL(full || none), at the token"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Token(_Strict):
+class Token(Strict):
     """A token of the vocabulary and its text."""
 
     id: int
@@ -44,7 +41,7 @@ class Shift(Token):
     logit: float
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """An exact run with only `size` messages open."""
 
     size: int
@@ -55,7 +52,7 @@ class Measured(_Strict):
     same: bool = Field(description="the predicted token is still the most likely one")
 
 
-class RandomSets(_Strict):
+class RandomSets(Strict):
     """Sets of the size of the kept one, drawn from the same messages; mean and range of the draws."""
 
     draws: int
@@ -67,7 +64,7 @@ class RandomSets(_Strict):
     share_high: float
 
 
-class Message(_Strict):
+class Message(Strict):
     """A message of the kept set."""
 
     layer: int
@@ -81,7 +78,7 @@ class Message(_Strict):
     lowers: list[Shift]
 
 
-class ModelTrace(_Strict):
+class ModelTrace(Strict):
     """The messages that keep the prediction of one model, the most effective first, and what they are worth."""
 
     name: str
@@ -105,7 +102,7 @@ class ModelTrace(_Strict):
     seconds: float
 
 
-class Trace(_Strict, Shown):
+class Trace(Strict, Shown):
     """trace.json."""
 
     schema_id: Literal["attnprune-trace-1"] = SCHEMA

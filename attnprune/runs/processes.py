@@ -38,6 +38,11 @@ def here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
 
 
+def share(batch: int) -> int:
+    """This process's part of a batch."""
+    return batch // count()
+
+
 def is_first() -> bool:
     """Whether this process writes files and talks."""
     return rank() == 0

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import torch
 
+from attnprune.runs import processes
+
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 WORTH_IT = 1.3  # bfloat16 has to be this much faster, or rounding is paid for nothing
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where there is no limit
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated; None where the system does not tell.
+    """Bytes that this process can still allocate; None where the system does not tell.
 
     CUDA: what is free on the device, and what the allocator holds without using it. Else the memory that Linux calls
-    available, within the limits of the control groups that this process is in. `root` is where /proc and /sys lie.
+    available, within the limits of the control groups that this process is in, shared with the run's other processes
+    on this machine. `root` is where /proc and /sys lie.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,7 +32,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
         available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    return max(0, min([available, *_group_rooms(root)]))
+    return max(0, min([available, *_group_rooms(root)])) // processes.here()
 
 
 def _group_rooms(root: Path) -> Iterator[int]:

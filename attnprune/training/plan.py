@@ -152,7 +152,7 @@ def make_plan(
         estimator = formulas.corrected(1, peak)
     if settings.micro_batch_size == "auto":
         settings.micro_batch_size = _micro_batch(estimator, limit, config, train.seq_len)
-    here = settings.batch_size // processes.count()
+    here = processes.share(settings.batch_size)
     micro = settings.micro_batch_size or here
     memory = estimator.of(micro)
     too_much = limit is not None and memory.total > limit
@@ -220,8 +220,6 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
     free, held = free_memory(device), held_memory(device)
     if free is None:
         return estimator, None
-    if device.type == "cpu":
-        free //= processes.here()
     one = estimator.of(1)
     estimator = replace(estimator, process=max(0.0, held - one.weights - one.copied))
     needed, limit = estimator.of(1).total, round(held + SHARE[device.type] * free)
@@ -235,7 +233,7 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
 
 def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq_len: int) -> int:
     """The largest divisor of this process's part of the batch that fits; on a CPU no more than makes it faster."""
-    here = config.train.batch_size // processes.count()
+    here = processes.share(config.train.batch_size)
     most = here if limit is None else estimator.fits(limit)
     if estimator.on_cpu:
         most = min(most, USEFUL_TOKENS // seq_len)

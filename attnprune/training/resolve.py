@@ -15,7 +15,7 @@ from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO, output_folder
 from attnprune.sidecar import bases
 from attnprune.sidecar.identity import fingerprint, note_fingerprint
-from attnprune.sidecar.quantised import is_quantised, parameter_count
+from attnprune.sidecar.quantised import held_bytes, is_quantised, parameter_count
 from attnprune.training.machine import WORTH_IT, bfloat16_flags, bfloat16_gain, free_memory
 from attnprune.units import size
 
@@ -163,13 +163,11 @@ def settle_sharding(config: RunConfig, base: bases.BaseModel) -> list[str]:
         train.fsdp = "off"
     if train.fsdp != "auto":
         return []
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    weights = held_bytes(base.model)
     everything = train.scope in ("attn", "full")
     # A frozen copy beside what trains, gradients and AdamW's two moments; adapters are small.
     needed = weights * (1 + 1 + 3) if everything else weights
     free = free_memory(torch.device(config.model.device))
-    if config.model.device == "cpu" and free is not None:
-        free //= processes.here()
     train.fsdp = "on" if free is not None and needed > MOST_FOR_WEIGHTS * free else "off"
     what = f"weights and optimiser take {size(needed)} in each process, of {size(free or 0)} that are free"
     return [f"fsdp: {train.fsdp}, because {what}"]

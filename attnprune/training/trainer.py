@@ -327,8 +327,8 @@ def _checkpointing(on: bool) -> dict[str, Any]:
 def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) -> TrainingArguments:
     train = config.train
     assert train.micro_batch_size != "auto"  # the plan has chosen
-    whole = train.batch_size // processes.count()
-    micro = train.micro_batch_size or whole
+    share = processes.share(train.batch_size)
+    micro = train.micro_batch_size or share
     on_cpu = config.model.device == "cpu"
     warmup = min(train.warmup_steps, train.steps // 10)
     arguments = TrainingArguments(
@@ -337,7 +337,7 @@ def _training_arguments(config: RunConfig, blocks: int, *, eval_on_start: bool) 
         # Compiled layers and a recorded step have one shape. (An older run that goes on is plain.)
         dataloader_drop_last=train.step == "fast" and blocks >= micro,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, whole // micro),
+        gradient_accumulation_steps=max(1, share // micro),
         learning_rate=train.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={

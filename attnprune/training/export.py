@@ -49,11 +49,11 @@ def export_all(
         trainer.model, _ = make_trainable(plain, config)
     if config.model.load_in != "8bit":  # which stays where it was quantised
         trainer.model.cpu()  # makes room on a GPU
-    place = _place(trainer.model, config)
-    if place != config.model.device:
+    device = _device(trainer.model, config)
+    if device != config.model.device:
         on_note("measuring in the host's memory, because the GPU does not hold the base and the artefact")
-    base = load_base(config, place, quantised=config.model.keep_quantised)
-    full = load_base(config, place, quantised=False) if config.model.keep_quantised else None
+    base = load_base(config, device, quantised=config.model.keep_quantised)
+    full = load_base(config, device, quantised=False) if config.model.keep_quantised else None
     points: list[Point] = []
     for mark in trainer.marks:
         own = mark is trainer.marks[-1]
@@ -77,7 +77,7 @@ def export_all(
     return open_sidecar(folder)
 
 
-def _place(model: Any, config: RunConfig) -> str:
+def _device(model: Any, config: RunConfig) -> str:
     """Where the base and the artefact beside it are measured: the run's device if it holds both."""
     device = torch.device(config.model.device)
     if device.type == "cpu":

@@ -15,14 +15,11 @@ import pytest
 from attnprune.runs.folder import CHECKPOINTS
 from attnprune.training import checkpoints
 from tests.helpers.command import ENVIRONMENT
+from tests.helpers.recipes import sidecar_files
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
 DEMO = ["sparsify", "demo", "--steps", "20", "--batch-size", "32", "--eval-every", "10", "--save-every", "5"]
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in [*folder.rglob("*.safetensors"), folder / "attnprune.json"]}
 
 
 def run(command, cwd: Path) -> subprocess.CompletedProcess:
@@ -36,7 +33,7 @@ def test_torchrun_and_processes_write_the_same_demo(tmp_path):
     two = run([*torchrun, "--out", "two", "--json"], tmp_path)
     three = run([*ours, "--processes", "2", "--out", "three"], tmp_path)
     assert (one.returncode, two.returncode, three.returncode) == (3, 0, 3), two.stderr  # torchrun would make 1 of 3
-    assert weights(tmp_path / "one") == weights(tmp_path / "two") == weights(tmp_path / "three")
+    assert sidecar_files(tmp_path / "one") == sidecar_files(tmp_path / "two") == sidecar_files(tmp_path / "three")
     assert json.loads(two.stdout)["manifest"]["result"]["feasible"] is False
     for found in (two, three):
         assert found.stderr.count("does not hold") == 1

@@ -28,6 +28,11 @@ def artefact(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
+def sidecar_files(folder: Path) -> dict[str, bytes]:
+    """Tensors and manifest of any kind of sidecar, by name."""
+    return {file.name: file.read_bytes() for file in [*folder.rglob("*.safetensors"), folder / "attnprune.json"]}
+
+
 def logged(folder: Path, key: str) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if "multiplier" in line]

@@ -21,7 +21,7 @@ from attnprune.training import checkpoints, gradients, recipe, resolve
 from tests.helpers.command import attnprune, listing
 from tests.helpers.factory import refused, save_text
 from tests.helpers.groups import in_group
-from tests.helpers.recipes import _SignalAt, artefact, logged, run_config
+from tests.helpers.recipes import _SignalAt, artefact, logged, run_config, sidecar_files
 from tests.helpers.texts import prose
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -40,10 +40,6 @@ def sparsify(config, **options) -> None:
     recipe.sparsify(config, **options)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in [*folder.rglob("*.safetensors"), folder / "attnprune.json"]}
-
-
 @pytest.mark.parametrize(
     ("changes", "micro"),
     [
@@ -58,8 +54,8 @@ def test_two_processes_write_the_sidecar_of_one_byte_for_byte(inputs, tmp_path, 
     configs = [share(inputs, tmp_path / name, micro, **changes) for name in ("one", "two")]
     recipe.sparsify(configs[0])
     assert in_group(sparsify, configs[1]) == [0, 0]
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
-    assert len(weights(tmp_path / "one")) == 3
+    assert sidecar_files(tmp_path / "two") == sidecar_files(tmp_path / "one")
+    assert len(sidecar_files(tmp_path / "one")) == 3
     for term in ("violation", "multiplier", "density", "grad_norm"):
         assert logged(tmp_path / "two", term) == logged(tmp_path / "one", term)
 

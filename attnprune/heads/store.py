@@ -78,7 +78,8 @@ class Index:
             raise InputError(f"{path}: is damaged: {first_line(error)}") from None
 
     def __repr__(self) -> str:
-        return f"Index({str(self.path)!r}: {self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens)"
+        blocks = f"{self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens"
+        return f"Index({str(self.path)!r}: {blocks})"
 
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """The answer of DuckDB: tables `edges`, `blocks` (block, tokens) and `vocabulary` (token, text).
@@ -121,7 +122,7 @@ class Index:
     def contexts(self, *, limit: int = 10, **filters: Any) -> list[Row]:
         """The edges of the largest weight with text around: the columns of `edges`, "key_text", "query_text", "text".
 
-        In `text` the key stands between ‹ and ›, the query between « and »; " … " is text left out.
+        In `text` the key stands between « and », the query between ⟦ and ⟧; " … " is text left out.
 
         Raises:
             InputError: as `heads`.
@@ -129,8 +130,8 @@ class Index:
         where, values = self._where(**filters)
         order = "ORDER BY weight DESC, block, layer, head, query, key LIMIT ?"
         rows = self.sql(f"SELECT * FROM edges{where} {order}", [*values, limit])
-        wanted = sorted({row["block"] for row in rows})
-        found = self.sql(f"SELECT block, tokens FROM blocks WHERE block IN ({_marks(wanted)})", wanted) if wanted else []
+        wanted = list({row["block"] for row in rows})
+        found = self.sql("SELECT block, tokens FROM blocks WHERE list_contains(?, block)", [wanted])
         tokens = {row["block"]: row["tokens"] for row in found}
         for row in rows:
             row["kinds"] = [kind for bit, kind in enumerate(self.record.kinds) if row["kinds"] >> bit & 1]
@@ -157,7 +158,7 @@ class Index:
         parts = []
         for window in windows(ids, query, key, self._texts.__getitem__):
             shown = list(window.tokens)
-            for at, before, behind in ((key, "‹", "›"), (query, "«", "»")):
+            for at, before, behind in ((key, "«", "»"), (query, "⟦", "⟧")):
                 if 0 <= at - window.start < len(shown):
                     shown[at - window.start] = before + shown[at - window.start] + behind
             parts.append("".join(shown))

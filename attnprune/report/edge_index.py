@@ -54,7 +54,7 @@ def render(data: Mapping[str, Any]) -> list[Any]:
     for name in TABLES:
         if name in data:
             lines += ["", _table(name, data[name], passing)]
-    return [*lines, "", _contexts(data["contexts"]), "‹key› is read by «query»; weight: P_ij A_ij"]
+    return [*lines, "", _contexts(data["contexts"]), "«key» is read by ⟦query⟧; weight: P_ij A_ij"]
 
 
 def _table(name: str, rows: list[Row], passing: Row) -> Table:

@@ -52,8 +52,8 @@ def test_tables(place):
     assert lines[1].startswith("200 of 17,600 open edges (1.14 %), weight ")  # 20 blocks, 10 queries
     heads = [line.split() for line in lines if line.split()[1:3] == ["edges", "share"]]
     assert [words[0] for words in heads] == ["queries"]  # head and key are fixed
-    assert lines[-1] == "‹key› is read by «query»; weight: P_ij A_ij"
-    assert sum("‹#›" in line for line in lines) == 3
+    assert lines[-1] == "«key» is read by ⟦query⟧; weight: P_ij A_ij"
+    assert sum("«#»" in line for line in lines) == 3
     assert max(map(len, lines)) <= 80
 
 
@@ -97,7 +97,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(place):
 def test_text_cannot_drive_the_terminal(tmp_path):
     save_tiny_llama(tmp_path / "base")
     (tmp_path / "text.txt").write_text("\x1b[31m[bold]x[/bold][/]\x07\n" * 40)
-    made = attnprune("index", "base", "--data", "text.txt", "--tokens", "64", "--seq-len", "32", "-o", "i", cwd=tmp_path)
+    command = ("index", "base", "--data", "text.txt", "--tokens", "64", "--seq-len", "32", "-o", "i")
+    made = attnprune(*command, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     shown = attnprune("edges", "i", "--top", "500", cwd=tmp_path, COLUMNS="200")
     assert shown.returncode == 0, shown.stderr

@@ -90,8 +90,8 @@ def test_contexts_are_the_strongest_with_the_text_around(planted, made, animals)
         block, key, query = blocks[row["block"]], row["key"], row["query"]
         assert (row["key_text"], row["query_text"]) == (block[key], block[query])
         assert block[key - 1] == block[query]
-        assert f"‹{block[key]}›" in row["text"]
-        assert f"«{block[query]}»" in row["text"]
+        assert f"«{block[key]}»" in row["text"]
+        assert f"⟦{block[query]}⟧" in row["text"]
         assert made.tokens(row["block"]) == block
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from attnprune.bench.record import Record
 from attnprune.circuit.result import CircuitResult
+from attnprune.heads import pieces
 from attnprune.heads.result import Atlas
 from attnprune.sidecar.damage import Damage
 from attnprune.sidecar.format import AdapterConfig, Manifest
@@ -20,6 +21,7 @@ SCHEMAS = {
     "attnprune-bench-1.schema.json": Record, "attnprune-circuit-2.schema.json": CircuitResult,
     "attnprune-damage-1.schema.json": Damage,
     "attnprune-trace-1.schema.json": Trace, "attnprune-atlas-1.schema.json": Atlas,
+    "attnprune-index-1.schema.json": pieces.Record,
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from attnprune.circuit.search.splits import pattern_visible
 from attnprune.circuit.tasks import Prompts, Task
 from attnprune.errors import InputError
 
+SCHEMA = "attnprune-explained-edge-1"
 REMOVED = 5  # terms of either side that are removed and run
 _EDGE = re.compile(r"a(\d+)\.h(\d+):([\w+.-]+)<-([\w+.-]+)")
 
@@ -22,6 +23,7 @@ _EDGE = re.compile(r"a(\d+)\.h(\d+):([\w+.-]+)<-([\w+.-]+)")
 class ExplainedEdge(Opening):
     """An explained edge, and the prompt that it is of."""
 
+    schema_id: Literal["attnprune-explained-edge-1"] = SCHEMA
     model: str
     task: str
     edge: str

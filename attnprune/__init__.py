@@ -42,6 +42,8 @@ _HOMES = {
     "open_gates": "attnprune.attention.interventions",
     "trace": "attnprune.tracing.run",
     "atlas": "attnprune.heads.run",
+    "index": "attnprune.heads.indexing",
+    "open_index": "attnprune.heads.store",
     "RunConfig": "attnprune.runs.config",
     "Sidecar": "attnprune.sidecar.folder",
     "open_sidecar": "attnprune.sidecar.folder",
@@ -57,7 +59,9 @@ if TYPE_CHECKING:
     from attnprune.attention.interface import attach, detach
     from attnprune.attention.interventions import close_heads, masks, open_gates
     from attnprune.errors import AttnPruneError, InputError
+    from attnprune.heads.indexing import index
     from attnprune.heads.run import atlas
+    from attnprune.heads.store import open_index
     from attnprune.runs.config import RunConfig
     from attnprune.sidecar.folder import Sidecar, open_sidecar
     from attnprune.sidecar.loading import load
@@ -76,11 +80,13 @@ __all__ = [
     "detach",
     "diff",
     "evaluate",
+    "index",
     "lens",
     "load",
     "masks",
     "merge",
     "open_gates",
+    "open_index",
     "open_sidecar",
     "push",
     "sparsify",

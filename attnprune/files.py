@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from attnprune.errors import InputError
 
@@ -233,3 +233,18 @@ def locked(folder: Path) -> Iterator[None]:
             for path in missing:
                 path.rmdir()  # fails unless empty
         os.close(handle)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[BinaryIO]:
+    """An unfinished file, to read and to append to, for this process alone; a second one that wants it waits here.
+
+    An empty one is removed.
+    """
+    with path.open("a+b") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        try:
+            yield part
+        finally:
+            if part.seek(0, os.SEEK_END) == 0:
+                path.unlink(missing_ok=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from attnprune.bench.record import Record
+from attnprune.circuit.explained import ExplainedEdge
+from attnprune.circuit.given import GivenCircuit
 from attnprune.circuit.result import CircuitResult
+from attnprune.heads import pieces
 from attnprune.heads.result import Atlas
 from attnprune.sidecar.damage import Damage
 from attnprune.sidecar.format import AdapterConfig, Manifest
@@ -18,8 +21,10 @@ FORMATS = Path(__file__).parent.parent / "formats"
 SCHEMAS = {
     "attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig,
     "attnprune-bench-1.schema.json": Record, "attnprune-circuit-2.schema.json": CircuitResult,
+    "attnprune-given-circuit-1.schema.json": GivenCircuit, "attnprune-explained-edge-1.schema.json": ExplainedEdge,
     "attnprune-damage-1.schema.json": Damage,
     "attnprune-trace-1.schema.json": Trace, "attnprune-atlas-1.schema.json": Atlas,
+    "attnprune-index-1.schema.json": pieces.Record,
 }  # fmt: skip
 
 

@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.explain import Explanation, Term, explain
-from attnprune.circuit.record import Strict
+from attnprune.circuit.record import Opening, Writer
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.circuit.tasks import Prompts, Task
 from attnprune.errors import InputError
 
+SCHEMA = "attnprune-explained-edge-1"
 REMOVED = 5  # terms of either side that are removed and run
 _EDGE = re.compile(r"a(\d+)\.h(\d+):([\w+.-]+)<-([\w+.-]+)")
 
 
-class Writer(Strict):
-    """What a head, an MLP or the input adds to the score; the score without it (null: not removed), and the gate."""
+class ExplainedEdge(Opening):
+    """An explained edge, and the prompt that it is of."""
 
-    source: str
-    value: float
-    without: float | None
-    open_without: bool | None
-
-
-class ExplainedEdge(Strict):
-    """The score of an attention edge as a sum over what was written into its query and into its key."""
-
+    schema_id: Literal["attnprune-explained-edge-1"] = SCHEMA
     model: str
     task: str
     edge: str
     prompt: list[str] = Field(description="tokens")
     query: int
     key: int
-    score: float
-    bias: float | None = Field(description="of the gate, which is open if score + bias > 0; null: a dense model")
-    is_open: bool
-    by_query: list[Writer] = Field(description="largest first; they and query_remainder add up to the score")
-    by_key: list[Writer]
-    query_remainder: float
-    key_remainder: float
 
 
 def explain_edge(model: Any, tokenizer: Any, name: str, task: Task, asked: str) -> ExplainedEdge:
@@ -65,10 +51,18 @@ def explain_edge(model: Any, tokenizer: Any, name: str, task: Task, asked: str) 
     with pattern_visible(anatomy):
         why = explain(anatomy, ids, (layer, head, query, key), dense=dense, removed=REMOVED)
     return ExplainedEdge(
-        model=name, task=task.name, edge=asked, prompt=[tokenizer.decode([token]) for token in ids[0].tolist()],
-        query=query, key=key, score=why.score, bias=why.bias, is_open=why.is_open,
-        by_query=[_writer(term, why) for term in why.query], by_key=[_writer(term, why) for term in why.key],
-        query_remainder=why.query_remainder, key_remainder=why.key_remainder,
+        **opening(why).model_dump(), model=name, task=task.name, edge=asked, query=query, key=key,
+        prompt=[tokenizer.decode([token]) for token in ids[0].tolist()],
+    )  # fmt: skip
+
+
+def opening(why: Explanation, most: int | None = None) -> Opening:
+    """As a record, with at most so many writers of either side; the others are in the remainder."""
+    sides = [[_writer(term, why) for term in terms[:most]] for terms in (why.query, why.key)]
+    rest = [why.score - sum(writer.value for writer in side) for side in sides]
+    return Opening(
+        score=why.score, bias=why.bias, is_open=why.is_open, by_query=sides[0], by_key=sides[1],
+        query_remainder=rest[0], key_remainder=rest[1],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _finite(value: Any) -> Any:
@@ -28,3 +28,24 @@ class Interval(Strict):
     value: float
     low: float
     high: float
+
+
+class Writer(Strict):
+    """What a head, an MLP or the input adds to a score; the score without it (null: not removed), and the gate."""
+
+    source: str
+    value: float
+    without: float | None
+    open_without: bool | None
+
+
+class Opening(Strict):
+    """Why an attention edge is open: its score as a sum over what was written into its query and into its key."""
+
+    score: float
+    bias: float | None = Field(description="of the gate, which is open if score + bias > 0; null: a dense model")
+    is_open: bool
+    by_query: list[Writer] = Field(description="largest first; they and query_remainder add up to the score")
+    by_key: list[Writer]
+    query_remainder: float
+    key_remainder: float

@@ -17,7 +17,9 @@ from attnprune.cli import atlas as atlas_command
 from attnprune.cli import bench as bench_commands
 from attnprune.cli import circuit as circuit_command
 from attnprune.cli import diff as diff_command
+from attnprune.cli import edges as edges_command
 from attnprune.cli import evaluate as evaluate_command
+from attnprune.cli import index as index_command
 from attnprune.cli import inspect as inspect_command
 from attnprune.cli import push as push_command
 from attnprune.cli import sparsify as sparsify_command
@@ -45,6 +47,8 @@ app.command("eval")(evaluate_command.evaluate)
 app.command("circuit")(circuit_command.circuit)
 app.command("trace")(trace_command.trace)
 app.command("atlas")(atlas_command.atlas)
+app.command("index")(index_command.index)
+app.command("edges")(edges_command.edges)
 app.add_typer(bench_commands.app)
 
 

@@ -31,6 +31,9 @@ def trace(
     dense: Annotated[
         bool, typer.Option("--dense/--no-dense", help="Trace the dense base of a sparse model as well.")
     ] = True,
+    explain: Annotated[
+        int, typer.Option("--explain", help="Say of so many messages why their edges are open.", min=0)
+    ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the random sets.", min=0)] = 0,
     output: Annotated[
         Path | None,
@@ -58,8 +61,8 @@ def trace(
 
     with Watching(out.stderr, live=out.live, quiet=out.quiet) as watch:
         result = find(
-            model, text, token=token, target=target, against=against, base=base, dense=dense, device=device, seed=seed,
-            watch=watch, command=command_line(),
+            model, text, token=token, target=target, against=against, base=base, dense=dense, explain=explain,
+            device=device, seed=seed, watch=watch, command=command_line(),
         )  # fmt: skip
     if output is not None:
         from attnprune.files import write_new_folder

@@ -200,23 +200,32 @@ def pack(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int
     tokens = array("i")
     for row in rows_of(documents, tokenizer, seq_len, max_tokens, name):
         tokens.extend(row)
+    check_long_enough(len(tokens), seq_len, name)
     ids = torch.frombuffer(tokens, dtype=torch.int32).view(-1, seq_len).long()
     return Blocks(ids, ids, name)
 
 
-def rows_of(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int, name: str) -> Iterator[list[int]]:
-    """Tokenize documents, join them with the end-of-text token and cut blocks of `seq_len`; the tail is dropped.
+def check_long_enough(tokens: int, seq_len: int, name: str) -> None:
+    """Raises InputError: the text is shorter than one block."""
+    if tokens < seq_len:
+        raise InputError(
+            f"{name}: the text is shorter than one block of {seq_len} tokens", hint="use a smaller --seq-len"
+        )
+
+
+def rows_of(
+    documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int, name: str, tail: list[int] | None = None
+) -> Iterator[list[int]]:
+    """Tokenize documents, join them with the end-of-text token and cut blocks of `seq_len`.
 
     A tokenizer that starts every text with a BOS token (Gemma, Llama) gets one at the start of each block. A document's
-    tokens are those of the tokenizer for the whole of it.
-
-    Raises:
-        InputError: the text is shorter than one block.
+    tokens are those of the tokenizer for the whole of it. `tail` is what is left of the documents before these, and
+    in the end what is left of these.
     """
     opening = tokenizer("")["input_ids"]
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in opening else []
     most, made = max(1, max_tokens // seq_len), 0
-    buffer: list[int] = []
+    buffer = [] if tail is None else tail
     for ids in _token_ids(documents, tokenizer, max_tokens, name):
         buffer += ids
         start = 0
@@ -227,13 +236,9 @@ def rows_of(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: 
                 break
             yield first + buffer[start:end]
             start, made = end, made + 1
-        buffer = buffer[start:]
+        del buffer[:start]
         if made == most:
             return
-    if not made:
-        raise InputError(
-            f"{name}: the text is shorter than one block of {seq_len} tokens", hint="use a smaller --seq-len"
-        )
 
 
 def _token_ids(documents: Iterable[str], tokenizer: Any, wanted: int, name: str) -> Iterator[list[int]]:

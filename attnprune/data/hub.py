@@ -3,40 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from attnprune.data.files import Row, column_of
 from attnprune.errors import AttnPruneError, InputError, first_line
 
 
-def rows(source: str, field: str) -> Iterator[Row]:
+class Rows:
     """The rows of `name[:config[:split]]`, in order; read only as far as they are asked for.
 
-    Raises:
-        InputError: no such data set (or a private one), configuration, split or column.
-        AttnPruneError: the Hub cannot be reached, or what it sent cannot be read.
+    Attributes:
+        number: rows read so far.
     """
-    import datasets
 
+    def __init__(self, source: str, field: str, position: dict[str, Any] | None = None):
+        """From the first row on, or from a `position` in the same version of the data set."""
+        self.source, self.field, self._start = source, field, position or {"number": 0}
+        self.number: int = self._start["number"]
+        self._stream: Any = None
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the next row is, as JSON."""
+        return {"number": self.number, "stream": self._stream.state_dict()}
+
+    def __iter__(self) -> Iterator[Row]:
+        """Read on.
+
+        Raises:
+            InputError: no such data set (or a private one), configuration, split or column.
+            AttnPruneError: the Hub cannot be reached, or what it sent cannot be read.
+        """
+        import datasets
+
+        source, field = self.source, self.field
+        name, subset, part = _parts(source)
+        if "[" in f"{subset}:{part}":
+            raise InputError(
+                f"{source}: a slice of a split cannot be streamed",
+                hint="name the split alone; no more of it is read than the run needs",
+            )
+        try:
+            self._stream = datasets.load_dataset(name, subset or None, split=part or "train", streaming=True)
+            if "stream" in self._start:
+                self._stream.load_state_dict(self._start["stream"])
+            for row in self._stream:
+                self.number += 1
+                column = column_of(row, field)
+                if column is None:
+                    raise InputError(
+                        f"{source}: no text field {field!r}", hint=f"fields: {', '.join(row)}; use --text-field"
+                    )
+                yield Row(f"{source}: row {self.number}", column, row[column])
+        except InputError:
+            raise
+        except Exception as error:  # datasets raises a dozen unrelated types
+            raise _explained(error, source, name, subset, part or "train") from error
+
+
+def version(source: str) -> str:
+    """The commit that a data set is at.
+
+    Raises:
+        InputError: no such data set (or a private one).
+        AttnPruneError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    name, subset, part = _parts(source)
+    try:
+        return HfApi().dataset_info(name).sha or ""
+    except Exception as error:
+        raise _explained(error, source, name, subset, part or "train") from error
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """Name, configuration and split; "" for what is left out."""
     name, _, rest = source.partition(":")
     subset, _, part = rest.partition(":")
-    if "[" in rest:
-        raise InputError(
-            f"{source}: a slice of a split cannot be streamed",
-            hint="name the split alone; no more of it is read than the run needs",
-        )
-    try:
-        found = datasets.load_dataset(name, subset or None, split=part or "train", streaming=True)
-        for number, row in enumerate(found, 1):
-            column = column_of(row, field)
-            if column is None:
-                raise InputError(
-                    f"{source}: no text field {field!r}", hint=f"fields: {', '.join(row)}; use --text-field"
-                )
-            yield Row(f"{source}: row {number}", column, row[column])
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises a dozen unrelated types
-        raise _explained(error, source, name, subset, part or "train") from error
+    return name, subset, part
 
 
 def _explained(error: Exception, source: str, name: str, subset: str, part: str) -> AttnPruneError:

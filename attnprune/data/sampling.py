@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +19,7 @@ from attnprune.data.blocks import Blocks
 from attnprune.data.drawing import writer
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
-from attnprune.files import unusable, write_atomic
+from attnprune.files import held, unusable, write_atomic
 
 DRAWS = 2  # what a seed draws; another number for every change of it, so that cached text is never taken for new
 _CUDA_BYTES, _CPU_BYTES, _CPU_ROWS = 4 << 30, 1 << 30, 32
@@ -51,7 +49,7 @@ def self_written(model: Any, tokenizer: Any, seq_len: int, tokens: int, seed: in
     if ids is None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with _held(file.with_suffix(".part")) as part:
+            with held(file.with_suffix(".part")) as part:
                 ids = _read(file)  # another process may have written it while this one waited
                 if ids is None:
                     ids = _finish(part, model, start, (rows, seq_len), at_once, seed)
@@ -125,21 +123,6 @@ def _read(file: Path) -> Tensor | None:
     except SafetensorError:
         file.unlink()
         return None
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[BinaryIO]:
-    """The pieces of an unfinished drawing, for this process alone; a second one that wants the same text waits here.
-
-    A file without pieces is removed.
-    """
-    with path.open("a+b") as part:
-        fcntl.flock(part, fcntl.LOCK_EX)
-        try:
-            yield part
-        finally:
-            if part.seek(0, os.SEEK_END) == 0:
-                path.unlink(missing_ok=True)
 
 
 def _finish(part: BinaryIO, model: Any, start: int, shape: tuple[int, int], at_once: int, seed: int) -> Tensor:

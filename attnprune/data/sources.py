@@ -8,6 +8,7 @@ import mimetypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Documents:
     Rows that are null or blank are skipped. A list of messages becomes text by the tokenizer's chat template.
 
     Attributes:
+        start: a `position` to go on from; the whole source without one.
         empty: rows skipped by the latest iteration so far.
         conversations: rows that the chat template made text of.
     """
@@ -34,13 +36,21 @@ class Documents:
     source: str
     field: str = files.DEFAULT_FIELD
     tokenizer: Any = None
+    start: dict[str, Any] | None = None
     empty: int = 0
     conversations: int = 0
 
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the latest iteration is, as JSON: behind the text that it gave last."""
+        return {"empty": self.empty, "conversations": self.conversations, "rows": self._rows.position}
+
     def __iter__(self) -> Iterator[str]:
-        self.empty = self.conversations = in_a_row = 0
-        found, column = False, None
-        for row in _rows(self.source, self.field):
+        start = self.start or {"empty": 0, "conversations": 0, "rows": None}
+        self.empty, self.conversations, in_a_row = start["empty"], start["conversations"], 0
+        found, column = self.start is not None, None
+        self._rows = (_LocalRows if is_local(self.source) else hub.Rows)(self.source, self.field, start["rows"])
+        for row in self._rows:
             column = row.column
             text = self._text(row)
             if text.strip():
@@ -72,11 +82,13 @@ class Documents:
         return text
 
 
-def documents(source: str, text_field: str = files.DEFAULT_FIELD, tokenizer: Any = None) -> Documents:
+def documents(
+    source: str, text_field: str = files.DEFAULT_FIELD, tokenizer: Any = None, start: dict[str, Any] | None = None
+) -> Documents:
     """The documents of a source: local files, or else a Hub data set `name[:config[:split]]`.
 
     A folder gives all files in it that can be read, a pattern (`shards/*.jsonl.gz`) all that match, by name. Without a
-    column 'text', one of 'messages' is read. Only `tokenizer` can make text of messages.
+    column 'text', one of 'messages' is read. Only `tokenizer` can make text of messages. `start`: see `Documents`.
 
     Raises:
         InputError: a file is missing, empty, binary, not of a known kind, or has no such field; no text at all.
@@ -84,7 +96,7 @@ def documents(source: str, text_field: str = files.DEFAULT_FIELD, tokenizer: Any
     """
     if not is_local(source) and (source.startswith((".", "/", "~")) or _is_file_name(source)):
         raise InputError(f"{source}: no such file")
-    return Documents(source, text_field, tokenizer)
+    return Documents(source, text_field, tokenizer, start)
 
 
 def _is_file_name(source: str) -> bool:
@@ -146,10 +158,17 @@ def check_distinct(sources: list[str]) -> None:
             seen.add(name)
 
 
-def _rows(source: str, field: str) -> Iterator[files.Row]:
-    if not is_local(source):
-        return hub.rows(source, field)
-    return (row for file in local_files(source) for row in files.rows(file, field))
+class _LocalRows:
+    """The rows of a local source, as `hub.Rows`; a position is a number of rows."""
+
+    def __init__(self, source: str, field: str, position: int | None = None):
+        self.source, self.field, self.position = source, field, position or 0
+
+    def __iter__(self) -> Iterator[files.Row]:
+        every = (row for file in local_files(self.source) for row in files.rows(file, self.field))
+        for row in islice(every, self.position, None):
+            self.position += 1
+            yield row
 
 
 def _counts(inside: Path) -> bool:

@@ -49,7 +49,7 @@ def load_blocks(config: RunConfig, model: Any, tokenizer: Any, model_key: str) -
         else:
             tokens = limit if is_local(source) else share
             reading: Any = read_blocks
-            if is_large(source, tokenizer):
+            if is_large(source, tokenizer, tokens):
                 reading = partial(stored_blocks, cache=cache_folder())
             parts[source] = reading(source, text.text_field, tokenizer, text.seq_len, tokens)
     parts = _weighted(parts, text.weights) if text.weights else _cut(parts, limit)

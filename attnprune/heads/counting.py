@@ -5,9 +5,9 @@ All blocks have one length and no padding, so what a layer lets its queries see 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -144,11 +144,30 @@ class LayerCounts:
         self.strongest.add(pattern, norms, block)
 
 
-@torch.no_grad()
+class Layer(Protocol):
+    """What takes in the blocks of one layer."""
+
+    def add(self, is_open: Tensor, pattern: Tensor, value: Tensor, visible: Tensor, kinds: Tensor, block: int) -> None:
+        """A block: gates and P * A [H, T, T], values [H_kv, T, width], masks [T, T] and [K, T, T]."""
+
+
 def count(
     anatomy: Anatomy, ids: Tensor, delimiters: Tensor, watch: Callable[[int, int], None] = lambda done, of: None
 ) -> list[LayerCounts]:
-    """Run blocks of tokens, int64 [N, T], one after the other; what the heads of each layer did.
+    """Run blocks of tokens, int64 [N, T], one after the other; what the heads of each layer did. As `each_block`."""
+    counts = [LayerCounts(block, anatomy.graph.heads, ids.shape[1]) for block in anatomy.blocks]
+    watch(0, len(ids))
+    for number in each_block(anatomy, ids, delimiters, counts):
+        if number + 1 < len(ids):
+            watch(number + 1, len(ids))
+    return counts
+
+
+@torch.no_grad()
+def each_block(
+    anatomy: Anatomy, ids: Tensor, delimiters: Tensor, layers: Sequence[Layer], first: int = 0
+) -> Iterator[int]:
+    """Run blocks of tokens, int64 [N, T], from one on; the number of each once every layer has taken it in.
 
     The model shows its pattern (`attnprune.circuit.search.splits.pattern_visible`). `delimiters` is bool [N, T].
 
@@ -158,26 +177,24 @@ def count(
     """
     gates = gates_of(anatomy.model)
     if len(gates) != len(anatomy.blocks):
-        raise UnsupportedModelError("atlas: these gates cannot be watched", hint="load the model with attnprune.load")
-    heads, device = anatomy.graph.heads, gates[0].bias.device
-    counts = [LayerCounts(block, heads, ids.shape[1]) for block in anatomy.blocks]
+        raise UnsupportedModelError("these gates cannot be watched", hint="load the model with attnprune.load")
+    device = gates[0].bias.device
     try:
-        for number, (row, marks) in enumerate(zip(ids, delimiters, strict=True)):
-            watch(number, len(ids))
-            kinds = kind_masks(row.to(device), marks.to(device))
+        for number in range(first, len(ids)):
+            kinds = kind_masks(ids[number].to(device), delimiters[number].to(device))
             with Hooks() as hooks:
-                for gate, layer in zip(gates, counts, strict=True):
+                for gate, layer in zip(gates, layers, strict=True):
                     _watch_gate(hooks, gate, layer, kinds, number)
-                logits = forward(anatomy, row[None].to(device), 1)
+                logits = forward(anatomy, ids[number : number + 1].to(device), 1)
             if not bool(logits.isfinite().all()):
                 raise InputError(f"{anatomy.model.config.model_type}: the logits are not finite on this text")
+            yield number
     finally:
         for gate in gates:
             gate.on_chunk = None
-    return counts
 
 
-def _watch_gate(hooks: Hooks, gate: Gate, layer: LayerCounts, kinds: Tensor, number: int) -> None:
+def _watch_gate(hooks: Hooks, gate: Gate, layer: Layer, kinds: Tensor, number: int) -> None:
     """Count what the next forward does: a gate tells its open edges in chunks, and its pattern at the end."""
     is_open = torch.zeros(len(gate.bias), *kinds.shape[1:], dtype=torch.bool, device=kinds.device)
 

@@ -9,6 +9,7 @@ computed exactly, from the keys of the kind that each query sees; nothing is dra
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -25,10 +26,14 @@ KINDS = {
     "delimiter": "an earlier token of punctuation or line breaks only",
     "offset": "one fixed distance: the head's most common one above 1",
 }
+AROUND = 7  # tokens before an end of an example, and half as many behind
 LEAST_SHARE, TIMES, LEAST_EDGES = 0.5, 3, 20
 RULE = f"share >= {LEAST_SHARE:g} and share >= {TIMES} x control, in a head with at least {LEAST_EDGES} open edges"
 CONTROL = "the share with each query's edges (or mass) on uniformly drawn keys that it sees; computed, not drawn"
 STRENGTH = "P_ij times the norm of what the head's output map makes of the value at the key"
+
+Text = Callable[[int], str]
+"""A token as text."""
 
 
 class Share(Strict):
@@ -138,3 +143,11 @@ def labels(kinds: dict[str, Share], open_edges: int) -> list[str]:
         return []
     passed = [name for name, k in kinds.items() if k.share >= LEAST_SHARE and k.share >= TIMES * k.control]
     return sorted(passed, key=lambda name: -kinds[name].share)
+
+
+def windows(ids: Sequence[int], query: int, key: int, text: Text) -> list[Window]:
+    """The tokens around key and query, in one window where they meet."""
+    spans = [(max(0, at - AROUND), min(len(ids), at + AROUND // 2 + 1)) for at in (key, query)]
+    if spans[1][0] <= spans[0][1]:
+        spans = [(spans[0][0], spans[1][1])]
+    return [Window(start=start, tokens=list(map(text, ids[start:end]))) for start, end in spans]

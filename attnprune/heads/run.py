@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-from unicodedata import category
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
-from attnprune.data.blocks import Blocks, mix
-from attnprune.data.sources import check_distinct
-from attnprune.data.texts import addition_task, read_blocks
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.blocks import Blocks
 from attnprune.errors import InputError
+from attnprune.heads.corpus import Named, Watch, blocks_of, delimiters_of, models_of, sources_of
 from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
 from attnprune.heads.directions import written
-from attnprune.heads.result import Atlas, Direction, Example, Head, ModelAtlas, Reading, Share, Window, labels
+from attnprune.heads.result import Atlas, Direction, Example, Head, ModelAtlas, Reading, Share, Text, labels, windows
 from attnprune.measure import offset_edges
-from attnprune.sidecar import bases, hub, loading
-from attnprune.sidecar.folder import is_merged, open_artefact
+from attnprune.sidecar import bases
 
-MAX_TOKENS = 1024  # of a block: all its pairs are held at once, for one layer
 DIRECTIONS, PROMOTED = 3, 6  # of a head; tokens of a direction, on either side
-AROUND = 7  # tokens before an end of an example, and half as many behind
-
-Watch = Callable[[str, int, int], None]
-"""Told what is going on: (stage, done, of)."""
-
-Text = Callable[[int], str]
-"""A token as text."""
-
-
-class _Named(NamedTuple):
-    """A loaded model. `seq_len`: tokens of a block that fit it, 0 where nothing says."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    seq_len: int = 0
 
 
 def atlas(
@@ -82,16 +59,12 @@ def atlas(
         UnsupportedModelError: no adapter for the family.
     """
     started = time.monotonic()
-    sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
-    if not sources:
-        raise InputError("data: names no text")
-    if tokens < 1:
-        raise InputError(f"tokens {tokens}: is not a number above 0")
+    sources = sources_of(data, tokens)
     notes: list[str] = []
     blocks, found = None, []
-    for named in _models(model, tokenizer, base, device, dense, notes):
+    for named in models_of(model, tokenizer, base, device, dense, notes):
         if blocks is None:
-            blocks = _blocks(named, sources, tokens, seq_len, text_field)
+            blocks = blocks_of(named, sources, tokens, seq_len, text_field)
         elif (why := _misfit(found[0], named, blocks)) is not None:
             raise InputError(f"{named.name}: is not the base of {found[0].name}: {why}")
         found.append(_model_atlas(named, blocks, watch))
@@ -103,38 +76,7 @@ def atlas(
     )  # fmt: skip
 
 
-def _models(
-    model: Any, tokenizer: Any, base: str | None, device: str, dense: bool, notes: list[str]
-) -> Iterator[_Named]:
-    """The model, and the dense base if there is one to describe; each is loaded when it is its turn."""
-    if not isinstance(model, str | Path):
-        if tokenizer is None:
-            raise InputError("atlas: a model in memory needs its tokenizer")
-        if base is not None:
-            raise InputError("base: is for models given by name")
-        yield _Named(type(model).__name__, model, tokenizer)
-        return
-    name, where = str(model), bases.pick_device(device)
-    folder = hub.sparse_folder(name)
-    if folder is None:
-        if base is not None:
-            raise InputError(f"--base: {name} is a dense model itself")
-        loaded = bases.load_base(name, device=where)
-        yield _Named(name, loaded.model, loaded.tokenizer)
-        return
-    sidecar = open_artefact(folder)
-    yield _Named(name, *loading.load(folder, base, device=where), sidecar.manifest.result.seq_len)
-    if not dense:
-        return
-    if base is None and is_merged(folder):
-        notes.append("the dense base is not beside it: a merged folder does not hold it; name it with --base")
-        return
-    dense_name, _ = loading.which_base(sidecar, base)
-    loaded = loading.load_dense(sidecar, base, where)
-    yield _Named(dense_name, loaded.model, loaded.tokenizer)
-
-
-def _misfit(first: ModelAtlas, named: _Named, blocks: Blocks) -> str | None:
+def _misfit(first: ModelAtlas, named: Named, blocks: Blocks) -> str | None:
     """Why a model cannot stand beside the first one, head by head on the same tokens; None if it can."""
     config = named.model.config
     for what, value, expected in (
@@ -149,29 +91,11 @@ def _misfit(first: ModelAtlas, named: _Named, blocks: Blocks) -> str | None:
     return None if longest is None or longest >= blocks.seq_len else f"a context of {longest}"
 
 
-def _blocks(named: _Named, sources: list[str], tokens: int, seq_len: int, text_field: str) -> Blocks:
-    """The text as blocks of equal length."""
-    if sources == ["task"]:
-        blocks = addition_task(named.tokenizer)[1]
-        blocks = blocks.take(torch.arange(min(len(blocks), max(1, tokens // blocks.seq_len))))
-    else:
-        context = bases.context_length(named.model) or MAX_TOKENS
-        longest = min(context, MAX_TOKENS)
-        if seq_len > longest:
-            limit = f"the model's context of {context}" if seq_len > context else f"the {MAX_TOKENS} that fit"
-            raise InputError(f"a block of {seq_len} tokens is more than {limit}")
-        check_distinct(sources)
-        length, share = seq_len or min(named.seq_len or 512, longest), max(1, tokens // len(sources))
-        blocks = mix([read_blocks(source, text_field, named.tokenizer, length, share) for source in sources])
-    check_tokens(blocks.input_ids, named.tokenizer, named.model.config.vocab_size, blocks.name)
-    return replace(blocks, labels=blocks.input_ids)
-
-
-def _model_atlas(named: _Named, blocks: Blocks, watch: Watch) -> ModelAtlas:
+def _model_atlas(named: Named, blocks: Blocks, watch: Watch) -> ModelAtlas:
     started = time.monotonic()
     anatomy = anatomy_of(named.model)
     kind = "sparse" if anatomy.gated else "dense"
-    delimiters = _delimiters(blocks.input_ids, named.tokenizer)
+    delimiters = delimiters_of(blocks.input_ids, named.tokenizer)
     with pattern_visible(anatomy):
         counts = count(anatomy, blocks.input_ids, delimiters, lambda done, of: watch(f"{kind}: blocks", done, of))
     heads, text = [], cache(lambda token: named.tokenizer.decode([token]))
@@ -182,18 +106,6 @@ def _model_atlas(named: _Named, blocks: Blocks, watch: Watch) -> ModelAtlas:
         name=named.name, kind=kind, layers=anatomy.graph.layers, heads_per_layer=anatomy.graph.heads, heads=heads,
         closed=[(head.layer, head.head) for head in heads if head.closed], seconds=time.monotonic() - started,
     )  # fmt: skip
-
-
-def _delimiters(ids: Tensor, tokenizer: Any) -> Tensor:
-    """Which tokens of the blocks are delimiters, bool like `ids`."""
-    unique, place = ids.unique(return_inverse=True)
-    return torch.tensor([is_delimiter(tokenizer.decode([token])) for token in unique.tolist()])[place]
-
-
-def is_delimiter(text: str) -> bool:
-    """Whether a token is punctuation, symbols or line breaks and nothing else, but for spaces around them."""
-    marks = [character for character in text if character not in " \t"]
-    return bool(marks) and all(c in "\n\r" or category(c)[0] == "P" or category(c) in ("Sc", "Sk", "Sm") for c in marks)
 
 
 def _heads(anatomy: Anatomy, layer: int, counted: LayerCounts, blocks: Blocks, text: Text) -> list[Head]:
@@ -249,16 +161,8 @@ def _examples(strongest: Strongest, head: int, blocks: Blocks, text: Text) -> li
     return [
         Example(
             block=block, query=query, key=key, weight=weight, strength=strength,
-            text=_windows(blocks.input_ids[block], query, key, text),
+            text=windows(blocks.input_ids[block].tolist(), query, key, text),
         )
         for strength, weight, block, query, key in zip(*(x[head].tolist() for x in columns), strict=True)
         if strength > 0
     ]  # fmt: skip
-
-
-def _windows(ids: Tensor, query: int, key: int, text: Text) -> list[Window]:
-    """The tokens around key and query, in one window where they meet."""
-    spans = [(max(0, at - AROUND), min(len(ids), at + AROUND // 2 + 1)) for at in (key, query)]
-    if spans[1][0] <= spans[0][1]:
-        spans = [(spans[0][0], spans[1][1])]
-    return [Window(start=start, tokens=list(map(text, ids[start:end].tolist()))) for start, end in spans]

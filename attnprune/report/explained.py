@@ -11,7 +11,8 @@ from attnprune.errors import printable
 from attnprune.units import number
 
 if TYPE_CHECKING:
-    from attnprune.circuit.explained import ExplainedEdge, Writer
+    from attnprune.circuit.explained import ExplainedEdge
+    from attnprune.circuit.record import Writer
 
 SHOWN = 8
 

@@ -112,6 +112,8 @@ def _method(result: Trace) -> str:
         "scale in the full run at the token that receives it, against the mean of the vocabulary: its path alone, not "
         "what later layers make of it. Following goes from a message to those that wrote where it reads, in earlier "
         "layers, and to those that read where it writes, in later ones.",
+        "Score, into the query, into the key (<code>--explain</code>): what heads and MLPs wrote there adds up to the "
+        "score, with the norm held as it was; in brackets the score without that writer, with the norm run again.",
         f"<span class=dim>text</span> <code>{text(result.text)}</code>, prediction behind token {result.position}",
         *(text(note) for note in result.notes),
         f"<code>{text(result.command)}</code> <span class=dim>({duration(result.seconds)})</span>",

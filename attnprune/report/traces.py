@@ -12,6 +12,7 @@ from attnprune.errors import printable
 from attnprune.units import duration, percent
 
 if TYPE_CHECKING:
+    from attnprune.circuit.record import Writer
     from attnprune.tracing.result import Measured, Message, ModelTrace, Trace
 
 ROWS = 20  # messages of a table
@@ -34,6 +35,8 @@ def summary(result: Trace) -> list[Any]:
     lines: list[Any] = [f"{said(result, 76)}"]
     for model in result.models:
         lines += [messages_table(result, model), ""]
+        if any(message.opened for message in model.messages):
+            lines += [openings_table(model), _WHY, ""]
     lines.append(sets_table(result))
     lines.append(
         f"share kept: 1 - KL(full || set) / KL(full || none), all other messages closed exactly; target "
@@ -67,6 +70,32 @@ def _cells(result: Trace, m: Message) -> list[str]:
 
 def _token(result: Trace, position: int) -> str:
     return f"[cyan]{escape(shown(result.tokens[position].text, NARROW))}[/][dim] {position}[/]"
+
+
+_WHY = "terms add up to the score; in brackets the score without it, x: then closed"
+
+
+def openings_table(model: ModelTrace) -> Table:
+    """Why edges are open: score, bias, and the largest writers into query and key."""
+    table = Table(title="Why they are open", title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for m in model.messages:
+        if (why := m.opened) is not None:
+            bias = "" if why.bias is None else f", bias {why.bias:+.2f}"
+            table.add_row(f"{m.layer}.{m.head}", f"{m.query} <- {m.key}", f"score {why.score:.2f}{bias}")
+            table.add_row("", "query", _terms(why.by_query, why.query_remainder))
+            table.add_row("", "key", _terms(why.by_key, why.key_remainder))
+    return table
+
+
+def _terms(writers: list[Writer], rest: float) -> str:
+    def term(w: Writer) -> str:
+        then = "" if w.without is None else f" [dim]({w.without:.2f}{'x' if w.open_without is False else ''})[/]"
+        return f"{w.source} {w.value:+.2f}{then}"
+
+    return "  ".join([*map(term, writers), f"[dim]others[/] {rest:+.2f}"])
 
 
 def _tokens(model: ModelTrace) -> str:

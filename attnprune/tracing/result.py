@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from attnprune.circuit.record import Strict
+from attnprune.circuit.record import Opening, Strict
 from attnprune.late import Shown
 
 SCHEMA = "attnprune-trace-1"
@@ -76,6 +76,7 @@ class Message(Strict):
     exact: bool = Field(description="`effect` was measured by a run without it; else it is estimated by gradients")
     raises: list[Shift] = Field(description="tokens that its value raises most, by the final norm's scale at the query")
     lowers: list[Shift]
+    opened: Opening | None = Field(None, description="why its edge is open, with the largest writers; null: not asked")
 
 
 class ModelTrace(Strict):

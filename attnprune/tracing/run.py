@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnprune.circuit.explained import opening
 from attnprune.circuit.model.adapters import anatomy_of
+from attnprune.circuit.model.explain import explain as explain_edge
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
@@ -26,6 +28,7 @@ MAX_TOKENS = 512
 LEAST_PROBABILITY = 1e-6  # of a token that the model is said to predict
 LEAST_KL = 1e-6  # nats; attention that changes less takes no part in a prediction
 DRAWS = 8
+WRITERS = 5  # that are shown, and removed, on either side of an explained edge
 SHIFTS = 5  # tokens that a value raises most, and as many that it lowers
 
 
@@ -40,12 +43,13 @@ class _Named(NamedTuple):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a trace is about: token ids [1, T], the other token or None, the share to keep."""
+    """What a trace is about: token ids [1, T], the other token or None, the share to keep, messages to explain."""
 
     ids: Tensor
     against: int | None
     target: float
     seed: int
+    explain: int
 
 
 def trace(
@@ -58,6 +62,7 @@ def trace(
     against: str | None = None,
     base: str | None = None,
     dense: bool = True,
+    explain: int = 0,
     device: str = "auto",
     seed: int = 0,
     watch: Watch = lambda stage, done, of: None,
@@ -75,6 +80,8 @@ def trace(
             runner-up of the model.
         base: base of a sidecar or merged folder, where it has to be named.
         dense: trace the dense base beside a sparse model that is given by name.
+        explain: messages, from the most effective on, to say of why their edges are open: what was written into query
+            and key, and the score without it.
         device: auto, cpu or cuda, for models given by name.
         seed: of the random sets.
         watch: told the stage and how far it is.
@@ -82,7 +89,7 @@ def trace(
     Raises:
         InputError: an empty or too long text, a token index out of range, `against` that is not one token or that the
             model does not predict, attention that takes no part in the prediction.
-        UnsupportedModelError: no adapter for the family.
+        UnsupportedModelError: no adapter for the family; scores with a soft cap cannot be explained.
     """
     started = time.monotonic()
     if not 0 < target <= 1:
@@ -95,7 +102,7 @@ def trace(
     tokens: list[Token] = []
     for named in _models(model, tokenizer, base, device, dense, notes):
         if asked is None:
-            asked = _ask(named, text, token, target, against, seed)
+            asked = _ask(named, text, token, target, against, seed, explain)
             tokens = [_token(named.tokenizer, index) for index in asked.ids[0].tolist()]
         traces.append(_trace_model(named, asked, watch, notes))
     assert asked is not None
@@ -137,7 +144,7 @@ def _models(
     yield _Named(dense_name, loaded.model, loaded.tokenizer, is_base=True)
 
 
-def _ask(named: _Named, text: str, token: int, target: float, against: str | None, seed: int) -> _Asked:
+def _ask(named: _Named, text: str, token: int, target: float, against: str | None, seed: int, explain: int) -> _Asked:
     """Text and options as tokens of the model."""
     ids = named.tokenizer(text, return_tensors="pt")["input_ids"]
     length = ids.shape[1]
@@ -150,7 +157,7 @@ def _ask(named: _Named, text: str, token: int, target: float, against: str | Non
     if not -length <= token < length:
         raise InputError(f"token {token}: the text has {length} tokens, 0 to {length - 1}")
     ids = ids[:, : token % length + 1].to(named.model.device)
-    return _Asked(ids, None if against is None else _single_token(named, against), target, seed)
+    return _Asked(ids, None if against is None else _single_token(named, against), target, seed, explain)
 
 
 def _single_token(named: _Named, against: str) -> int:
@@ -197,6 +204,12 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
         prefixes = [found.kept[:count] for count in _sizes(size)]
         sets = [every, none, found.kept, others, *drawn, *prefixes]
         full, all_closed, kept, complement, *rest = _measure(messages, sets, pair, closed)
+        described = _described(messages, named.tokenizer, found.kept, found.effects, found.exact)
+        for number, message in enumerate(described[: asked.explain]):
+            told("why they are open", number, asked.explain)
+            edge = (message.layer, message.head, message.query, message.key)
+            why = explain_edge(anatomy, asked.ids, edge, dense=kind == "dense", removed=WRITERS)
+            message.opened = opening(why, WRITERS)
         return ModelTrace(
             name=named.name, kind=kind, layers=anatomy.graph.layers, heads=anatomy.graph.heads,
             visible=anatomy.graph.layers * anatomy.graph.heads * asked.ids.shape[1] * (asked.ids.shape[1] + 1) // 2,
@@ -204,7 +217,7 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
             predicted=_candidate(messages, named.tokenizer, pair[0]),
             against=_candidate(messages, named.tokenizer, pair[1]),
             full=full, closed=all_closed, kept=kept, complement=complement, random=_random(rest[:DRAWS]),
-            messages=_described(messages, named.tokenizer, found.kept, found.effects, found.exact),
+            messages=described,
             curve=rest[DRAWS:], minimal=found.minimal, runs=messages.runs, seconds=time.monotonic() - started,
         )  # fmt: skip
 

@@ -103,13 +103,13 @@ class _Steps:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             peak = peak_bytes(lambda: taken.append(self._run(blocks)), self.device)
-            if taken[0] < WARM or self.device.type == "cuda":
+            if processes.from_first(taken[0] < WARM) or self.device.type == "cuda":
                 taken.append(self._run(blocks))
         finally:
             self.model.train(was_training)
             if checkpointing:
                 self.model.gradient_checkpointing_disable()
-        return taken[-1], peak
+        return processes.from_first((taken[-1], peak))
 
     def _run(self, blocks: int) -> float:
         batch = self.train.take(torch.arange(blocks) % len(self.train))
@@ -138,13 +138,16 @@ def make_plan(
 ) -> Plan:
     """Estimate, measure one block, choose the micro-batch and (with `train.time`, which needs `clock`) the steps.
 
+    All processes decide by what process 0 measured: a sharded model runs in all of them or in none.
+
     Raises:
         AttnPruneError: the memory that is free does not hold one block, by the estimate.
         InputError: `train.time` is too short.
     """
     config, notes = config.model_copy(deep=True), [*notes, *_text_notes(train.sources)]
     settings, steps = config.train, _Steps(model, reference, config, train)
-    estimator, limit = _before(model, config, train.seq_len, steps.device)
+    estimator, limit = processes.from_first(_before(model, config, train.seq_len, steps.device))
+    _check_one_block_fits(estimator, limit, config)
     on_note(f"measuring a step of one block of {train.seq_len} tokens (about {size(estimator.of(1).total)})")
     taken, peak = steps.measured(1)
     formulas = estimator
@@ -177,7 +180,7 @@ def make_plan(
     if settings.time is not None:
         assert clock is not None
         on_note("measuring an evaluation")
-        costs = _costs(model, reference, config, train, held_out, step, clock)
+        costs = processes.from_first(_costs(model, reference, config, train, held_out, step, clock))
         notes.append(_choose_steps(config, costs, clock))
     plan = Plan(
         config=config,
@@ -205,11 +208,7 @@ def make_plan(
 
 
 def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -> tuple[Estimator, int | None]:
-    """(formulas for this model, bytes that the process may hold in all), before anything is allocated.
-
-    Raises:
-        AttnPruneError: not even one block is expected to fit.
-    """
+    """(formulas for this model, bytes that the process may hold in all), before anything is allocated."""
     shape = shape_of(model)
     estimator = Estimator(
         shape, config.train, seq_len, on_cpu=device.type == "cpu", bf16=config.train.precision == "bf16",
@@ -222,13 +221,16 @@ def _before(model: Any, config: RunConfig, seq_len: int, device: torch.device) -
         return estimator, None
     one = estimator.of(1)
     estimator = replace(estimator, process=max(0.0, held - one.weights - one.copied))
-    needed, limit = estimator.of(1).total, round(held + SHARE[device.type] * free)
-    if needed > limit and config.train.micro_batch_size == "auto":
+    return estimator, round(held + SHARE[device.type] * free)
+
+
+def _check_one_block_fits(estimator: Estimator, limit: int | None, config: RunConfig) -> None:
+    needed = estimator.of(1).total
+    if limit is not None and needed > limit and config.train.micro_batch_size == "auto":
         raise AttnPruneError(
             f"memory: a step of one block needs about {size(needed)}, and {size(limit)} can be had",
             hint="use a smaller --seq-len, --gradient-checkpointing or another --scope; --micro-batch-size 1 tries it",
         )
-    return estimator, limit
 
 
 def _micro_batch(estimator: Estimator, limit: int | None, config: RunConfig, seq_len: int) -> int:

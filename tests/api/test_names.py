@@ -12,7 +12,7 @@ from attnprune.circuit.run import run  # makes attnprune.circuit the package, wh
 
 FUNCTIONS = (
     "sparsify", "load", "evaluate", "circuit", "diff", "verify", "merge", "push", "attach", "detach", "masks",
-    "close_heads", "open_gates",
+    "close_heads", "open_gates", "index", "open_index",
 )  # fmt: skip
 
 

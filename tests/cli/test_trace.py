@@ -17,7 +17,7 @@ DEMO = ("trace", "demo", "--text", "#27+58=")
 def place(tmp_path_factory):
     """A folder with a finished trace of the bundled model."""
     folder = tmp_path_factory.mktemp("trace")
-    done = attnprune(*DEMO, "-o", "found", cwd=folder, COLUMNS="80")
+    done = attnprune(*DEMO, "--explain", "1", "-o", "found", cwd=folder, COLUMNS="80")
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
@@ -28,16 +28,18 @@ def test_table_and_files(place):
     assert max(map(len, printed.splitlines()[1:-2])) <= 80
     assert "What the messages keep" in printed
     assert printed.splitlines()[-1] == "written to found"
+    assert "Why they are open" in printed
     assert {path.name for path in (place / "found").iterdir()} == {"trace.json", "trace.html", "trace.png"}
     result = Trace.model_validate_json((place / "found" / "trace.json").read_text())
     assert [token.text for token in result.tokens] == list("#27+58=")
-    assert result.command == "attnprune trace demo --text '#27+58=' -o found"
+    assert result.command == "attnprune trace demo --text '#27+58=' --explain 1 -o found"
+    assert f"score {result.models[0].messages[0].opened.score:.2f}" in printed
     assert f"{result.models[0].kept.share:.3f}" in printed
     assert (place / "found" / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_is_the_record(place):
-    done = attnprune(*DEMO, "--json", cwd=place)
+    done = attnprune(*DEMO, "--explain", "1", "--json", cwd=place)
     record = json.loads((place / "found" / "trace.json").read_text())
     printed = json.loads(done.stdout)
     for part in (record, printed):

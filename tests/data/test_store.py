@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from attnprune.data import store, texts
 from attnprune.data.blocks import Blocks, StoredBlocks, mix, split
 from attnprune.data.store import is_large, stored_blocks
 from attnprune.data.texts import read_blocks
-from attnprune.errors import InputError
+from attnprune.errors import AttnPruneError, InputError
 from attnprune.training import recipe
 from tests.helpers.factory import refused, save_text, save_tiny_llama
 from tests.helpers.recipes import artefact, run_config
@@ -100,11 +102,76 @@ def test_what_fails_leaves_nothing_behind(tmp_path):
         both(tmp_path / "short.txt", tmp_path / "file" / "cache")
 
 
-def test_only_large_local_texts_are_stored(text, monkeypatch):
-    assert not is_large(str(text), byte_tokenizer())
-    assert not is_large("some/set", byte_tokenizer())
+def test_only_large_texts_are_stored(text, monkeypatch):
+    assert not is_large(str(text), byte_tokenizer(), 10**9)
+    assert not is_large("some/set", byte_tokenizer(), store.MANY - 1)
+    assert is_large("some/set", byte_tokenizer(), store.MANY)
     monkeypatch.setattr(store, "LARGE", os.path.getsize(text))
-    assert is_large(str(text), byte_tokenizer())
+    assert is_large(str(text), byte_tokenizer(), 1)
+
+
+@pytest.fixture
+def hub_set(tmp_path, monkeypatch):
+    """A data set of three files as `datasets` streams it, which fails after a number of rows; with what was read."""
+    import datasets
+
+    texts = [{"text": prose(2000, seed=n) if n % 7 else ""} for n in range(60)]
+    files = []
+    for number in range(3):
+        files.append(str(tmp_path / f"{number}.jsonl"))
+        Path(files[-1]).write_text("".join(json.dumps(row) + "\n" for row in texts[number * 20 : number * 20 + 20]))
+    whole = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    network = SimpleNamespace(fails_after=10**9, read=[], sha="a" * 40)
+
+    class Stream:
+        def __init__(self):
+            self.rows = copy.deepcopy(whole)
+            self.state_dict, self.load_state_dict = self.rows.state_dict, self.rows.load_state_dict
+
+        def __iter__(self):
+            for count, row in enumerate(self.rows):
+                if count == network.fails_after:
+                    raise OSError("connection lost")
+                network.read.append(row["text"])
+                yield row
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Stream())
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args: SimpleNamespace(sha=network.sha))
+    monkeypatch.setattr(store, "_DOCUMENTS_AT_ONCE", 5)
+    return network
+
+
+def test_a_stream_from_the_hub_goes_on_where_it_was_interrupted(hub_set, tmp_path):
+    """As often as the connection is lost: the same tokens and counts, and hardly a row is read twice."""
+    arguments = ("some/set", "text", byte_tokenizer(), 16, 10**9)
+    whole = stored_blocks(*arguments, tmp_path / "whole")
+    once, hub_set.read, hub_set.fails_after = len(hub_set.read), [], 23
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with pytest.raises(AttnPruneError, match="connection lost"):
+            stored_blocks(*arguments, cache)
+        assert sorted(file.suffix for file in cache.iterdir()) == [".part", ".position"]
+    with next(cache.glob("*.part")).open("ab") as part:
+        part.write(b"torn")  # what a kill leaves behind the last position
+    hub_set.fails_after = 10**9
+    stored = stored_blocks(*arguments, cache)
+    assert (stored.fingerprint, stored.sources) == (whole.fingerprint, whole.sources)
+    assert stored.sources[0].empty_rows == 9
+    assert once == 60 < len(hub_set.read) < 60 + 2 * 10
+    assert sorted(file.suffix for file in cache.iterdir()) == [".i32", ".json"]
+    hub_set.read = []
+    assert stored_blocks(*arguments, cache).fingerprint == whole.fingerprint
+    assert hub_set.read == []
+
+
+def test_no_more_is_read_of_a_stream_than_is_wanted_and_another_commit_is_another_file(hub_set, tmp_path):
+    arguments = ("some/set", "text", byte_tokenizer(), 16, 16 * 300)
+    first = stored_blocks(*arguments, tmp_path)
+    assert len(first) == 300
+    assert len(hub_set.read) <= 5
+    hub_set.sha = "b" * 40
+    stored_blocks(*arguments, tmp_path)
+    assert len(list(tmp_path.glob("*.i32"))) == 2
 
 
 def test_a_run_from_stored_text_is_the_run_from_memory(tmp_path, monkeypatch):

@@ -143,3 +143,15 @@ def test_where_copying_went_names_layers_and_heads(finished, tmp_path):
     assert list(found["copied"]["layers"]) == ["1", "2"]
     assert len(found["heads"]) == 3
     assert all(0 <= share <= 1 for head in found["heads"] for share in head["base"].values())
+
+
+def test_stores_answer_alike(tmp_path):
+    run("-m", "attnprune", "index", "demo", "--data", "task", "--tokens", 100, "-o", tmp_path / "index")
+    out = tmp_path / "out.json"
+    run("examples/compare_stores.py", tmp_path / "index", "--edges", 10_000, "--draws", 3, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["edges"] == 10_000  # more than the index has: it is repeated
+    assert set(result["sides"]) == {"sqlite", "parquet and duckdb"}
+    for side in result["sides"].values():
+        assert side["bytes"] > 10_000
+        assert len(side["milliseconds"]) == 7

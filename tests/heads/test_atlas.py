@@ -7,8 +7,8 @@ import torch
 
 from attnprune import atlas
 from attnprune.attention.interface import gates_of
+from attnprune.heads.corpus import is_delimiter
 from attnprune.heads.result import KINDS, Atlas, Share, labels
-from attnprune.heads.run import is_delimiter
 from attnprune.sidecar.edges import open_edges
 from attnprune.sidecar.loading import load
 from tests.helpers.factory import refused, save_text, save_tiny_llama

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from attnprune.circuit.record import Opening, Writer
 from attnprune.report.trace_page import render_page
 from attnprune.report.trace_picture import trace_png
 from attnprune.report.traces import summary
@@ -115,6 +116,25 @@ def test_click_follows_a_message_up_and_down(open_trace, two_models):
     assert len(sizes) > 3
     page.press("Escape", 27)
     assert hot(page) == set()
+
+
+@in_browser
+def test_an_explained_message_says_why_it_is_open(open_trace, two_models):
+    writers = [Writer(source="a0.h1", value=1.25, without=-0.5, open_without=False),
+               Writer(source="m0", value=-0.25, without=None, open_without=None)]  # fmt: skip
+    message = two_models.models[0].messages[0]
+    message.opened = Opening(score=2.0, bias=-1.0, is_open=True, by_query=writers, by_key=writers[1:],
+                             query_remainder=1.0, key_remainder=2.25)  # fmt: skip
+    page = open_trace(two_models)
+    page.js("choose(state.model.messages[0])")
+    detail = page.text("#detail")
+    assert "2.00, bias -1.00" in detail
+    assert "a0.h1 +1.25 (-0.50, closed)  m0 -0.25  others +1.00" in detail
+    page.js("choose(state.model.messages[1])")
+    assert "bias" not in page.text("#detail")
+    console = Console(width=80, record=True, force_terminal=False)
+    console.print(*summary(two_models), sep="\n")
+    assert "a0.h1 +1.25 (-0.50x)  m0 -0.25  others +1.00" in console.export_text()
 
 
 @in_browser

@@ -222,7 +222,7 @@ def test_base_by_other_names_is_loaded_as_the_sidecar_says(copied, monkeypatch, 
     monkeypatch.setattr(loading, "load_base", load)
     assert len(compare(name, folder).tensors) == 8
     options = {"revision": revision if name == "some/model" else None, "dtype": torch.bfloat16}
-    assert asked == [(name, options | {"device": "cpu", "quantise": None})]
+    assert asked == [(name, options | {"device": "cpu", "quantise": None, "device_map": None})]
 
 
 def test_merged_in_another_dtype_than_the_base(place):

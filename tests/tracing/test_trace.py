@@ -53,6 +53,23 @@ def test_the_value_of_the_last_hop_is_the_prediction(gated):
     assert last.weight > 0.99
 
 
+@both_kinds
+def test_messages_are_explained_by_what_wrote_into_query_and_key(gated):
+    """The planted hops know tokens, which the embedding writes: without it the score is gone and the gate closed."""
+    route = plant_route(gated=gated, seed=2)
+    (model,) = trace(route.model, route.text, tokenizer=route.tokenizer, explain=2).models
+    assert [m.opened is not None for m in model.messages] == [True, True, False]
+    for why in [m.opened for m in model.messages if m.opened]:
+        assert why.is_open
+        assert (why.bias is None) == (not gated)
+        for writers, rest in ((why.by_query, why.query_remainder), (why.by_key, why.key_remainder)):
+            assert sum(w.value for w in writers) + rest == pytest.approx(why.score, abs=1e-4)
+            assert writers[0].source == "input"
+            assert writers[0].value == pytest.approx(why.score, rel=0.05)
+            assert writers[0].without < 0.05 * why.score
+            assert writers[0].open_without == (False if gated else None)
+
+
 def test_an_earlier_token_is_traced_as_if_the_text_ended_there():
     model = build("llama")
     tokenizer = byte_tokenizer()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attnprune
+from attnprune.attention.interface import attach
 from attnprune.errors import InputError, InterruptedRunError
 from attnprune.runs.folder import CHECKPOINTS, read_resumed, without_local_paths
 from attnprune.sidecar import bases
@@ -101,7 +102,7 @@ def test_gates_that_do_not_fit_are_refused(inputs, tmp_path, heads):
     forged = replace(good, manifest=good.manifest.model_copy(update={"gate": gate}))
     config = run_config(inputs, tmp_path / "run", train={"scope": "gates"})
     model = bases.load_base(str(inputs[0])).model
-    recipe.attach(model)
+    attach(model)
     with pytest.raises(InputError, match="gates do not fit"):
         start_from(model, forged, config)
 
@@ -109,7 +110,7 @@ def test_gates_that_do_not_fit_are_refused(inputs, tmp_path, heads):
 def test_weights_that_become_infinite_are_refused(inputs, tmp_path):
     sidecar = save_sidecar(tmp_path / "sidecar", inputs[0], kind="delta")
     model = bases.load_base(str(inputs[0])).model
-    recipe.attach(model)
+    attach(model)
     weights = {name: tensor.double() for name, tensor in sidecar.weights().items()}
     next(iter(weights.values()))[0, 0] = 1e300
     object.__setattr__(sidecar, "weights", lambda: weights)

@@ -114,7 +114,20 @@ function describe(m, path) {
   row(m.exact ? "effect" : "effect, estimated", `${short(m.effect)} nats`);
   row("raises", moved(m.raises));
   row("lowers", moved(m.lowers));
+  if (m.opened) opening(m.opened, row);
   if (path) row("follows", `${path.up} upstream, ${path.down} downstream`);
+}
+
+// Why the edge is open: the largest writers of either side; in brackets the score without each.
+function opening(o, row) {
+  const signed = (x) => `${x < 0 ? "" : "+"}${x.toFixed(2)}`;
+  const term = (w) => {
+    const then = w.open_without === false ? ", closed" : "";
+    return `${w.source} ${signed(w.value)}${w.without === null ? "" : ` (${w.without.toFixed(2)}${then})`}`;
+  };
+  row("score", o.bias === null ? o.score.toFixed(2) : `${o.score.toFixed(2)}, bias ${signed(o.bias)}`);
+  row("into the query", [...o.by_query.map(term), `others ${signed(o.query_remainder)}`].join("  "));
+  row("into the key", [...o.by_key.map(term), `others ${signed(o.key_remainder)}`].join("  "));
 }
 
 // ---- Size

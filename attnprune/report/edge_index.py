@@ -1,0 +1,85 @@
+"""Answers of an index of edges: tables of heads and tokens, the strongest edges with text around. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from attnprune.errors import printable
+from attnprune.units import percent, size
+
+if TYPE_CHECKING:
+    from attnprune.heads.store import By, Index, Row
+
+TABLES = {"heads": "head", "keys": "key", "queries": "query"}  # with the filter that leaves it nothing to say
+
+
+def built(index: Index) -> list[str]:
+    """What was stored and how large it is."""
+    record, total = index.record, index.total()
+    tokens, held = record.blocks * record.seq_len, sum(file.stat().st_size for file in index.path.iterdir())
+    return [
+        printable(f"{record.data}: {tokens:,} tokens in {record.blocks:,} blocks of {record.seq_len}"),
+        f"{total['count']:,} open edges, {total['count'] / tokens:.4g} a token, {size(held)}",
+        printable(f'written to {index.path}; ask with: attnprune edges {index.path} --key " the"'),
+    ]
+
+
+def as_data(index: Index, filters: Mapping[str, Any], by: By, top: int) -> dict[str, Any]:
+    """The answer as JSON: all edges, those that pass, and a table for everything that the filters leave open."""
+    return {
+        "model": index.record.model, "data": index.record.data, "blocks": index.blocks,
+        "blocks_in_all": index.record.blocks, "total": index.total(), "passing": index.total(**filters),
+        **{name: getattr(index, name)(by=by, limit=top, **filters) for name, fixed in TABLES.items()
+           if filters.get(fixed) is None},
+        "contexts": index.contexts(limit=top, **filters),
+    }  # fmt: skip
+
+
+def render(data: Mapping[str, Any]) -> list[Any]:
+    """The answer for a person."""
+    total, passing = data["total"], data["passing"]
+    share = percent(passing["count"] / total["count"]) if total["count"] else "none"
+    lines: list[Any] = [
+        printable(f"{data['model']} on {data['data']}"),
+        f"{passing['count']:,} of {total['count']:,} open edges ({share}), weight {passing['weight']:,.1f}",
+    ]
+    if data["blocks"] < data["blocks_in_all"]:
+        lines.append(f"not finished: {data['blocks']:,} of {data['blocks_in_all']:,} blocks so far")
+    if not passing["count"]:
+        return lines
+    for name in TABLES:
+        if name in data:
+            lines += ["", _table(name, data[name], passing)]
+    return [*lines, "", _contexts(data["contexts"]), "«key» is read by ⟦query⟧; weight: P_ij A_ij"]
+
+
+def _table(name: str, rows: list[Row], passing: Row) -> Table:
+    table = Table(box=None)
+    table.add_column(name, header_style="bold", no_wrap=True)
+    for column in ("edges", "share", "weight", "share"):
+        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
+    for row in rows:
+        what = f"{row['layer']}.{row['head']}" if name == "heads" else f"[cyan]{_token(row['text'])}[/]"
+        weight = row["weight"] / passing["weight"] if passing["weight"] else 0
+        shares = percent(row["count"] / passing["count"]), percent(weight)
+        table.add_row(what, f"{row['count']:,}", shares[0], f"{row['weight']:,.1f}", shares[1])
+    return table
+
+
+def _contexts(rows: list[Row]) -> Table:
+    table = Table(box=None)
+    for column in ("weight", "head", "block"):
+        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
+    table.add_column("strongest edges", header_style="bold", overflow="fold")
+    for row in rows:
+        head = f"{row['layer']}.{row['head']}"
+        table.add_row(f"{row['weight']:.3f}", head, f"{row['block']:,}", escape(printable(row["text"])))
+    return table
+
+
+def _token(text: str) -> str:
+    return escape(printable(text).replace(" ", "·"))

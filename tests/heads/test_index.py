@@ -1,0 +1,220 @@
+"""Indexes of models whose heads are known, against loops over the text; builds that stop and go on; what is refused."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+
+from attnprune import index, open_index
+from attnprune.attention.interface import gates_of
+from attnprune.heads import pieces
+from attnprune.heads.counting import COUNTED
+from attnprune.sidecar.edges import open_edges
+from attnprune.sidecar.loading import load
+from tests.helpers.command import listing
+from tests.helpers.factory import refused, save_text, save_tiny_llama
+from tests.helpers.heads import LENGTH, WORDS, animal_text, plant_heads
+from tests.helpers.sidecars import save_sidecar
+
+BLOCKS = 6
+
+
+@pytest.fixture
+def animals(tmp_path):
+    file = tmp_path / "animals.txt"
+    file.write_text(animal_text(BLOCKS * LENGTH), "utf-8")
+    return file
+
+
+def build(planted, animals, out, **options):
+    return index(planted.model, animals, out=out, tokenizer=planted.tokenizer, seq_len=LENGTH, **options)
+
+
+@pytest.fixture
+def planted():
+    return plant_heads(gated=True)
+
+
+@pytest.fixture
+def made(planted, animals, tmp_path):
+    return build(planted, animals, tmp_path / "index")
+
+
+def of(planted, kind):
+    return next(place for place, found in planted.labels.items() if found == kind)
+
+
+def blocks_of(animals):
+    words = animals.read_text().split()
+    return [words[start : start + LENGTH] for start in range(0, len(words), LENGTH)]
+
+
+def test_a_previous_token_head_links_the_pairs_of_the_text(planted, made, animals):
+    """Its edges are the neighbours in the text and nothing else, so all counts are known from the text alone."""
+    head, blocks = of(planted, "previous"), blocks_of(animals)
+    pairs = Counter(pair for block in blocks for pair in pairwise(block))
+    for (key, query), count in pairs.items():
+        assert made.total(head=head, key=key, query=query)["count"] == count
+        found = made.heads(key=key, query=query, kind="previous")
+        assert {(row["layer"], row["head"]): row["count"] for row in found}[head] == count
+    read = Counter(key for block in blocks for key in block[:-1])
+    assert {row["text"]: row["count"] for row in made.keys(head=head)} == read
+    assert [row["count"] for row in made.keys(head=head)] == sorted(read.values(), reverse=True)
+    assert {row["text"]: row["count"] for row in made.queries(head=head)} == Counter(
+        query for block in blocks for query in block[1:]
+    )
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_planted_kinds_are_found(planted, made, kind):
+    heads = [place for place, found in planted.labels.items() if found == kind]
+    for head in heads:
+        assert made.total(head=head, kind=kind) == made.total(head=head)
+        assert made.total(head=head)["count"] > 0
+    ranked = [(row["layer"], row["head"]) for row in made.heads(kind=kind, by="weight")]
+    assert set(ranked[: len(heads)]) == set(heads)
+    for row in made.contexts(kind=kind, limit=50):
+        assert kind in row["kinds"]
+    assert not planted.closed & {(row["layer"], row["head"]) for row in made.heads()}
+
+
+def test_contexts_are_the_strongest_with_the_text_around(planted, made, animals):
+    head, blocks = of(planted, "induction"), blocks_of(animals)
+    rows = made.contexts(head=head, limit=1000)
+    assert [row["weight"] for row in rows] == sorted((row["weight"] for row in rows), reverse=True)
+    for row in rows:
+        block, key, query = blocks[row["block"]], row["key"], row["query"]
+        assert (row["key_text"], row["query_text"]) == (block[key], block[query])
+        assert block[key - 1] == block[query]
+        assert f"«{block[key]}»" in row["text"]
+        assert f"⟦{block[query]}⟧" in row["text"]
+        assert made.tokens(row["block"]) == block
+
+
+def test_rows_are_the_open_edges_of_inspect(tmp_path):
+    base, text = save_tiny_llama(tmp_path / "base"), tmp_path / "text.txt"
+    sidecar = save_sidecar(tmp_path / "sidecar", base).path
+    text.write_text("The gate opens when the score of"[:32])
+    made = index(sidecar, text, out=tmp_path / "index", base=str(base), tokens=32)
+    found = open_edges(*load(sidecar, str(base)), text.read_text())
+    expected = sorted((e.layer, e.head, e.query, e.key, e.weight) for e in found.edges)
+    rows = made.sql("SELECT * FROM edges ORDER BY layer, head, query, key")
+    assert [(row["layer"], row["head"], row["query"], row["key"]) for row in rows] == [e[:4] for e in expected]
+    assert [row["weight"] for row in rows] == pytest.approx([e[4] for e in expected], abs=1e-6)
+    for row in rows:
+        assert row["key_token"] == found.input_ids[row["key"]]
+        assert row["query_token"] == found.input_ids[row["query"]]
+    assert made.sql("SELECT tokens FROM blocks") == [{"tokens": found.input_ids}]
+    assert pieces.INDEXED == COUNTED
+
+
+def test_filters_hold_together(made):
+    rows = made.sql("SELECT * FROM edges")
+    key, query = [WORDS.index(word) for word in ("ant", "bee")], WORDS.index("cat")
+    passing = [row for row in rows if row["key_token"] in key and row["query_token"] == query]
+    assert made.total(key=["ant", "bee"], query=query) == {
+        "count": len(passing), "weight": pytest.approx(sum(row["weight"] for row in passing)),
+    }  # fmt: skip
+    expected = Counter((row["layer"], row["head"]) for row in passing)
+    found = made.heads(key=["ant", "bee"], query="cat")
+    assert {(row["layer"], row["head"]): row["count"] for row in found} == expected
+    assert made.heads(key=["ant", "bee"], query="cat", limit=2) == found[:2]
+    weights = [row["weight"] for row in made.heads(by="weight")]
+    assert weights == sorted(weights, reverse=True)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+def test_an_interrupted_build_goes_on_to_the_same_files(planted, animals, tmp_path, monkeypatch, stop):
+    one = build(planted, animals, tmp_path / "one", tokens=LENGTH).total()["count"]
+    monkeypatch.setattr(pieces, "PIECE", one * 3 // 2)  # more than a block has, less than two
+    whole = build(planted, animals, tmp_path / "whole", command="one")
+
+    def watch(_, done, of):
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(planted, animals, tmp_path / "index", watch=watch, command="one")
+    halfway = listing(tmp_path / "index")
+    if stop == 5:
+        assert 0 < open_index(tmp_path / "index").blocks < BLOCKS
+    told = []
+    build(planted, animals, tmp_path / "index", watch=lambda *seen: told.append(seen), command="two")
+    after = listing(tmp_path / "index")
+    assert after == listing(whole.path)
+    assert len([name for name in after if name.startswith("edges-")]) > 1
+    assert halfway.items() <= after.items()
+    assert told[0] == ("blocks", 0 if stop < 2 else stop - stop % 2, BLOCKS)
+    build(planted, animals, tmp_path / "index", watch=lambda *seen: pytest.fail("it is finished"))
+
+
+def test_another_model_text_or_length_is_refused(planted, made, animals, tmp_path):
+    before = listing(made.path)
+    with torch.no_grad():
+        gates_of(planted.model)[1].bias[0] += 1e-3
+    refused(lambda: build(planted, animals, made.path), "index: was made with another model (GPT2LMHeadModel)")
+    refused(lambda: build(plant_heads(gated=False), animals, made.path), "another model")
+    with torch.no_grad():
+        gates_of(planted.model)[1].bias[0] -= 1e-3
+    same = plant_heads(gated=True)
+    other = tmp_path / "other.txt"
+    other.write_text(animal_text(BLOCKS * LENGTH, seed=1))
+    refused(lambda: build(same, other, made.path), "another text (animals.txt)")
+    refused(lambda: build(same, animals, made.path, tokens=3 * LENGTH), "another text")
+    refused(
+        lambda: index(same.model, animals, out=made.path, tokenizer=same.tokenizer, seq_len=16),
+        "another block length (32)",
+    )
+    assert listing(made.path) == before
+
+
+def test_bad_input_is_one_line(planted, made, animals, tmp_path):
+    refused(lambda: build(planted, animals, tmp_path), "exists and is not empty")
+    refused(lambda: build(planted, [], tmp_path / "new"), "data: names no text")
+    refused(lambda: open_index(tmp_path), "is no index of edges")
+    refused(lambda: open_index(tmp_path / "none"), "is no index of edges")
+    assert "' ant'" not in str(refused(lambda: made.heads(key="yak"), "key 'yak': is no token of this text").hint)
+    assert refused(lambda: made.heads(query=" ant"), "query ' ant'").hint == "it has 'ant'"
+    refused(lambda: made.heads(key=99), "key 99")
+    refused(lambda: made.keys(head=(2, 0)), "layer 2: is not within 0 and 1")
+    refused(lambda: made.keys(head=(0, 6)), "head 6: is not within 0 and 5")
+    refused(lambda: made.contexts(kind="offset"), "kind offset: is none of self, ")
+    refused(lambda: made.heads(by="size"), "by size: ")
+    refused(lambda: made.tokens(BLOCKS), f"block {BLOCKS}: ")
+    refused(lambda: made.sql("SELECT nothing"), "index: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_damage_is_one_line(made):
+    (piece,) = pieces.pieces_of(made.path)
+    intact = piece.read_bytes()
+    piece.write_bytes(intact[:100])
+    refused(lambda: open_index(made.path).heads(), "index: ")
+    piece.rename(made.path / "edges-00000002-00000006.parquet")
+    refused(lambda: open_index(made.path), "the piece of block 0 is missing")
+    (made.path / "edges-00000002-00000006.parquet").unlink()
+    refused(lambda: open_index(made.path), "holds no edges so far")
+    (made.path / pieces.RECORD).write_text('{"schema_id": "attnprune-index-1"}')
+    refused(lambda: open_index(made.path), "index.json: ")
+
+
+def test_a_folder_with_the_marks_of_a_pattern(planted, animals, tmp_path):
+    made = build(planted, animals, tmp_path / "a[b]*'?")
+    assert made.total()["count"] > 0
+
+
+def test_without_duckdb_it_says_what_to_install(planted, animals, made, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    for call in (lambda: build(planted, animals, tmp_path / "new"), lambda: open_index(made.path)):
+        assert refused(call, "DuckDB is not installed").hint == 'pip install "attnprune[index]"'
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dense_model_has_every_pair(tmp_path):
+    base, text = save_tiny_llama(tmp_path / "base"), save_text(tmp_path / "text.txt")
+    made = index(str(base), text, out=tmp_path / "index", tokens=64, seq_len=32)
+    assert made.total() == {"count": 2 * 8 * 32 * 33 // 2, "weight": pytest.approx(2 * 8 * 32)}

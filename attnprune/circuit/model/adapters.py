@@ -189,10 +189,16 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
     Raises:
         UnsupportedModelError: no adapter for the family, or a part is missing or of another type than expected
-            (quantised, or wrapped by an adapter that has not been merged).
+            (quantised, or wrapped by an adapter that has not been merged); its weights are not all on one device.
     """
     graph = graph_of(model.config)
     family = _family(model.config)
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise UnsupportedModelError(
+            f"{family}: is spread over {', '.join(sorted(devices))}; its parts are added up on one device",
+            hint="load it without device_map",
+        )
     layout = _LAYOUTS[family]
     _, path, attention = FAMILIES[family]
     layers: Any = _part(model, path, family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig
@@ -27,6 +28,18 @@ def test_a_missing_part_is_named():
     del model.model.layers[2].post_attention_layernorm
     with pytest.raises(UnsupportedModelError, match="llama: layer 2: no post_attention_layernorm"):
         anatomy_of(model)
+
+
+def test_a_model_that_is_spread_is_refused(tmp_path):
+    """Circuits add up what all layers wrote, and weights on the disk are not there to read."""
+    model = build("llama")
+    whole = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    layers = [f"model.layers.{layer}" for layer in range(model.config.num_hidden_layers)]
+    places = dict.fromkeys(whole + layers, "cpu") | {"model.layers.0": "disk"}
+    spread = dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu", force_hooks=True)
+    with pytest.raises(UnsupportedModelError, match="llama: is spread over cpu, meta") as error:
+        anatomy_of(spread)
+    assert "device_map" in error.value.hint
 
 
 def test_an_adapter_that_is_not_merged_is_refused():

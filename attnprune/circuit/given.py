@@ -43,6 +43,7 @@ class GivenCircuit(Strict):
     complement: Number = Field(description="faithfulness of all other edges")
     random: RandomCircuits
     stress: Stress
+    notes: list[str] = Field(default=[], description="what a reader has to know of the prompts")
 
 
 def evaluate_given(model: Any, name: str, task: Task, file: Path, settings: Settings, watch: Watch) -> GivenCircuit:
@@ -71,5 +72,5 @@ def evaluate_given(model: Any, name: str, task: Task, file: Path, settings: Sett
             mlps=int(mlps.sum()), prompts=len(test), accuracy=accuracy(test.clean),
             test=evaluation(test, kept, settings.seed), complement=test.faithfulness(graph.mask() & ~kept),
             random=controls.random_circuits(test, int(kept.sum()), settings.draws, settings.seed, subject.told),
-            stress=controls.stress(subject, kept),
+            stress=controls.stress(subject, kept), notes=list(task.notes),
         )  # fmt: skip

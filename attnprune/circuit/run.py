@@ -21,6 +21,7 @@ from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import QUICK, Settings, Watch
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.tasks import Task, load_task, task_names
+from attnprune.circuit.tasks.tables import is_table
 from attnprune.errors import InputError
 from attnprune.files import locked, write_atomic
 from attnprune.sidecar import bases, loading
@@ -54,8 +55,7 @@ def _run(
 ) -> CircuitResult:
     """`run` with the folder held."""
     started = time.monotonic()
-    from_file = settings["task"].lower().endswith((".csv", ".jsonl"))
-    if not from_file and settings["task"] not in task_names():  # before any weights
+    if not is_table(settings["task"]) and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
     model, tokenizer = load_model(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}
@@ -92,7 +92,7 @@ def _run(
             exports |= {f"{name}.json": json.dumps(graph_json(*whole)), f"{name}.pt": graph_pt(*whole)}
         result = result_of(
             analyses, facts, how, command=settings["command"], quick=settings["quick"],
-            seconds=time.monotonic() - started, notes=[],
+            seconds=time.monotonic() - started, notes=list(task.notes),
         )  # fmt: skip
     for name, data in exports.items():
         write_atomic(folder / name, data)

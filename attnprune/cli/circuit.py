@@ -26,7 +26,9 @@ def circuit(
     task: Annotated[
         str | None,
         typer.Option(
-            "--task", help="ioi, greater-than, sva, ..., or a .csv or .jsonl file. Default: none.", show_default=False
+            "--task",
+            help="ioi, greater-than, sva, ..., or a file of prompts, also of MIB or Edge-Pruning. Default: none.",
+            show_default=False,
         ),
     ] = None,
     against: Annotated[

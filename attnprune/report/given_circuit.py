@@ -42,4 +42,5 @@ def summary(found: GivenCircuit) -> list[Any]:
     return [
         table,
         f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
+        *(f"note: {note}" for note in found.notes),
     ]

@@ -96,7 +96,8 @@ def circuit(
         Path | None,
         typer.Option(
             "--edges",
-            help="Evaluate the circuit in this EAP-IG .json or .pt file, without a search. Default: none.",
+            help="Evaluate the circuit in this EAP-IG .json or .pt file, or those in a folder for MIB, without a "
+            "search. Default: none.",
             show_default=False,
         ),
     ] = None,

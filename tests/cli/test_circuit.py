@@ -117,6 +117,24 @@ def test_a_circuit_of_another_tool_is_evaluated_exactly(place, kind):
     assert given["test"]["faithfulness"]["value"] == pytest.approx(found.models[0].test.faithfulness.value, abs=1e-4)
 
 
+def test_a_search_is_a_submission_to_mib_and_submissions_are_evaluated(place):
+    """The circuit's edges come first, so the sizes from its own on hold what it does."""
+    found = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text()).models[0]
+    (folder,) = (path for path in (place / "found" / "mib").iterdir() if path.name == "addition_demo")
+    command = ("demo", "--task", "addition", "--prompts", "9", "--quick", "--edges", folder)
+    done = circuit(*command, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    circuits = first_object(done.stdout)["circuits"]
+    assert [one["given"] for one in circuits] == [0, 0, 2, 4, 9, 23, 47, 95, 239]  # of 479
+    assert all(one["edges"] <= one["given"] for one in circuits)
+    assert circuits[0]["test"]["faithfulness"]["value"] == pytest.approx(0, abs=1e-4)
+    larger = next(one for one in circuits if one["given"] >= found.counts.edges)
+    assert larger["test"]["faithfulness"]["value"] > 0.5
+    shown = circuit(*command, cwd=place)
+    assert "50 %" in shown.stdout
+    assert "no nonsense control: it was not searched" in shown.stdout
+
+
 def test_an_edge_is_explained_by_role_and_by_position(place):
     done = circuit("demo", "--task", "addition", "--explain", "a2.h1:END<-4", "--json", cwd=place)
     assert done.returncode == 0, done.stderr

@@ -51,8 +51,10 @@ def pruning_ioi(io, s):
 
 
 def pruning_gp(io, s):
-    return {"prefix": f"So {io} is a friend of {s}, isn't", "corr_prefix": f"So {s} is a friend of {s}, isn't", "name": io,
-            "pronoun": "she", "corr_pronoun": "he"}  # fmt: skip
+    return {
+        "prefix": f"So {io} is a friend of {s}, isn't", "pronoun": "she", "name": io,
+        "corr_prefix": f"So {s} is a friend of {s}, isn't", "corr_pronoun": "he",
+    }  # fmt: skip
 
 
 def pruning_marked(io, s):

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from attnprune.circuit.folder import read_settings
@@ -133,6 +135,29 @@ def test_a_search_is_a_submission_to_mib_and_submissions_are_evaluated(place):
     shown = circuit(*command, cwd=place)
     assert "50 %" in shown.stdout
     assert "no nonsense control: it was not searched" in shown.stdout
+
+
+def test_a_task_as_mib_publishes_it(tmp_path):
+    """Sums of the bundled model in the layout of MIB's arithmetic; one row has no counterfactual."""
+    rows = [
+        {"prompt": f"#{a}+{b}=", "label": 0, "random_counterfactual": {"prompt": f"#{a + 60}+{b}=", "label": 1}}
+        for a in range(20, 32)
+        for b in range(45, 57)
+    ]
+    rows.append(rows[0] | {"random_counterfactual": None})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "sums.parquet")
+    options = ("--task", "sums.parquet", "--quick", "--no-controls", "--prompts", "9", "--out", "found")
+    done = circuit("demo", *options, cwd=tmp_path)
+    assert done.returncode in (0, 3), done.stderr
+    note = "sums.parquet: 1 of 145 rows do not fit this tokenizer"
+    record = CircuitResult.model_validate_json((tmp_path / "found" / "circuit.json").read_text())
+    assert record.notes == [note]
+    assert (record.task.example.answers, record.task.example.wrong) == (["0"], ["1"])
+    assert f"note: {note}" in done.stdout
+    assert (tmp_path / "found" / "mib" / "sums_demo" / "importances.pt").exists()
+    file = tmp_path / "found" / "eap-ig.pt"
+    given = circuit("demo", "--task", "sums.parquet", "--quick", "--prompts", "9", "--edges", file, cwd=tmp_path)
+    assert f"note: {note}" in given.stdout
 
 
 def test_an_edge_is_explained_by_role_and_by_position(place):

@@ -135,7 +135,7 @@ VARIANTS: dict[str, dict] = {
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
 # glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
-TOKENS = {"test": 65_536, "unseen": 10**6}  # from the start of each text, or what there is
+TOKENS = {"test": 65_536, "unseen": 262_144}  # from the start of each text, or what there is
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 
 

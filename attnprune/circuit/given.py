@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from attnprune.circuit import controls
 from attnprune.circuit.analysis import evaluation
-from attnprune.circuit.mib import Named, read_submission
+from attnprune.circuit.mib import read_submission
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.patching import self_check
 from attnprune.circuit.record import Number, Strict
@@ -23,53 +24,50 @@ from attnprune.circuit.worth import Ablation, RandomCircuits, Stress
 SCHEMA, SEVERAL = "attnprune-given-circuit-1", "attnprune-given-circuits-1"
 
 
-class GivenCircuit(Strict):
+class Given(Strict):
+    """What was given, and on which prompts it was run: the test prompts of a task."""
+
+    model: str
+    task: str
+    fingerprint: str = Field(description="of the prompts, as in the record of a search")
+    file: str
+    ablation: Ablation
+    of: int = Field(description="edges of the model")
+    prompts: int
+    accuracy: float = Field(description="of the model")
+    notes: list[str] = Field(default=[], description="what a reader has to know of the prompts")
+
+
+class Sized(Strict):
+    """A circuit, and random ones of its size."""
+
+    given: int = Field(description="edges that are in_graph, heads that share a key or value counted once")
+    edges: int = Field(description="without those that change nothing")
+    test: Evaluation
+    random: RandomCircuits
+
+
+class GivenCircuit(Given, Sized):
     """A circuit from a file on the test prompts of a task. It was not searched here, so no target is judged."""
 
     schema_id: Literal["attnprune-given-circuit-1"] = SCHEMA
-    model: str
-    task: str
-    fingerprint: str = Field(description="of the prompts, as in the record of a search")
-    file: str
-    ablation: Ablation
-    given: int = Field(description="edges in the file that are in_graph, heads that share a key or value counted once")
-    edges: int = Field(description="without those that change nothing")
-    of: int = Field(description="edges of the model")
     heads: int
     mlps: int
-    prompts: int
-    accuracy: float = Field(description="of the model")
-    test: Evaluation
     complement: Number = Field(description="faithfulness of all other edges")
-    random: RandomCircuits
     stress: Stress
-    notes: list[str] = Field(default=[], description="what a reader has to know of the prompts")
 
 
-class SizedCircuit(Strict):
-    """One circuit of a submission on the test prompts."""
+class NamedCircuit(Sized):
+    """One circuit of a submission."""
 
     name: str = Field(description="its share of the edges, or its file")
-    given: int = Field(description="edges, heads that share a key or value counted once")
-    edges: int = Field(description="without those that change nothing")
-    test: Evaluation
-    random: RandomCircuits
 
 
-class GivenCircuits(Strict):
+class GivenCircuits(Given):
     """The circuits of a submission to MIB on the test prompts of a task: one for each size or file."""
 
     schema_id: Literal["attnprune-given-circuits-1"] = SEVERAL
-    model: str
-    task: str
-    fingerprint: str = Field(description="of the prompts, as in the record of a search")
-    file: str
-    ablation: Ablation
-    of: int = Field(description="edges of the model")
-    prompts: int
-    accuracy: float = Field(description="of the model")
-    circuits: list[SizedCircuit]
-    notes: list[str] = Field(default=[], description="what a reader has to know of the prompts")
+    circuits: list[NamedCircuit]
 
 
 def evaluate_given(
@@ -98,21 +96,19 @@ def evaluate_given(
             "notes": list(task.notes),
         }  # fmt: skip
         if len(given) > 1:
-            return GivenCircuits(**said, circuits=[_sized(subject, test, one) for one in given])
+            circuits = [NamedCircuit(name=one.name, **_sized(subject, test, one.kept)) for one in given]
+            return GivenCircuits(**said, circuits=circuits)
         kept = graph.prune(given[0].kept)
         heads, mlps = graph.touched(kept)
         return GivenCircuit(
-            **said, given=int(given[0].kept.sum()), edges=int(kept.sum()), heads=int(heads.sum()), mlps=int(mlps.sum()),
-            test=evaluation(test, kept, settings.seed), complement=test.faithfulness(graph.mask() & ~kept),
-            random=controls.random_circuits(test, int(kept.sum()), settings.draws, settings.seed, subject.told),
-            stress=controls.stress(subject, kept),
+            **said, **_sized(subject, test, given[0].kept), heads=int(heads.sum()), mlps=int(mlps.sum()),
+            complement=test.faithfulness(graph.mask() & ~kept), stress=controls.stress(subject, kept),
         )  # fmt: skip
 
 
-def _sized(subject: Subject, test: Split, circuit: Named) -> SizedCircuit:
-    kept, settings = subject.anatomy.graph.prune(circuit.kept), subject.settings
+def _sized(subject: Subject, test: Split, given: Tensor) -> dict[str, Any]:
+    """What `Sized` says of a circuit, bool [U, V]."""
+    kept, settings = subject.anatomy.graph.prune(given), subject.settings
     size = int(kept.sum())
-    return SizedCircuit(
-        name=circuit.name, given=int(circuit.kept.sum()), edges=size, test=evaluation(test, kept, settings.seed),
-        random=controls.random_circuits(test, size, settings.draws, settings.seed, subject.told),
-    )  # fmt: skip
+    random = controls.random_circuits(test, size, settings.draws, settings.seed, subject.told)
+    return {"given": int(given.sum()), "edges": size, "test": evaluation(test, kept, settings.seed), "random": random}

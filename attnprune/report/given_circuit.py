@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 def summary(found: GivenCircuit | GivenCircuits) -> list[Any]:
     """What it computes, what it is worth, and what was not asked."""
     return [
-        _sizes(found) if "circuits" in type(found).model_fields else _one(found),
+        _one(found) if found.schema_id == "attnprune-given-circuit-1" else _several(found),
         f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
         *(f"note: {note}" for note in found.notes),
     ]
 
 
-def _sizes(found: Any) -> Table:
-    table = Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+def _several(found: GivenCircuits) -> Table:
+    table = _titled(found)
     table.add_column(escape(printable(found.model, 40)))
     for column in ("edges", f"of {found.of:,}", "faithfulness", "95 %", "random"):
         table.add_column(column, justify="right", header_style="dim", no_wrap=True)
@@ -37,8 +37,12 @@ def _sizes(found: Any) -> Table:
     return table
 
 
-def _one(found: Any) -> Table:
-    table = Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+def _titled(found: GivenCircuit | GivenCircuits) -> Table:
+    return Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+
+
+def _one(found: GivenCircuit) -> Table:
+    table = _titled(found)
     table.add_column("", style="dim")
     table.add_column(escape(printable(found.model, 40)), justify="right")
     test, worst = found.test, found.stress.worst_trial

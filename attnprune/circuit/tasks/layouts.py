@@ -65,13 +65,11 @@ def _mib(row: Any, encoder: Encoder) -> Row:
 
 
 def _names(row: Any, encoder: Encoder) -> Row:
-    prompts = []
-    for column in ("ioi_sentences", "corr_ioi_sentences"):
-        prompt, _, last = _text(row, column).rstrip().rpartition(" ")
-        prompts.append(prompt)
-        if column == "ioi_sentences" and last != row.get("a"):
-            raise InputError(f"ioi_sentences does not end in a ({row.get('a')!r})")
-    return _pair(*prompts, f" {_text(row, 'a')}", f" {_text(row, 'b')}")
+    clean, _, last = _text(row, "ioi_sentences").rstrip().rpartition(" ")
+    corrupted = _text(row, "corr_ioi_sentences").rstrip().rpartition(" ")[0]
+    if last != row.get("a"):
+        raise InputError(f"ioi_sentences does not end in a ({row.get('a')!r})")
+    return _pair(clean, corrupted, f" {last}", f" {_text(row, 'b')}")
 
 
 def _pronouns(row: Any, encoder: Encoder) -> Row:

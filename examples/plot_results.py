@@ -56,6 +56,33 @@ def small_lm() -> Figure:
     return figure
 
 
+def broad_lm() -> Figure:
+    """Loss and KL against density on unseen text, of the frontiers and of the published settings on the way down."""
+    runs = json.loads((RESULTS / "broad-lm.json").read_text())["runs"]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    gaps = [run["unseen"]["loss"] - run["unseen"]["base_loss"] for run in runs if run["variant"].startswith("control")]
+    left.axhspan(min(gaps), max(gaps), color="0.85", label="open gates, the same budget")
+    variants = [name for name in dict.fromkeys(run["variant"] for run in runs) if not name.startswith("control")]
+    for colour, variant in enumerate(variants):
+        for run in (run for run in runs if run["variant"] == variant):
+            points = [point["unseen"] for point in run.get("frontier", [])] + [run["unseen"]]
+            density = [100 * point["density"] for point in points]
+            style: dict[str, Any] = {"color": f"C{colour}", "marker": "o", "alpha": 0.8}
+            left.plot(density, [point["loss"] - point["base_loss"] for point in points], **style)
+            right.plot(density, [point["kl"] for point in points], **style)
+        left.plot([], label=variant, color=f"C{colour}", marker="o")
+    left.axhline(0, color="0.6", linewidth=1)
+    right.axhline(0.05, color="0.6", linewidth=1)
+    left.set(ylabel="loss - base, nats")
+    right.set(ylabel="KL(base ‖ sparse), nats", yscale="log")
+    for axes in (left, right):
+        axes.set(xlabel="density on unseen text, %", xscale="log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
 def smollm2() -> Figure:
     """Open edges per query and KL to the base of the runs on SmolLM2-135M, as tokens go by."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -78,7 +105,9 @@ def smollm2() -> Figure:
 
 
 def main() -> None:
-    for name, figure in (("recipe-search.png", small_lm()), ("smollm2.png", smollm2())):
+    for name, figure in (
+        ("recipe-search.png", small_lm()), ("broad-lm.png", broad_lm()), ("smollm2.png", smollm2())
+    ):  # fmt: skip
         drawn = BytesIO()
         figure.savefig(drawn, dpi=120)
         with Image.open(drawn) as image:  # a palette: a third of the size, and no eye sees it

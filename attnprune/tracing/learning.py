@@ -16,7 +16,7 @@ from torch import Tensor
 from attnprune.tracing.messages import Messages
 from attnprune.training.constraint import Multiplier
 
-STEPS = 100
+STEPS = 120
 _RATE, _LAST_RATE = 0.1, 0.1  # of learning, for scores up to 1; share of it at the end, it falls over the last third
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank

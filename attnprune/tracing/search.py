@@ -23,7 +23,7 @@ POINTS = tuple((i + 0.5) / 8 for i in range(8))  # of the path that a ranking's 
 AT_ONCE = 8  # sizes of one round of bisection
 BLOCKS = 64  # a set is cut into at most about so many, until single messages are tried
 LITTLE = 0.1  # of the set: where less can go, blocks get smaller
-DELETION_TOKENS, FEWEST, MOST = 3500, 64, 400  # of all runs that delete; bounds on their number
+DELETION_TOKENS, FEWEST, MOST = 4000, 64, 400  # of all runs that delete; bounds on their number
 EFFECT_TOKENS = 4096  # of the runs without one message each; where they would be more, gradients take their place
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from attnprune.bench.record import Record
 from attnprune.circuit.explained import ExplainedEdge
-from attnprune.circuit.given import GivenCircuit
+from attnprune.circuit.given import GivenCircuit, GivenCircuits
 from attnprune.circuit.result import CircuitResult
 from attnprune.heads import pieces
 from attnprune.heads.result import Atlas
@@ -21,7 +21,8 @@ FORMATS = Path(__file__).parent.parent / "formats"
 SCHEMAS = {
     "attnprune.v1.schema.json": Manifest, "adapter_config.v1.schema.json": AdapterConfig,
     "attnprune-bench-1.schema.json": Record, "attnprune-circuit-2.schema.json": CircuitResult,
-    "attnprune-given-circuit-1.schema.json": GivenCircuit, "attnprune-explained-edge-1.schema.json": ExplainedEdge,
+    "attnprune-given-circuit-1.schema.json": GivenCircuit,
+    "attnprune-given-circuits-1.schema.json": GivenCircuits, "attnprune-explained-edge-1.schema.json": ExplainedEdge,
     "attnprune-damage-1.schema.json": Damage,
     "attnprune-trace-1.schema.json": Trace, "attnprune-atlas-1.schema.json": Atlas,
     "attnprune-index-1.schema.json": pieces.Record,

@@ -12,7 +12,7 @@ from attnprune.errors import InputError
 
 if TYPE_CHECKING:
     from attnprune.circuit.explained import ExplainedEdge
-    from attnprune.circuit.given import GivenCircuit
+    from attnprune.circuit.given import GivenCircuit, GivenCircuits
 
 
 def circuit_of_file(
@@ -28,8 +28,10 @@ def circuit_of_file(
     batch_size: int = 32,
     device: str = "auto",
     progress: bool | AbstractContextManager[Any] = True,
-) -> GivenCircuit:
+) -> GivenCircuit | GivenCircuits:
     """Evaluate somebody else's circuit exactly: a .json or .pt graph of EAP-IG. Arguments as for `circuit`.
+
+    A folder TASK_MODEL of a submission to MIB, or a graph that has only scores, gives a circuit for each size.
 
     Raises:
         InputError: no such file, or one for another model.
@@ -37,7 +39,7 @@ def circuit_of_file(
     """
     from attnprune.circuit.worth import ABLATIONS
 
-    if not Path(edges).is_file():
+    if not Path(edges).exists():
         raise InputError(f"{edges}: no such file")
     if ablate not in ABLATIONS:
         raise InputError(f"ablate {ablate}: is none of {', '.join(ABLATIONS)}")

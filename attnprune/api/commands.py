@@ -132,7 +132,8 @@ def circuit(
 
     Args:
         model, against: sidecar or merged folder, base model, Hub name, .gguf file or "demo".
-        task: "ioi", "greater-than", "sva", ..., or a .csv or .jsonl file.
+        task: "ioi", "greater-than", "sva", ..., or a .csv, .jsonl, .json, .parquet or .arrow file, also of MIB or
+            Edge-Pruning.
         target: faithfulness to reach, above 0 and up to 1.
         prompts: pairs per split; 0: 64, or 32 if quick.
         mask_steps, deletions: steps of learning a mask (200), evaluations that delete edges (480); 0 leaves either out.

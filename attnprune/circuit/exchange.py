@@ -8,6 +8,7 @@ what they share. Files are data: a .pt is read with `weights_only`, so nothing i
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import warnings
 from io import BytesIO
@@ -59,18 +60,27 @@ def read_edges(file: Path, graph: Graph) -> Tensor:
     """The circuit in a file for a model of this graph, bool [U, V].
 
     Raises:
-        InputError: no such file, another format, damaged, of a model of another size, or an edge that this model does
-            not have.
+        InputError: as `read_graph`, or no edge of it is in_graph.
+    """
+    kept = grouped(graph, read_graph(file, graph)[0])
+    if not kept.any():
+        raise InputError(f"{file}: no edge in it is in_graph")
+    return kept
+
+
+def read_graph(file: Path, graph: Graph) -> tuple[Tensor, Tensor | None]:
+    """(circuit, scores) in a file for a model of this graph: bool and fp32 [U, L * (3 H + 1) + 1]; None: it has none.
+
+    Raises:
+        InputError: no such file, another format, damaged, of a model of another size, an edge that this model does not
+            have, or a score that is no number.
     """
     if file.suffix.lower() not in (".json", ".pt"):
         raise InputError(f"{file}: a circuit is a .json or .pt file")
     raw = format.read_regular(file.parent, file.name, MAX_BYTES)
     data = _json(raw, file) if file.suffix.lower() == ".json" else _pt(raw, file)
     _check_sizes(data.get("cfg"), graph, file)
-    kept = _named(data, graph, file) if file.suffix.lower() == ".json" else _numbered(data, graph, file)
-    if not kept.any():
-        raise InputError(f"{file}: no edge in it is in_graph")
-    return kept
+    return _named(data, graph, file) if file.suffix.lower() == ".json" else _numbered(data, graph, file)
 
 
 def ungrouped(graph: Graph, values: Tensor) -> Tensor:
@@ -83,7 +93,7 @@ def ungrouped(graph: Graph, values: Tensor) -> Tensor:
     return torch.cat([*parts, values[:, -1:]], 1)
 
 
-def _grouped(graph: Graph, kept: Tensor) -> Tensor:
+def grouped(graph: Graph, kept: Tensor) -> Tensor:
     """bool [U, L * (3 H + 1) + 1] -> [U, V]: an edge into any head's key or value is one into what it shares."""
     found = torch.zeros(graph.shape, dtype=torch.bool)
     start = 0
@@ -140,10 +150,11 @@ def _check_sizes(sizes: Any, graph: Graph, file: Path) -> None:
             raise InputError(f"{file}: a circuit of another model: {name} is {found}, here {wanted[name]}")
 
 
-def _named(data: dict[str, Any], graph: Graph, file: Path) -> Tensor:
+def _named(data: dict[str, Any], graph: Graph, file: Path) -> tuple[Tensor, Tensor | None]:
     columns = {name: column for column, name in enumerate(_destinations(graph))}
     rows = {name: row for row, name in enumerate(graph.source_names)}
     real, kept = ungrouped(graph, graph.mask()), torch.zeros(graph.sources, len(columns), dtype=torch.bool)
+    scores, scored = torch.zeros(kept.shape), False
     for name, facts in data["edges"].items():
         source, _, destination = name.partition("->")
         place = rows.get(source), columns.get(destination)
@@ -152,13 +163,29 @@ def _named(data: dict[str, Any], graph: Graph, file: Path) -> Tensor:
         if not isinstance(facts, dict) or not isinstance(facts.get("in_graph"), bool):
             raise InputError(f"{file}: {name!r}: does not say whether it is in_graph")
         kept[place] = facts["in_graph"]
-    return _grouped(graph, kept)
+        if facts.get("score") is not None:
+            scores[place], scored = _number(facts["score"], f"{file}: {name!r}"), True
+    return kept, scores if scored else None
 
 
-def _numbered(data: dict[str, Any], graph: Graph, file: Path) -> Tensor:
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{where}: its score is not a finite number")
+    return float(value)
+
+
+def _numbered(data: dict[str, Any], graph: Graph, file: Path) -> tuple[Tensor, Tensor | None]:
     kept, real = data["edges_in_graph"], ungrouped(graph, graph.mask())
     if kept.shape != real.shape:
         raise InputError(f"{file}: edges_in_graph is {tuple(kept.shape)}, here {tuple(real.shape)}")
     if bool((kept & ~real).any()):
         raise InputError(f"{file}: edges_in_graph holds an edge that this model does not have")
-    return _grouped(graph, kept)
+    scores = data.get("edges_scores")
+    if scores is None:
+        return kept, None
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != real.shape:
+        raise InputError(f"{file}: edges_scores are not real numbers {tuple(real.shape)}")
+    scores = scores.float().masked_fill(~real, 0.0)
+    if not bool(scores.isfinite().all()):
+        raise InputError(f"{file}: edges_scores hold a number that is not finite")
+    return kept, scores

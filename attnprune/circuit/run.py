@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from attnprune.circuit import mib
 from attnprune.circuit.analysis import analyse, search_again
 from attnprune.circuit.compare import result_of, task_facts
 from attnprune.circuit.exchange import graph_json, graph_pt
 from attnprune.circuit.explained import ExplainedEdge, explain_edge
 from attnprune.circuit.folder import CACHE_FOLDER, RECORD_FILE, SETTINGS_FILE, check_folder
-from attnprune.circuit.given import GivenCircuit, evaluate_given
+from attnprune.circuit.given import GivenCircuit, GivenCircuits, evaluate_given
 from attnprune.circuit.model.adapters import graph_of
 from attnprune.circuit.result import CircuitResult
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import QUICK, Settings, Watch
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.tasks import Task, load_task, task_names
+from attnprune.circuit.tasks.tables import is_table
 from attnprune.errors import InputError
 from attnprune.files import locked, write_atomic
 from attnprune.sidecar import bases, loading
@@ -54,8 +56,7 @@ def _run(
 ) -> CircuitResult:
     """`run` with the folder held."""
     started = time.monotonic()
-    from_file = settings["task"].lower().endswith((".csv", ".jsonl"))
-    if not from_file and settings["task"] not in task_names():  # before any weights
+    if not is_table(settings["task"]) and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
     model, tokenizer = load_model(settings["model"], settings["base"], device)
     models = {"model": (settings["model"], model)}
@@ -87,14 +88,18 @@ def _run(
                 analyses[place] = analyses[place].with_search(search_again(subject, name))
         facts = task_facts(task, tokenizer, settings["seed"])
         exports = {}
-        for analysis, name in zip(analyses, ("eap-ig", "eap-ig-against"), strict=False):
+        places = [mib.folder_name(settings["task"], name) for name, _ in models.values()]
+        for analysis, name, place in zip(analyses, ("eap-ig", "eap-ig-against"), places, strict=False):
             whole = (analysis.anatomy.graph, analysis.anatomy.width, analysis.edges, analysis.scores)
             exports |= {f"{name}.json": json.dumps(graph_json(*whole)), f"{name}.pt": graph_pt(*whole)}
+            place = f"{place}-against" if f"mib/{place}/{mib.IMPORTANCES}" in exports else place
+            exports[f"mib/{place}/{mib.IMPORTANCES}"] = mib.importances(*whole)
         result = result_of(
             analyses, facts, how, command=settings["command"], quick=settings["quick"],
-            seconds=time.monotonic() - started, notes=[],
+            seconds=time.monotonic() - started, notes=list(task.notes),
         )  # fmt: skip
     for name, data in exports.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, data)
     write_atomic(folder / RECORD_FILE, result.model_dump_json(indent=1) + "\n")
     return result
@@ -102,8 +107,11 @@ def _run(
 
 def evaluate_file(
     file: Path, settings: dict[str, Any], device: str, watching: AbstractContextManager[Watch]
-) -> GivenCircuit:
-    """Evaluate the circuit in a file; settings as those of a search. Raises what `given.evaluate_given` raises."""
+) -> GivenCircuit | GivenCircuits:
+    """Evaluate the circuit in a file, or those of a submission to MIB; settings as those of a search.
+
+    Raises what `given.evaluate_given` raises.
+    """
     model, tokenizer = load_model(settings["model"], settings["base"], device)
     task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
     with watching as watch:

@@ -26,7 +26,9 @@ def circuit(
     task: Annotated[
         str | None,
         typer.Option(
-            "--task", help="ioi, greater-than, sva, ..., or a .csv or .jsonl file. Default: none.", show_default=False
+            "--task",
+            help="ioi, greater-than, sva, ..., or a file of prompts, also of MIB or Edge-Pruning. Default: none.",
+            show_default=False,
         ),
     ] = None,
     against: Annotated[
@@ -94,7 +96,8 @@ def circuit(
         Path | None,
         typer.Option(
             "--edges",
-            help="Evaluate the circuit in this EAP-IG .json or .pt file, without a search. Default: none.",
+            help="Evaluate the circuit in this EAP-IG .json or .pt file, or those in a folder for MIB, without a "
+            "search. Default: none.",
             show_default=False,
         ),
     ] = None,

@@ -11,12 +11,38 @@ from attnprune.errors import printable
 from attnprune.units import number, percent
 
 if TYPE_CHECKING:
-    from attnprune.circuit.given import GivenCircuit
+    from attnprune.circuit.given import GivenCircuit, GivenCircuits
 
 
-def summary(found: GivenCircuit) -> list[Any]:
+def summary(found: GivenCircuit | GivenCircuits) -> list[Any]:
     """What it computes, what it is worth, and what was not asked."""
-    table = Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+    return [
+        _one(found) if found.schema_id == "attnprune-given-circuit-1" else _several(found),
+        f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
+        *(f"note: {note}" for note in found.notes),
+    ]
+
+
+def _several(found: GivenCircuits) -> Table:
+    table = _titled(found)
+    table.add_column(escape(printable(found.model, 40)))
+    for column in ("edges", f"of {found.of:,}", "faithfulness", "95 %", "random"):
+        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
+    for one in found.circuits:
+        value = one.test.faithfulness
+        table.add_row(
+            escape(printable(one.name)), f"{one.edges:,}", percent(one.edges / found.of), f"{value.value:.3f}",
+            f"{value.low:.2f} to {value.high:.2f}", number(one.random.faithfulness),
+        )  # fmt: skip
+    return table
+
+
+def _titled(found: GivenCircuit | GivenCircuits) -> Table:
+    return Table(title=escape(printable(f"{found.file} on {found.task}")), title_justify="left", box=None)
+
+
+def _one(found: GivenCircuit) -> Table:
+    table = _titled(found)
     table.add_column("", style="dim")
     table.add_column(escape(printable(found.model, 40)), justify="right")
     test, worst = found.test, found.stress.worst_trial
@@ -39,7 +65,4 @@ def summary(found: GivenCircuit) -> list[Any]:
     }
     for name, cell in rows.items():
         table.add_row(name, cell)
-    return [
-        table,
-        f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
-    ]
+    return table

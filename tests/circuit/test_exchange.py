@@ -110,6 +110,9 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
         ("k.pt", pt(unreal), "holds an edge that this model does not have"),
         ("l.pt", pt(short), "edges_in_graph is (3, 21), here (9, 21)"),
         ("m.csv", b"", "a circuit is a .json or .pt file"),
+        ("n.json", {**good, "edges": {"input->logits": {"score": "high", "in_graph": True}}}, "not a finite number"),
+        ("o.pt", pt({**tensors, "edges_scores": tensors["edges_scores"][:3]}), "edges_scores are not real numbers"),
+        ("p.pt", pt({**tensors, "edges_scores": torch.full_like(tensors["edges_scores"], torch.nan)}), "not finite"),
     ]:
         refused(lambda name=name, data=data: read_edges(saved(name, data), graph), message)
     assert "run" not in capsys.readouterr().out

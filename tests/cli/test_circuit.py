@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from attnprune.circuit.folder import read_settings
@@ -115,6 +117,47 @@ def test_a_circuit_of_another_tool_is_evaluated_exactly(place, kind):
     assert given["fingerprint"] == found.task.fingerprint or found.task.more  # the search drew more of them
     assert given["edges"] == given["given"] == found.models[0].counts.edges
     assert given["test"]["faithfulness"]["value"] == pytest.approx(found.models[0].test.faithfulness.value, abs=1e-4)
+
+
+def test_a_search_is_a_submission_to_mib_and_submissions_are_evaluated(place):
+    """The circuit's edges come first, so the sizes from its own on hold what it does."""
+    found = CircuitResult.model_validate_json((place / "found" / "circuit.json").read_text()).models[0]
+    (folder,) = (path for path in (place / "found" / "mib").iterdir() if path.name == "addition_demo")
+    command = ("demo", "--task", "addition", "--prompts", "9", "--quick", "--edges", folder)
+    done = circuit(*command, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    circuits = first_object(done.stdout)["circuits"]
+    assert [one["given"] for one in circuits] == [0, 0, 2, 4, 9, 23, 47, 95, 239]  # of 479
+    assert all(one["edges"] <= one["given"] for one in circuits)
+    assert circuits[0]["test"]["faithfulness"]["value"] == pytest.approx(0, abs=1e-4)
+    larger = next(one for one in circuits if one["given"] >= found.counts.edges)
+    assert larger["test"]["faithfulness"]["value"] > 0.5
+    shown = circuit(*command, cwd=place)
+    assert "50 %" in shown.stdout
+    assert "no nonsense control: it was not searched" in shown.stdout
+
+
+def test_a_task_as_mib_publishes_it(tmp_path):
+    """Sums of the bundled model in the layout of MIB's arithmetic; one row has no counterfactual."""
+    rows = [
+        {"prompt": f"#{a}+{b}=", "label": 0, "random_counterfactual": {"prompt": f"#{a + 60}+{b}=", "label": 1}}
+        for a in range(20, 32)
+        for b in range(45, 57)
+    ]
+    rows.append(rows[0] | {"random_counterfactual": None})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "sums.parquet")
+    options = ("--task", "sums.parquet", "--quick", "--no-controls", "--prompts", "9", "--out", "found")
+    done = circuit("demo", *options, cwd=tmp_path)
+    assert done.returncode in (0, 3), done.stderr
+    note = "sums.parquet: 1 of 145 rows do not fit this tokenizer"
+    record = CircuitResult.model_validate_json((tmp_path / "found" / "circuit.json").read_text())
+    assert record.notes == [note]
+    assert (record.task.example.answers, record.task.example.wrong) == (["0"], ["1"])
+    assert f"note: {note}" in done.stdout
+    assert (tmp_path / "found" / "mib" / "sums_demo" / "importances.pt").exists()
+    file = tmp_path / "found" / "eap-ig.pt"
+    given = circuit("demo", "--task", "sums.parquet", "--quick", "--prompts", "9", "--edges", file, cwd=tmp_path)
+    assert f"note: {note}" in given.stdout
 
 
 def test_an_edge_is_explained_by_role_and_by_position(place):

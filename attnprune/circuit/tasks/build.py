@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from attnprune.circuit.tasks import text, tokens
 from attnprune.circuit.tasks.encoding import Encoder, Lexicon
 from attnprune.circuit.tasks.files import read_examples
 from attnprune.circuit.tasks.prompts import Example, Metric, Task, batched
+from attnprune.circuit.tasks.tables import SUFFIXES, is_table
 from attnprune.errors import InputError
 
 PARTS = ("train", "validation", "test")
@@ -50,7 +52,7 @@ def task_names() -> tuple[str, ...]:
 def load_task(
     name: str, tokenizer: Any, *, vocabulary: int | None = None, count: int = 100, more: int = 0, seed: int = 0
 ) -> Task:
-    """A generated task by name, or the user's .csv or .jsonl file, as `count` prompt pairs for each split.
+    """A generated task by name, or a file of prompts, as `count` prompt pairs for each split.
 
     The same arguments give the same task. The seed chooses which words (which prompts of a file) go to which split and
     what is drawn from them; a larger `count` adds prompts to those of a smaller one. A file may have fewer than asked.
@@ -64,10 +66,10 @@ def load_task(
     if count < 1:
         raise InputError(f"{count} prompts: at least one is needed")
     encoder = Encoder(tokenizer, vocabulary)
-    if name.lower().endswith((".csv", ".jsonl")):
+    if is_table(name):
         return _from_file(Path(name), encoder, count, more, seed)
     if name not in _KINDS:
-        raise InputError(f"{name}: no such task", hint=f"{', '.join(_KINDS)}, or a .csv or .jsonl file")
+        raise InputError(f"{name}: no such task", hint=f"{', '.join(_KINDS)}, or a {', '.join(SUFFIXES)} file")
     kind = _KINDS[name]
     key = f"{name.partition(':')[0]} {seed}"  # the variants of a task differ in their corrupted prompts only
     splits = []
@@ -101,7 +103,8 @@ def _distinct(examples: Iterator[Example], count: int) -> list[Example]:
 
 def _from_file(path: Path, encoder: Encoder, count: int, more: int, seed: int) -> Task:
     """No clean prompt of a split occurs in another one, as clean or as corrupted."""
-    rows = _linked(read_examples(path, encoder))
+    read = read_examples(path, encoder)
+    rows = _linked(read.examples)
     if len(rows) < len(PARTS):
         raise InputError(
             f"{path}: {len(rows)} independent clean prompts, {len(PARTS)} are needed",
@@ -111,7 +114,8 @@ def _from_file(path: Path, encoder: Encoder, count: int, more: int, seed: int) -
     for part in range(len(PARTS)):
         chosen = Lexicon(path.name, encoder, f"file {seed}", part).third(list(rows))
         splits.append([row for key in chosen for row in rows[key]])
-    return _task(path.name, (path.name,), splits, count, more, "logit_difference")
+    task = _task(path.name, (path.name,), splits, count, more, read.metric)
+    return task if read.note is None else replace(task, notes=(read.note,))
 
 
 def _linked(examples: list[Example]) -> dict[tuple[int, ...], list[Example]]:

@@ -1,92 +1,60 @@
-"""The user's own prompt pairs: a .csv or .jsonl file, read strictly.
+"""Prompt pairs from a file, read strictly: the user's own, or as a benchmark publishes them.
 
 Columns: clean, corrupted, answer, wrong. Answers continue the prompt, so they usually begin with a space; several are
-separated by "|" (or a list in JSONL). Instead of texts there may be token ids in correct_idx and incorrect_idx, the
-columns of the EAP-IG package. Other columns are not read.
+separated by "|" (or a list). Instead of texts there may be token ids in correct_idx and incorrect_idx, the columns of
+the EAP-IG package. Other columns are not read. `attnprune.circuit.tasks.layouts` has those of MIB and Edge-Pruning.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnprune.circuit.tasks.encoding import Encoder
-from attnprune.circuit.tasks.prompts import Example
+from attnprune.circuit.tasks.layouts import MisfitError, layout_of, metric_of
+from attnprune.circuit.tasks.prompts import Example, Metric
+from attnprune.circuit.tasks.tables import Row, rows
 from attnprune.errors import InputError
-from attnprune.files import reason
 
 _TEXTS = ("answer", "wrong")
 _INDICES = ("correct_idx", "incorrect_idx")
 
-Row = dict[str, Any]
+
+class Read(NamedTuple):
+    """The rows of a file as examples, in order, with their metric; `note` says which rows were left out."""
+
+    examples: list[Example]
+    metric: Metric
+    note: str | None
 
 
-def read_examples(path: Path, encoder: Encoder) -> list[Example]:
+def read_examples(path: Path, encoder: Encoder) -> Read:
     """All rows of a file as examples, in order.
 
+    A benchmark is published for all tokenizers, so its rows that do not fit this one are left out, as its own code
+    does; a user's row that does not fit is refused.
+
     Raises:
-        InputError: with the line number: not UTF-8, not CSV or JSON, a column or value missing, clean and corrupted of
-            different lengths in tokens or the same, an answer that is not one token, an answer that is also wrong.
+        InputError: with the line: not what its name says, a column or value missing, clean and corrupted of different
+            lengths in tokens or the same, an answer that is not one token, an answer that is also wrong; or no row of a
+            benchmark fits.
     """
-    rows = _csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows
-    examples = []
-    for line, row in rows(_text(path), path):
+    examples: list[Example] = []
+    misfits: list[str] = []
+    layout = None
+    for place, row in rows(path):
+        layout = layout or layout_of(row)
         try:
-            examples.append(_example(row, encoder))
+            examples.append(_example(row if layout is None else layout(row, encoder), encoder))
         except InputError as error:
-            raise InputError(f"{path}: line {line}: {error.message}", hint=error.hint) from None
-    return examples
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {reason(error)}") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line}: not UTF-8 text") from None
-    if "\0" in text:
-        raise InputError(f"{path}: line {text.count(chr(10), 0, text.index(chr(0))) + 1}: binary data (NUL byte)")
-    return text
-
-
-def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Row]]:
-    """(first line, values by column) of every record; records may hold line ends inside quotes."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise InputError(f"{path}: line 1: a column occurs twice")
-        line = reader.line_num + 1
-        for values in reader:
-            if values and len(values) != len(header):
-                raise InputError(f"{path}: line {line}: {len(values)} values for {len(header)} columns")
-            if values:
-                yield line, dict(zip(header, values, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}: line {line}: not valid CSV: {error}") from None
-
-
-def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Row]]:
-    for line, content in enumerate(text.split("\n"), 1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {line}: not a JSON object")
-        yield line, row
+            message = f"{place}: {error.message}"
+            if layout is None or not isinstance(error, MisfitError):
+                raise InputError(f"{path}: {message}", hint=error.hint) from None
+            misfits.append(message)
+    if misfits and not examples:
+        raise InputError(f"{path}: none of its {len(misfits):,} rows fits this tokenizer; {misfits[0]}")
+    note = f"{path.name}: {len(misfits):,} of {len(misfits) + len(examples):,} rows do not fit this tokenizer"
+    return Read(examples, metric_of(layout), note if misfits else None)
 
 
 def _example(row: Row, encoder: Encoder) -> Example:
@@ -99,7 +67,7 @@ def _example(row: Row, encoder: Encoder) -> Example:
             raise InputError(f"no {named}", hint="columns: clean, corrupted, answer, wrong")
     clean, corrupted = (_prompt(row, column, encoder) for column in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
-        raise InputError(
+        raise MisfitError(
             f"clean has {len(clean)} tokens, corrupted {len(corrupted)}",
             hint="change a word, so that both have equally many with this tokenizer",
         )
@@ -117,7 +85,7 @@ def _prompt(row: Row, column: str, encoder: Encoder) -> list[int]:
     if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"{column} is not text")
     if not encoder.knows(text):
-        raise InputError(f"{column} has characters that this tokenizer does not know")
+        raise MisfitError(f"{column} has characters that this tokenizer does not know")
     return encoder.ids(text, column)
 
 
@@ -140,7 +108,7 @@ def _continuation(value: Any, clean: str, column: str, encoder: Encoder) -> int:
     is_text = isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
     token = encoder.continuation(clean, value) if is_text and value else None
     if token is None:
-        raise InputError(
+        raise MisfitError(
             f"{column} {value!r} is not one token after the clean prompt",
             hint="it continues the prompt: the space belongs to the answer, not to the end of the prompt",
         )

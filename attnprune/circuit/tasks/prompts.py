@@ -127,6 +127,7 @@ class Task:
         templates: what `Prompts.template` counts, as text.
         train, validation, test: batches of equal-length prompts, shortest first.
         more: further train prompts with those of `train`, to learn a circuit on.
+        notes: what a reader of a result has to know of the prompts.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Task:
     validation: tuple[Prompts, ...]
     test: tuple[Prompts, ...]
     more: tuple[Prompts, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def chance(self) -> float:

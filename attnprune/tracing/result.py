@@ -76,7 +76,9 @@ class Message(Strict):
     exact: bool = Field(description="`effect` was measured by a run without it; else it is estimated by gradients")
     raises: list[Shift] = Field(description="tokens that its value raises most, by the final norm's scale at the query")
     lowers: list[Shift]
-    opened: Opening | None = Field(None, description="why its edge is open, with the largest writers; null: not asked")
+    opened: Opening | None = Field(
+        default=None, description="why its edge is open, with the largest writers; null: not asked"
+    )
 
 
 class ModelTrace(Strict):

@@ -194,7 +194,7 @@ function chart() {
     for (const p of m.curve) make(g, "circle", { cx: px(p.size), cy: py(p.share), r: 2 });
   }
   if (models.length > 1)
-    make(svg, "text", { x: width - 10, y: bottom - 6, "text-anchor": "end" }, "dotted: the other model");
+    make(svg, "text", { x: left + 6, y: top + 14 }, "dotted: the other model");
   make(svg, "line", { class: "here", x1: px(state.k), x2: px(state.k), y1: top, y2: bottom });
 }
 

@@ -16,11 +16,13 @@ from attnprune.attention.interface import attach, gates_of
 from attnprune.data.blocks import Blocks
 from attnprune.errors import AttnPruneError
 from attnprune.report.plan import plan_data, plan_table
+from attnprune.runs import processes
 from attnprune.runs.config import TrainConfig, build_config
 from attnprune.training import plan, recipe, resolve
 from attnprune.training.memory import Estimator, Shape, largest_divisor
 from attnprune.training.plan import make_plan
 from attnprune.training.scope import make_trainable
+from tests.helpers.groups import in_group
 from tests.helpers.recipes import run_config
 
 GIB = 2**30
@@ -221,3 +223,27 @@ def test_small_models_stay_in_fp32_without_a_race(monkeypatch):
 
 def test_on_cuda_it_is_bf16():
     assert resolve._precision(made()[0], 1, "cuda") == ("bf16", "")
+
+
+# Several processes
+
+
+def _planned_where_the_first_is_fast(parts) -> None:
+    processes.join("cpu")
+    runs = []
+
+    def run(self, blocks):
+        runs.append(blocks)
+        return 100.0 if processes.rank() else 0.001
+
+    plan._Steps._run = run
+    found = planned(*parts)
+    seen = processes.gather((runs, found.config.train.micro_batch_size, found.seconds_per_1000_steps))
+    assert seen[0] == seen[1]
+    assert len(runs) > 2  # quick steps are measured again, and all at once
+
+
+@pytest.mark.enable_socket
+def test_all_processes_plan_by_what_the_first_measured():
+    """A sharded model runs in all of them or in none: one that ran once more would wait for ever."""
+    assert in_group(_planned_where_the_first_is_fast, made()) == [0, 0]

@@ -243,7 +243,7 @@ def _planned_where_the_first_is_fast(parts) -> None:
     assert len(runs) > 2  # quick steps are measured again, and all at once
 
 
-@pytest.mark.enable_socket
+@pytest.mark.allow_hosts(["127.0.0.1"])
 def test_all_processes_plan_by_what_the_first_measured():
     """A sharded model runs in all of them or in none: one that ran once more would wait for ever."""
     assert in_group(_planned_where_the_first_is_fast, made()) == [0, 0]

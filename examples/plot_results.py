@@ -78,7 +78,8 @@ def broad_lm() -> Figure:
     right.set(ylabel="KL(base ‖ sparse), nats", yscale="log")
     for axes in (left, right):
         axes.set(xlabel="density on unseen text, %", xscale="log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        _plain_numbers(axis)
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
@@ -97,11 +98,16 @@ def smollm2() -> Figure:
     right.axhline(0.05, color="0.6", linewidth=1)
     right.set(xlabel="thousand tokens", xscale="log", ylabel="KL(base ‖ sparse) on held-out text, nats", yscale="log")
     for axis in (left.xaxis, right.xaxis, left.yaxis, right.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axis)
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5 of each decade of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:

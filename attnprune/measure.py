@@ -64,7 +64,7 @@ class Report(Shown):
     def __repr__(self) -> str:
         parts = [f"loss {self.loss:.4f}"]
         if self.base_loss is not None:
-            parts.append(f"base {self.loss_gap:+.4f}")
+            parts.append(f"loss - base {self.loss_gap:+.4f}")
         if self.kl is not None:
             parts.append(f"KL {self.kl:.4f}")
         if self.density is not None:

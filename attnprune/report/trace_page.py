@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnprune.report.pages import build, text, toggle
-from attnprune.report.traces import said, shown
+from attnprune.report.traces import none_can_go, said, shown
 from attnprune.units import duration, percent
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _intro(result: Trace) -> str:
         f"{model.open:,} messages sent keep {model.kept.share:z.3f} of the prediction "
         f"<code>{text(shown(model.predicted.text))}</code> ({percent(model.predicted.probability)}) against "
         f"<code>{text(shown(model.against.text))}</code> ({percent(model.against.probability)}), target "
-        f"{result.target:g}</p>"
+        f"{result.target:g}{'' if model.kept.same else '; <b>alone they predict another token</b>'}</p>"
         for model in result.models
     )
 
@@ -77,7 +77,7 @@ def _report(result: Trace) -> str:
         row("random sets of this size", _random),
         row("every message closed", lambda m: measured(m.closed)),
         row("full run", lambda m: f"logit difference {m.full.difference:.3f}"),
-        row("no message can go", lambda m: "each was tried" if m.minimal else "not tried for each"),
+        row("no message can go alone", none_can_go),
         row("runs of the model", lambda m: f"{m.runs:,} in {duration(m.seconds)}"),
     )
     head = "".join(f"<th>{text(Path(model.name).name)}</th>" for model in models)

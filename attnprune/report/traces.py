@@ -117,7 +117,7 @@ def sets_table(result: Trace) -> Table:
     row("against", *(f"{shown(m.against.text)} {percent(m.against.probability)}" for m in models))
     row("messages kept", *(f"{len(m.messages):,}" for m in models))
     row("  sent", *(f"{m.open:,} of {m.visible:,}" for m in models))
-    row("  none can go", *("yes" if m.minimal else "not tried for each" for m in models))
+    row("  none can go", *map(none_can_go, models))
     row("share kept", *(f"{m.kept.share:z.3f}" for m in models))
     row("  all others", *(f"{m.complement.share:z.3f}" for m in models))
     row("  random sets", *(_range(m.random.share, m.random.share_low, m.random.share_high) for m in models))
@@ -131,6 +131,13 @@ def sets_table(result: Trace) -> Table:
     row("  all others", *(_difference(m.complement) for m in models))
     row("  none", *(_difference(m.closed) for m in models))
     return table
+
+
+def none_can_go(model: ModelTrace) -> str:
+    """Whether each message of the set is needed."""
+    if model.minimal:
+        return "yes"
+    return "not tried for each" if model.can_go is None else f"no: {model.can_go} could"
 
 
 def _range(value: float, low: float, high: float) -> str:

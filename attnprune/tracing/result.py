@@ -101,6 +101,9 @@ class ModelTrace(Strict):
     messages: list[Message]
     curve: list[Measured] = Field(description="the first `size` messages of the list alone")
     minimal: bool = Field(description="without any one of its messages the set misses the target: each was tried")
+    can_go: int | None = Field(
+        default=None, description="messages of the set that could go alone; null: not each was tried"
+    )
     runs: int = Field(description="runs of the model behind this")
     seconds: float
 

@@ -22,7 +22,7 @@ from attnprune.sidecar.folder import is_merged, open_sidecar
 from attnprune.tracing.messages import Messages
 from attnprune.tracing.moved import top_shifts
 from attnprune.tracing.result import Candidate, Measured, Message, ModelTrace, RandomSets, Shift, Token, Trace
-from attnprune.tracing.search import Watch, smallest
+from attnprune.tracing.search import Watch, prefix_sizes, smallest
 
 MAX_TOKENS = 512
 LEAST_PROBABILITY = 1e-6  # of a token that the model is said to predict
@@ -94,6 +94,8 @@ def trace(
     started = time.monotonic()
     if not 0 < target <= 1:
         raise InputError(f"target {target:g}: is not above 0 and up to 1")
+    if explain < 0:
+        raise InputError(f"explain {explain}: is less than 0")
     if not text:
         raise InputError("text: is empty")
     notes: list[str] = []
@@ -201,9 +203,11 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
         others = every[~torch.isin(every, found.kept)]
         generator = torch.Generator().manual_seed(asked.seed)
         drawn = [every[torch.randperm(len(every), generator=generator)[:size]] for _ in range(DRAWS)]
-        prefixes = [found.kept[:count] for count in _sizes(size)]
+        prefixes = [found.kept[:count] for count in prefix_sizes(size)]
         sets = [every, none, found.kept, others, *drawn, *prefixes]
         full, all_closed, kept, complement, *rest = _measure(messages, sets, pair, closed)
+        if not kept.same:
+            notes.append(f"{named.name}: with the kept messages alone another token is the likeliest")
         described = _described(messages, named.tokenizer, found.kept, found.effects, found.exact)
         for number, message in enumerate(described[: asked.explain]):
             told("why they are open", number, asked.explain)
@@ -218,7 +222,8 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
             against=_candidate(messages, named.tokenizer, pair[1]),
             full=full, closed=all_closed, kept=kept, complement=complement, random=_random(rest[:DRAWS]),
             messages=described,
-            curve=rest[DRAWS:], minimal=found.minimal, runs=messages.runs, seconds=time.monotonic() - started,
+            curve=rest[DRAWS:], minimal=found.can_go == 0, can_go=found.can_go,
+            runs=messages.runs, seconds=time.monotonic() - started,
         )  # fmt: skip
 
 
@@ -244,11 +249,6 @@ def _pair(messages: Messages, named: _Named, against: int | None, notes: list[st
             hint=f"likely ones: {likely}",
         )
     return best, against
-
-
-def _sizes(size: int) -> list[int]:
-    """Sizes of the curve: about 16, in equal steps of their logarithm."""
-    return sorted({max(1, round(size ** (step / 16))) for step in range(17)}) if size else []
 
 
 def _measure(messages: Messages, sets: list[Tensor], pair: tuple[int, int], closed: float) -> list[Measured]:

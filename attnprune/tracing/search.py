@@ -32,13 +32,13 @@ class Found:
     """A set of candidates (their numbers, int64 [n]), the most effective first.
 
     effects: what the KL grows by without each message, fp64 [n]; exact: measured, else estimated by its derivative.
-    minimal: no single message can go, and each was tried.
+    can_go: how many of them could go alone; None where that was not tried.
     """
 
     kept: Tensor
     effects: Tensor
     exact: bool
-    minimal: bool
+    can_go: int | None
 
 
 def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
@@ -46,14 +46,34 @@ def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
     kept = learn(messages, allowed, POINTS, lambda step: watch("learning which to keep", step, STEPS))
     kept = _deleted(messages, kept, allowed, watch)
     watch("effects", 0, 1)
+    found = _ranked(messages, kept, allowed)
+    while (shorter := _shortest_prefix(messages, found.kept, allowed)) < len(found.kept):
+        found = _ranked(messages, found.kept[:shorter], allowed)
+    return found
+
+
+def _ranked(messages: Messages, kept: Tensor, allowed: float) -> Found:
+    """A set in the order of its effects."""
     whole, exact = float(messages.kl([kept])[0]), _each_affordable(messages, kept)
     if exact:
         effects = messages.kl([_without(kept, [place]) for place in range(len(kept))]) - whole
     else:
         effects = messages.slopes(kept, (1.0,))
     order = effects.argsort(descending=True, stable=True)
-    minimal = exact and bool((whole + effects > allowed).all())
-    return Found(kept[order], effects[order], exact, minimal)
+    can_go = int((whole + effects <= allowed).sum()) if exact else None
+    return Found(kept[order], effects[order], exact, can_go)
+
+
+def prefix_sizes(size: int) -> list[int]:
+    """Sizes of the first messages of a list: about 16, in equal steps of their logarithm."""
+    return sorted({max(1, round(size ** (step / 16))) for step in range(17)}) if size else []
+
+
+def _shortest_prefix(messages: Messages, kept: Tensor, allowed: float) -> int:
+    """How many of the first messages hold alone: deletion may have left some that do harm."""
+    sizes = prefix_sizes(len(kept))
+    holds = (messages.kl([kept[:size] for size in sizes]) <= allowed).tolist() if sizes else []
+    return next((size for size, held in zip(sizes, holds, strict=True) if held), len(kept))
 
 
 def _between(low: int, high: int) -> list[int]:

@@ -7,6 +7,9 @@ import torch
 
 from attnprune import load, trace
 from attnprune.attention.interface import gates_of
+from attnprune.report.trace_page import render_page
+from attnprune.report.traces import none_can_go
+from attnprune.tracing import run, search
 from attnprune.tracing.result import Trace
 from tests.helpers.factory import byte_tokenizer, refused, save_tiny_llama
 from tests.helpers.families import build
@@ -41,6 +44,44 @@ def test_finds_exactly_the_planted_route(family, gated, seed):
     assert all(m.exact and m.effect > 0.9 * model.closed.kl for m in model.messages)
     assert model.candidates < model.open <= model.visible == 4 * 4 * 45
     assert bool(gates_of(route.model)) == gated
+
+
+def test_messages_that_deletion_left_behind_are_dropped(monkeypatch):
+    """The first messages by effect that hold are the set, whatever else the search had."""
+
+    def left_behind(messages, kept, *rest):
+        every = torch.arange(len(messages))
+        return torch.cat([kept, every[~torch.isin(every, kept)][:20]])
+
+    monkeypatch.setattr(search, "_deleted", left_behind)
+    route = plant_route(seed=3)
+    (model,) = trace(route.model, route.text, tokenizer=route.tokenizer).models
+    assert found(model) == route.hops
+    assert model.minimal
+    assert model.can_go == 0
+    monkeypatch.setattr(search, "_shortest_prefix", lambda messages, kept, allowed: len(kept))
+    (model,) = trace(route.model, route.text, tokenizer=route.tokenizer).models
+    assert len(model.messages) >= 23
+    assert not model.minimal
+    assert model.can_go == len(model.messages) - 3
+    assert none_can_go(model) == f"no: {model.can_go} could"
+
+
+def test_a_set_that_predicts_another_token_says_so(monkeypatch):
+    """A share of KL may be kept without the prediction."""
+    route, measure = plant_route(seed=1), run._measure
+    plain = trace(route.model, route.text, tokenizer=route.tokenizer)
+    assert plain.notes == []
+    assert "alone they predict another token" not in render_page(plain)
+
+    def another(messages, sets, *rest):
+        return [m.model_copy(update={"same": chosen is not sets[2]}) for m, chosen in
+                zip(measure(messages, sets, *rest), sets, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(run, "_measure", another)
+    other = trace(route.model, route.text, tokenizer=route.tokenizer)
+    assert other.notes == ["LlamaForCausalLM: with the kept messages alone another token is the likeliest"]
+    assert "alone they predict another token" in render_page(other)
 
 
 @both_kinds

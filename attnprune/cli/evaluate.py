@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet, Revision
+from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet, Revision, TextField
 from attnprune.cli.output import out
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def evaluate(
         int, typer.Option("--damage-heads", help="With --damage: heads that are measured.", min=0)
     ] = 16,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks per forward pass; 0: by length.", min=0)] = 0,
-    text_field: Annotated[
-        str, typer.Option("--text-field", help="Column of text or chat messages; without a column text, messages.")
-    ] = "text",
+    text_field: TextField = "text",
     revision: Revision = None,
     base: Base = None,
     device: Device = "cpu",

@@ -7,27 +7,17 @@ from typing import Annotated
 
 import typer
 
-from attnprune.cli.options import Base, Device, Json, Quiet
+from attnprune.cli.options import AnyModel, Base, BlockLength, Device, Json, LookedAt, MostTokens, Quiet, TextField
 from attnprune.cli.output import command_line, out
 
 
 def index(
-    model: Annotated[str, typer.Argument(help="Sidecar or merged folder, base model, Hub name, .gguf file or 'demo'.")],
-    data: Annotated[
-        list[str],
-        typer.Option("--data", help="Text to look at: file, folder, pattern or Hub data set (repeatable)."),
-    ],
+    model: AnyModel,
+    data: LookedAt,
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index; one that was begun goes on.")],
-    tokens: Annotated[int, typer.Option("--tokens", help="At most this many tokens of the text.", min=2)] = 16_384,
-    seq_len: Annotated[
-        int,
-        typer.Option(
-            "--seq-len", help="Tokens per block, up to 1,024. 0: as the sparse model was measured, else 512.", min=0
-        ),
-    ] = 0,
-    text_field: Annotated[
-        str, typer.Option("--text-field", help="Column of text or chat messages; without a column text, messages.")
-    ] = "text",
+    tokens: MostTokens = 16_384,
+    seq_len: BlockLength = 0,
+    text_field: TextField = "text",
     base: Base = None,
     device: Device = "auto",
     as_json: Json = False,

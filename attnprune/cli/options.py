@@ -21,6 +21,21 @@ AllowMismatch = Annotated[
     bool, typer.Option("--allow-base-mismatch", help="Accept a base of equal structure with other weights.")
 ]
 
+AnyModel = Annotated[str, typer.Argument(help="Sidecar or merged folder, base model, Hub name, .gguf file or 'demo'.")]
+TextField = Annotated[
+    str, typer.Option("--text-field", help="Column of text or chat messages; without a column text, messages.")
+]
+LookedAt = Annotated[
+    list[str], typer.Option("--data", help="Text to look at: file, folder, pattern or Hub data set (repeatable).")
+]
+MostTokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens of the text.", min=2)]
+BlockLength = Annotated[
+    int,
+    typer.Option(
+        "--seq-len", help="Tokens per block, up to 1,024. 0: as the sparse model was measured, else 512.", min=0
+    ),
+]
+
 # What `attnprune sparsify` does without an option whose help does not say it itself. tests/cli/test_help.py compares it
 # with RunConfig, whose import would make every --help wait.
 RUN_DEFAULTS = {

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from attnprune.cli.options import Base, Device, Json, Quiet
+from attnprune.cli.options import AnyModel, Base, Device, Json, Quiet
 from attnprune.cli.output import command_line, out
 from attnprune.errors import InputError
 
 
 def trace(
-    model: Annotated[str, typer.Argument(help="Sidecar or merged folder, base model, Hub name, .gguf file or 'demo'.")],
+    model: AnyModel,
     text: Annotated[str, typer.Option("--text", help="The text; what follows it is predicted.")],
     token: Annotated[
         int, typer.Option("--token", help="Trace the prediction behind this token: 0 the first, -1 the last.")

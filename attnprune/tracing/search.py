@@ -71,7 +71,7 @@ def prefix_sizes(size: int) -> list[int]:
 
 def _shortest_prefix(messages: Messages, kept: Tensor, allowed: float) -> int:
     """How many of the first messages hold alone: deletion may have left some that do harm."""
-    sizes = prefix_sizes(len(kept))
+    sizes = prefix_sizes(len(kept))[:-1]  # the whole set is the answer if none of them holds
     holds = (messages.kl([kept[:size] for size in sizes]) <= allowed).tolist() if sizes else []
     return next((size for size, held in zip(sizes, holds, strict=True) if held), len(kept))
 

@@ -56,6 +56,13 @@ class InputError(AttnPruneError):
     exit_code = 2
 
 
+def not_installed(package: str, extra: str | None = None) -> InputError:
+    """The refusal of what needs a package that is not here; `extra` of attnprune brings it, if it is not its own."""
+    return InputError(
+        f"{package} is not installed", hint=f'pip install "attnprune[{extra}]"' if extra else f"pip install {package}"
+    )
+
+
 class UnsupportedModelError(InputError):
     """The model's family, shape or attention cannot be gated (exit code 2)."""
 

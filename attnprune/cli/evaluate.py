@@ -94,11 +94,13 @@ def evaluate(
         from attnprune.report.evaluation import scores_data, scores_table
         from attnprune.training.harness import evaluate_tasks
 
+        notes: list[str] = []
         found = evaluate_tasks(
             path, sidecar, tasks.split(","), base=base, revision=revision, device=device, limit=task_limit,
-            batch_size=batch_size, definitions=task_folder, allow_base_mismatch=allow_base_mismatch,
+            batch_size=batch_size, definitions=task_folder, allow_base_mismatch=allow_base_mismatch, bars=out.live,
+            on_note=notes.append,
         )  # fmt: skip
-        out.result(scores_data(found), scores_table(found))
+        out.result(scores_data(found, notes), scores_table(found), *(f"note: {note}" for note in notes))
         return
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")

@@ -94,7 +94,7 @@ def documents(
         InputError: a file is missing, empty, binary, not of a known kind, or has no such field; no text at all.
         AttnPruneError: the Hub data set cannot be reached.
     """
-    if not is_local(source) and (source.startswith((".", "/", "~")) or _is_file_name(source)):
+    if not is_local(source) and (source.startswith((".", "/", "~")) or source.endswith("/") or _is_file_name(source)):
         raise InputError(f"{source}: no such file")
     return Documents(source, text_field, tokenizer, start)
 

@@ -64,9 +64,9 @@ def warnings_of(reports: list[Report]) -> list[str]:
     return [f"{data}: {line}" for data, line in found if line]
 
 
-def scores_data(found: dict[str, list[Score]]) -> dict[str, Any]:
+def scores_data(found: dict[str, list[Score]], notes: list[str]) -> dict[str, Any]:
     """Scores of tasks for JSON."""
-    return {"tasks": {model: [asdict(score) for score in scores] for model, scores in found.items()}}
+    return {"tasks": {model: [asdict(score) for score in scores] for model, scores in found.items()}, "notes": notes}
 
 
 def scores_table(found: dict[str, list[Score]]) -> Table:

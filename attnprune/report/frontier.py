@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from attnprune.errors import AttnPruneError
+from attnprune.errors import not_installed
 from attnprune.runs.frontier import Point
 from attnprune.units import percent
 
@@ -42,12 +42,12 @@ def draw_frontier(points: list[Point], file: Path) -> None:
     """KL, loss - base and the open-gate control against density, as a PNG.
 
     Raises:
-        AttnPruneError: matplotlib is missing.
+        InputError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise AttnPruneError("the picture needs matplotlib", hint="pip install 'attnprune[plots]'") from None
+        raise not_installed("matplotlib", "plots") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     density = [100 * point.density for point in points]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from attnprune import files
 from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
-from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, not_installed
 from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
@@ -34,6 +35,7 @@ from attnprune.sidecar.quantised import (
     stored_settings,
 )
 from attnprune.sidecar.quiet import quiet
+from attnprune.sidecar.remote import check_repo_id
 from attnprune.sidecar.spreading import DeviceMap, spread
 from attnprune.sidecar.stored import fingerprint_of_files
 
@@ -170,14 +172,17 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"{name}: no such file")
+        if find_spec("gguf") is None:
+            raise not_installed("gguf", "gguf")
         return "gguf", str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         _check_folder(path)
         return "local", name, {}
     if path.exists():
         raise InputError(f"{name}: not a model folder or .gguf file")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(f"{name}: no such folder")
+    check_repo_id(name, owner=False)
     return "hub", name, {"revision": hub.base_commit(name, revision)}
 
 

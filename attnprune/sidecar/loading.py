@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import attach
-from attnprune.errors import AttnPruneError, InputError
+from attnprune.errors import InputError, not_installed
 from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.bases import BaseModel, load_base, torch_dtype
@@ -236,13 +236,12 @@ def _add_lora(model: nn.Module, tensors: dict[str, Tensor], entry: format.Weight
     """Put adapters beside the layers that they change, through PEFT.
 
     Raises:
-        AttnPruneError: PEFT is missing.
-        InputError: as `merge_lora`.
+        InputError: PEFT is not installed; or as `merge_lora`.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     except ImportError:
-        raise AttnPruneError("adapters on a quantised base need peft", hint="pip install 'attnprune[lora]'") from None
+        raise not_installed("peft", "lora") from None
     targets = _targets(model, tensors, entry)
     assert entry.rank is not None
     assert entry.alpha is not None

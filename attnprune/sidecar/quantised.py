@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from attnprune.errors import InputError, UnsupportedModelError, first_line
+from attnprune.errors import InputError, UnsupportedModelError, first_line, not_installed
 from attnprune.sidecar.precision import DTYPES
 
 
@@ -24,12 +24,14 @@ def bitsandbytes() -> Any:
     """The library.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, or cannot be imported.
     """
     try:
         import bitsandbytes
     except ImportError as error:
-        raise InputError(f"quantised models need bitsandbytes ({error})", hint="pip install bitsandbytes") from None
+        if isinstance(error, ModuleNotFoundError):
+            raise not_installed("bitsandbytes") from None
+        raise InputError(f"bitsandbytes cannot be imported: {first_line(error)}") from None
     warnings.filterwarnings("ignore", module="bitsandbytes")  # it says for every layer that inputs are cast
     return bitsandbytes
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from attnprune.attention.interface import GATE_ATTRIBUTE, attach, detach, gates_forced_open, gates_of
-from attnprune.errors import AttnPruneError
+from attnprune.errors import not_installed
 from attnprune.runs.config import RunConfig
 from attnprune.sidecar.quantised import is_quantised, source_class
 from attnprune.training.compiled import decoder_layers
@@ -125,7 +125,7 @@ def _add_lora(model: Any, config: RunConfig) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise AttnPruneError("scope lora needs peft", hint="pip install 'attnprune[lora]'") from None
+        raise not_installed("peft", "lora") from None
     names = projection_names(model, config.train.lora_targets)
     modules = dict(model.named_modules())
     rank = config.train.lora_rank

@@ -7,14 +7,14 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from attnprune.errors import AttnPruneError
+from attnprune.errors import not_installed
 
 
 def tracker(name: str, folder: Path) -> list[TrainerCallback]:
     """The callback that sends a run's logs to a tracker; none for "none". TensorBoard's files go to OUT/tensorboard.
 
     Raises:
-        AttnPruneError: the tracker is not installed.
+        InputError: the tracker is not installed.
     """
     if name == "none":
         return []
@@ -22,7 +22,7 @@ def tracker(name: str, folder: Path) -> list[TrainerCallback]:
     try:
         made = kind()
     except (ImportError, RuntimeError):
-        raise AttnPruneError(f"output.report_to: {name} is not installed", hint=f"pip install {name}") from None
+        raise not_installed(name) from None
     if name == "tensorboard":
         made.logging_dir = str(folder / "tensorboard")
     return [made]

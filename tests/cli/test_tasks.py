@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from attnprune.errors import AttnPruneError
 from attnprune.sidecar import bases
 from attnprune.training import harness
 from tests.helpers.command import attnprune
-from tests.helpers.factory import save_tiny_llama
+from tests.helpers.factory import byte_tokenizer, refused, save_tiny_llama
 from tests.helpers.sidecars import save_sidecar
 
 TASK = """task: which_letter
@@ -90,8 +89,53 @@ def test_bad_input_is_one_line(place, arguments, message):
     assert message in done.stderr.splitlines()[-1]
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
-    with pytest.raises(AttnPruneError, match="tasks need lm-eval") as missing:
-        harness.evaluate_tasks("model", None, ["x"])
-    assert missing.value.hint == "pip install 'attnprune[eval]'"
+SUMS = [{"text": text, "choices": ["046", "111"], "answer": 0} for text in ("#12+34=", "")]
+SPOKEN = """task: spoken
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+test_split: test
+output_type: generate_until
+doc_to_text: "#12+34="
+doc_to_target: "0 4 6"
+generation_kwargs:
+  max_gen_toks: 3
+  until: []
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture
+def sums(tmp_path, monkeypatch):
+    """A folder that is no git repository, with two tasks for the bundled model; lm-eval knows no others."""
+    from lm_eval.tasks import TaskManager
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    (tmp_path / "sums.yaml").write_text(TASK.format(rows=rows) + "target_delimiter: ''\n")
+    (tmp_path / "spoken.yaml").write_text(SPOKEN.format(rows=rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "_manager", lambda folder: TaskManager(include_path=folder, include_defaults=False))
+    return str(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_of_text(sums, capfd):
+    """The bundled model's: the padding token stands for it, openly, also before the text that has no prompt."""
+    notes = []
+    options = {"definitions": sums, "bars": False, "on_note": notes.append}
+    found = harness.evaluate_tasks("demo", None, ["which_letter", "spoken"], **options)["model"]
+    assert capfd.readouterr().err == ""  # neither bars nor what git says of the folder
+    assert [note for note in notes if "'<pad>'" in note] == notes != []
+    base = bases.load_base("demo")
+    right = [chosen(base.model, base.tokenizer, row["text"] or "<pad>", row["choices"]) == 0 for row in SUMS]
+    scores = {score.task: score.value for score in found}
+    assert scores == {"which_letter": pytest.approx(sum(right) / 2), "spoken": 1.0}
+    assert base.tokenizer.eos_token is None
+
+
+def test_without_any_token_that_could_end_a_text(sums):
+    bare = byte_tokenizer()
+    bare.eos_token = None
+    refused(lambda: harness._with_an_end(bare, print), "no token for the begin or end of a text")

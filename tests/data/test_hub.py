@@ -23,6 +23,10 @@ def test_a_hub_data_set_out_of_reach_fails_with_a_way_out():
     assert "--data" in caught.value.hint
 
 
+def test_a_folder_that_is_not_there_is_no_data_set():
+    refused(lambda: documents("nosuch/"), "nosuch/: no such file")
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no\nroute"), FileNotFoundError("x"), ValueError("bad"), OSError()])
 @pytest.mark.parametrize("rows_before", [0, 2])
 def test_any_hub_failure_is_one_error(monkeypatch, error, rows_before):

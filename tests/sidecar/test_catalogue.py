@@ -701,6 +701,15 @@ def test_a_name_of_a_base_that_is_too_long_is_refused(name):
     refused(lambda: bases.load_base(name), "file name too long")
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [("nosuch/", "no such folder"), ("a/b/", "no such folder"), ("a b", "bad repo")]
+)
+def test_a_name_that_the_hub_cannot_have_is_refused_before_it_is_asked(monkeypatch, name, part):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    error = refused(lambda: bases.load_base(name), name, part)
+    assert "Hub" not in error.message
+
+
 # Merged folders
 
 

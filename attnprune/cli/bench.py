@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attnprune.cli.options import Base, Device, Json, Quiet
-from attnprune.cli.output import out
+from attnprune.cli.output import command_line, out
 
 if TYPE_CHECKING:
     from attnprune.bench.record import Record, Row
@@ -210,8 +209,7 @@ def _write(rows: list[Row], left_out: list[str], device: Any, seed: int, file: P
     from attnprune.bench.record import Record
     from attnprune.files import write_atomic
 
-    command = "attnprune " + " ".join(sys.argv[1:])
-    record = Record(command=command, seed=seed, machine=machine(device), rows=rows, left_out=left_out)
+    record = Record(command=command_line(), seed=seed, machine=machine(device), rows=rows, left_out=left_out)
     if file is not None:
         write_atomic(file, record.model_dump_json(indent=1) + "\n")
     return record

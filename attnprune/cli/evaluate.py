@@ -85,6 +85,7 @@ def evaluate(
     from attnprune.errors import InputError
     from attnprune.sidecar.hub import is_repo
 
+    notes: list[str] = []
     sidecar = sidecar_at(path, revision)
     if device_map is not None and (tasks is not None or damage):
         raise InputError("--device-map: is for measuring on text; leave out --tasks and --damage")
@@ -94,7 +95,6 @@ def evaluate(
         from attnprune.report.evaluation import scores_data, scores_table
         from attnprune.training.harness import evaluate_tasks
 
-        notes: list[str] = []
         found = evaluate_tasks(
             path, sidecar, tasks.split(","), base=base, revision=revision, device=device, limit=task_limit,
             batch_size=batch_size, definitions=task_folder, allow_base_mismatch=allow_base_mismatch, bars=out.live,
@@ -115,10 +115,10 @@ def evaluate(
     reports = evaluate_model(
         path, sidecar, data or [], base=base, revision=revision, device=device, seq_len=seq_len,
         tokens=tokens or 16_384, batch_size=batch_size, text_field=text_field, allow_base_mismatch=allow_base_mismatch,
-        device_map=device_map,
+        device_map=device_map, on_note=notes.append,
     )  # fmt: skip
-    facts: dict[str, Any] = {"reports": [report_data(r) for r in reports]}
-    lines: list[object] = [report_table(reports), *warnings_of(reports)]
+    facts: dict[str, Any] = {"reports": [report_data(r) for r in reports], "notes": notes}
+    lines: list[object] = [report_table(reports), *warnings_of(reports), *(f"note: {note}" for note in notes)]
     if sidecar is not None and not data:
         stored, now = sidecar.manifest.result, reports[0]
         facts["reproduced"] = (now.loss, now.open_edges) == (stored.loss, stored.open_edges)

@@ -70,8 +70,8 @@ class Output:
 
 
 def command_line() -> str:
-    """The command as it was typed, for records."""
-    return "attnprune " + shlex.join(sys.argv[1:])
+    """The command as it was typed, for records; bytes that are no UTF-8 are escaped."""
+    return f"attnprune {shlex.join(sys.argv[1:])}".encode("utf-8", "backslashreplace").decode()
 
 
 def debugging() -> bool:

@@ -27,12 +27,14 @@ _DOCUMENTS_AT_ONCE = 64  # a fast tokenizer works on several in parallel
 
 @dataclass(frozen=True)
 class Source:
-    """What one source gave: its name, tokens, rows skipped because they have no text, and conversations among them."""
+    """What one source gave: its name, tokens, rows skipped because they have no text, conversations among them, and how
+    many of the tokens stand for characters that the tokenizer does not know."""
 
     name: str
     tokens: int
     empty_rows: int = 0
     conversations: int = 0
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,15 @@ def _fingerprint(shape: Iterable[int], ids: Iterable[Tensor], labels: Iterable[T
     for tensor in chain(ids, labels):
         digest.update(tensor.to(torch.int32).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def unknown_notes(sources: Iterable[Source]) -> list[str]:
+    """A line for each source with characters that the tokenizer does not know."""
+    return [
+        f"{s.name}: {s.unknown:,} of {s.tokens:,} tokens stand for characters that the tokenizer does not know"
+        for s in sources
+        if s.unknown
+    ]
 
 
 def split(blocks: AnyBlocks, eval_tokens: int, seed: int) -> tuple[AnyBlocks, Blocks]:

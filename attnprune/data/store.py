@@ -19,6 +19,7 @@ import torch
 from attnprune.data import hub
 from attnprune.data.blocks import Source, StoredBlocks, check_long_enough, rows_of
 from attnprune.data.sources import documents, is_local, local_files, source_name
+from attnprune.data.vocabulary import count_unknown
 from attnprune.files import held, unusable, write_atomic
 
 LARGE = 32 << 20  # bytes of local text, from which on its tokens are stored
@@ -66,7 +67,7 @@ def stored_blocks(
         raise unusable(tokens, error) from None
     ids = torch.from_file(str(tokens), shared=False, size=found["rows"] * seq_len, dtype=torch.int32)
     name, read = source_name(source), found["read"]
-    counted = Source(name, ids.numel(), read["empty"], read["conversations"])
+    counted = Source(name, ids.numel(), read["empty"], read["conversations"], count_unknown(ids, tokenizer))
     return StoredBlocks((ids.view(-1, seq_len),), torch.arange(found["rows"]), name, (counted,))
 
 

@@ -12,7 +12,7 @@ from attnprune.data.blocks import IGNORED_LABEL, AnyBlocks, Blocks, Source, Stor
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.sources import check_distinct, documents, is_local, local_files, source_name
 from attnprune.data.store import is_large, stored_blocks
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.vocabulary import check_tokens, count_unknown
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig
 from attnprune.runs.folder import DEMO
@@ -94,7 +94,8 @@ def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_
     """Blocks of the text that one source holds, at most `max_tokens`."""
     texts = documents(source, text_field, tokenizer)
     blocks = pack(texts, tokenizer, seq_len, max_tokens, source_name(source))
-    return replace(blocks, sources=(Source(blocks.name, blocks.tokens, texts.empty, texts.conversations),))
+    unknown = count_unknown(blocks.input_ids, tokenizer)
+    return replace(blocks, sources=(Source(blocks.name, blocks.tokens, texts.empty, texts.conversations, unknown),))
 
 
 def addition_task(tokenizer: Any) -> tuple[Blocks, Blocks]:

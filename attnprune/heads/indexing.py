@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.errors import InputError
 from attnprune.files import check_new_folder, locked
 from attnprune.heads import pieces
@@ -54,6 +55,7 @@ def index(
     text_field: str = "text",
     device: str = "auto",
     watch: Watch = lambda stage, done, of: None,
+    on_note: Callable[[str], object] = warnings.warn,
     command: str = "",
 ) -> Index:
     """Store every open edge of a text in a folder that can be asked; the same call goes on where one was interrupted.
@@ -75,6 +77,7 @@ def index(
         text_field: column of the text.
         device: auto, cpu or cuda, for models given by name.
         watch: told the stage and how far it is.
+        on_note: told of a text with characters that the tokenizer does not know. Default: a Python warning.
 
     Returns:
         The index, opened.
@@ -91,6 +94,8 @@ def index(
         check_new_folder(folder)
     named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
     blocks = blocks_of(named, sources, tokens, seq_len, text_field)
+    for note in unknown_notes(blocks.sources):
+        on_note(note)
     record = _record(named, blocks, command)
     if is_new:
         ids = blocks.input_ids.unique().tolist()

@@ -12,7 +12,7 @@ import torch
 
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.errors import InputError
 from attnprune.heads.corpus import Named, Watch, blocks_of, delimiters_of, models_of, sources_of
 from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
@@ -65,6 +65,7 @@ def atlas(
     for named in models_of(model, tokenizer, base, device, dense, notes):
         if blocks is None:
             blocks = blocks_of(named, sources, tokens, seq_len, text_field)
+            notes += unknown_notes(blocks.sources)
         elif (why := _misfit(found[0], named, blocks)) is not None:
             raise InputError(f"{named.name}: is not the base of {found[0].name}: {why}")
         found.append(_model_atlas(named, blocks, watch))

@@ -303,7 +303,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or an absurd number
-        raise InputError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise InputError(f"{path}: {error.strerror if isinstance(error, OSError) else why}") from None
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnprune.attention.interface import gates_of
 from attnprune.attention.interventions import Recorder, recording
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.vocabulary import ids_of
 from attnprune.errors import InputError
 from attnprune.sidecar.masks import pack
 
@@ -61,15 +61,14 @@ def open_edges(model: Any, tokenizer: Any, text: str) -> TextEdges:
     """Run `text` through a sparse model and list its open edges.
 
     Raises:
-        InputError: no tokens, more than MAX_TOKENS, or one that the model does not have.
+        InputError: no tokens, more than MAX_TOKENS, or one that the model or the tokenizer does not know; no UTF-8.
     """
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = ids_of(text, tokenizer, model.config.vocab_size, "--text")
     if ids.shape[1] == 0:
         raise InputError("--text: is empty")
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
     if ids.shape[1] > longest:
         raise InputError(f"--text: {ids.shape[1]} tokens are more than the {longest} that can be shown")
-    check_tokens(ids[0], tokenizer, model.config.vocab_size, "--text")
     found: list[tuple[int, Tensor]] = []
     gates = gates_of(model)
 

@@ -15,7 +15,7 @@ from attnprune.circuit.explained import opening
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.explain import explain as explain_edge
 from attnprune.circuit.search.splits import pattern_visible
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.vocabulary import ids_of
 from attnprune.errors import InputError
 from attnprune.sidecar import bases, hub, loading
 from attnprune.sidecar.folder import is_merged, open_sidecar
@@ -148,14 +148,13 @@ def _models(
 
 def _ask(named: _Named, text: str, token: int, target: float, against: str | None, seed: int, explain: int) -> _Asked:
     """Text and options as tokens of the model."""
-    ids = named.tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = ids_of(text, named.tokenizer, named.model.config.vocab_size, "text")
     length = ids.shape[1]
     if length == 0:
         raise InputError("text: has no tokens")
     longest = min(MAX_TOKENS, bases.context_length(named.model) or MAX_TOKENS)
     if length > longest:
         raise InputError(f"text: {length} tokens are more than the {longest} that can be traced")
-    check_tokens(ids[0], named.tokenizer, named.model.config.vocab_size, "text")
     if not -length <= token < length:
         raise InputError(f"token {token}: the text has {length} tokens, 0 to {length - 1}")
     ids = ids[:, : token % length + 1].to(named.model.device)
@@ -168,16 +167,14 @@ def _single_token(named: _Named, against: str) -> int:
     Raises:
         InputError: it is none or several, unknown, or beyond the model's vocabulary.
     """
-    ids = named.tokenizer(against, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    where = f"against {against!r}"
+    ids = ids_of(against, named.tokenizer, named.model.config.vocab_size, where, add_special_tokens=False)[0]
     if len(ids) != 1:
         pieces = " ".join(repr(named.tokenizer.decode([index])) for index in ids[:6].tolist())
         raise InputError(
-            f"against {against!r}: is {len(ids)} tokens{': ' if len(ids) else ''}{pieces}, not one",
+            f"{where}: is {len(ids)} tokens{': ' if len(ids) else ''}{pieces}, not one",
             hint="most words are a token with the space before them, as in ' Mary'",
         )
-    if int(ids[0]) == named.tokenizer.unk_token_id:
-        raise InputError(f"against {against!r}: is not in the vocabulary")
-    check_tokens(ids, named.tokenizer, named.model.config.vocab_size, "against")
     return int(ids[0])
 
 

@@ -30,7 +30,7 @@ from attnprune.measure import BATCH_TOKENS, kl_divergence, token_losses
 from attnprune.sidecar.damage import Damage, LayerDamage, fingerprints
 from attnprune.sidecar.folder import Sidecar
 from attnprune.training.compiled import decoder_layers
-from attnprune.training.evaluation import held_out_split, load_pair, text_blocks
+from attnprune.training.evaluation import held_out_split, load_pair, tell_unknown, text_blocks
 from attnprune.training.scope import attention_modules
 
 TOKENS = 4096  # each costs two passes through half the model per layer and measured head
@@ -62,6 +62,7 @@ def sidecar_damage(
         blocks = held_out_split(sidecar, dense)
     else:
         blocks = text_blocks(source, text_field, dense, length, tokens)
+    tell_unknown([blocks], on_note)
     blocks = some_of(blocks, tokens)
     return measure_damage(sparse, dense.model, blocks, fingerprints(sidecar), heads=heads, on_note=on_note)
 

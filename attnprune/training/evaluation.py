@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from attnprune.attention.interface import gates_of
-from attnprune.data.blocks import Blocks
+from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.data.sampling import cache_folder, self_written
 from attnprune.data.texts import addition_task, load_blocks, read_blocks
 from attnprune.data.vocabulary import check_tokens
@@ -21,6 +23,9 @@ from attnprune.sidecar.spreading import DeviceMap
 # Of 32 bits, since a CPU's generator keeps no more (2**32 is its seed 0), and one that no run is given by chance: text
 # that the base writes here was not trained on.
 SELF_SEED = 0xA77E5EED
+
+OnNote = Callable[[str], object]
+"""Told a line about what was read."""
 
 
 def evaluate_model(
@@ -37,20 +42,23 @@ def evaluate_model(
     text_field: str = "text",
     allow_base_mismatch: bool = False,
     device_map: DeviceMap | None = None,
+    on_note: OnNote = warnings.warn,
 ) -> list[Report]:
     """One Report per text. A sidecar is measured against its base, with the open-gate control.
 
-    `device_map` spreads the models over devices, as `attnprune.load` does; instead of `device`.
+    `device_map` spreads the models over devices, as `attnprune.load` does; instead of `device`. `on_note` is told of
+    texts with characters that the tokenizer does not know.
 
     Raises:
         InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
     """
     if sidecar is None:
         loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device), device_map=device_map)
-        return _measured(loaded, sources, seq_len, tokens, batch_size, text_field)
+        return _measured(loaded, sources, seq_len, tokens, batch_size, text_field, on_note)
     dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch, device_map=device_map)
     length = seq_len or sidecar.manifest.result.seq_len
     texts = [text_blocks(s, text_field, dense, length, tokens) for s in sources] or [held_out_split(sidecar, dense)]
+    tell_unknown(texts, on_note)
     reference = bases.dense(dense.model)
     return [measure(sparse, blocks, reference=reference, control=True, batch_size=batch_size) for blocks in texts]
 
@@ -64,6 +72,7 @@ def evaluate_loaded(
     tokens: int = 16_384,
     batch_size: int = 0,
     text_field: str = "text",
+    on_note: OnNote = warnings.warn,
 ) -> list[Report]:
     """One Report per text of a model in memory; one with gates is also measured with all of them open.
 
@@ -75,19 +84,28 @@ def evaluate_loaded(
     was_training = model.training
     model.eval()
     try:
-        return _measured(bases.BaseModel(model, tokenizer, "local"), sources, seq_len, tokens, batch_size, text_field)
+        loaded = bases.BaseModel(model, tokenizer, "local")
+        return _measured(loaded, sources, seq_len, tokens, batch_size, text_field, on_note)
     finally:
         model.train(was_training)
 
 
 def _measured(
-    loaded: bases.BaseModel, sources: list[str], seq_len: int, tokens: int, batch_size: int, text_field: str
-) -> list[Report]:
+    loaded: bases.BaseModel, sources: list[str], seq_len: int, tokens: int, batch_size: int, text_field: str,
+    on_note: OnNote,
+) -> list[Report]:  # fmt: skip
     """Reports of a model that has no base to be compared with."""
     model, length = loaded.model, seq_len or min(512, bases.context_length(loaded.model) or 512)
     has_gates = bool(gates_of(model))
     texts = [text_blocks(source, text_field, loaded, length, tokens) for source in sources]
+    tell_unknown(texts, on_note)
     return [measure(model, blocks, control=has_gates, batch_size=batch_size) for blocks in texts]
+
+
+def tell_unknown(texts: list[Blocks], on_note: OnNote) -> None:
+    """A note for each text that has characters that the tokenizer does not know."""
+    for note in unknown_notes(source for blocks in texts for source in blocks.sources):
+        on_note(note)
 
 
 def load_pair(

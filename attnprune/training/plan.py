@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attnprune.attention.interface import gates_of
-from attnprune.data.blocks import AnyBlocks, Blocks, Source
+from attnprune.data.blocks import AnyBlocks, Blocks, Source, unknown_notes
 from attnprune.errors import AttnPruneError
 from attnprune.measure import BATCH_TOKENS, measure
 from attnprune.runs import processes
@@ -298,4 +298,4 @@ def _text_notes(sources: tuple[Source, ...]) -> list[str]:
         for s in sources
         if s.conversations
     ]
-    return [f"data: {note}" for note in skipped + chats]
+    return [f"data: {note}" for note in skipped + chats + unknown_notes(sources)]

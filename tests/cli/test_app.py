@@ -111,7 +111,10 @@ SLOWER = [
     (("apply", "other", "model-attnprune"), 2, "not the weights"),
     (("apply", "wider", "model-attnprune"), 2, "wrong base"),
     (("inspect", "model-attnprune", "--base", "model", "--text", "a" * 65), 2, "more than the 64"),
+    (("inspect", "model-attnprune", "--base", "model", "--text", "caf\udce9"), 2, "--text: is not UTF-8 text"),
     (("eval", "model", "--data", "text.txt", "--seq-len", "65"), 2, "context of 64"),
+    (("eval", "model", "--data", "latin1.txt"), 2, "latin1.txt: line 1: not UTF-8 text"),
+    (("sparsify", "model", "--config", "latin1.txt"), 2, "latin1.txt: not UTF-8 text"),
 ]
 
 
@@ -120,6 +123,7 @@ def bad_inputs(place):
     (place / "empty.txt").touch()
     (place / "binary.txt").write_bytes(b"\0\1\2")
     (place / "short.txt").write_text("tiny")
+    (place / "latin1.txt").write_bytes(b"caf\xe9")
     (place / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
     (place / "bloom").mkdir()
     (place / "bloom" / "config.json").write_text('{"model_type": "bloom"}')

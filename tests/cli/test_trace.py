@@ -66,6 +66,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
         (["demo", "--text", "#27+58=", "--token", "7"], "token 7: the text has 7 tokens, 0 to 6"),
         (["demo", "--text", "#27+58=", "--target", "1.5"], "--target 1.5: is not above 0 and up to 1"),
         (["demo", "--text", "#27+58=", "--against", "12"], "is 2 tokens: '1' '2', not one"),
+        (["demo", "--text", "#27+58=", "--against", "x"], "against 'x': the tokenizer does not know 'x'"),
+        (["demo", "--text", "hello"], "text: the tokenizer does not know 'h', 'e', 'l', 'o'"),
+        (["demo", "--text", "\udcff#1"], "text: is not UTF-8 text"),
         (["base", "--text", "x" * 65], "text: 65 tokens are more than the 64 that can be traced"),
         (["nowhere/at/all", "--text", "x"], "nowhere/at/all: "),
     ]

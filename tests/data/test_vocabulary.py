@@ -1,16 +1,18 @@
-"""A tokenizer with more tokens than its model: the text that uses one is refused, the model is not."""
+"""Texts that a model cannot read as they are meant: a token that only the tokenizer has, a character that it does not
+know, bytes that are no text. The text is refused, or its unknown characters counted; the model is not."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attnprune.attention.interface import attach
 from attnprune.circuit.tasks.build import load_task
 from attnprune.data.sampling import sample
-from attnprune.data.texts import load_blocks
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.texts import load_blocks, read_blocks
+from attnprune.data.vocabulary import check_tokens, ids_of, unknown_id, unknown_parts
 from attnprune.runs.config import build_config
 from attnprune.sidecar import bases
 from attnprune.sidecar.edges import open_edges
@@ -18,7 +20,7 @@ from attnprune.sidecar.loading import load
 from attnprune.sidecar.merged import load_merged, write_merged
 from attnprune.sidecar.probe import measure_probe
 from attnprune.training.evaluation import evaluate_model
-from tests.helpers.factory import refused, save_text, save_tiny_llama
+from tests.helpers.factory import byte_tokenizer, refused, save_text, save_tiny_llama
 from tests.helpers.sidecars import save_sidecar
 from tests.helpers.tasks import word_tokenizer
 from tests.helpers.texts import StartTokens
@@ -125,3 +127,54 @@ def test_prompts_and_answers_of_a_file_are_checked_with_their_line(base, tmp_pat
     refused(
         lambda: load_task(str(file), tokenizer, vocabulary=257), "line 6: correct_idx '257' is not a token id below 257"
     )
+
+
+def digits():
+    """The bundled model's tokenizer, which reads what it does not know as <pad>."""
+    return bases.load_base("demo").tokenizer
+
+
+def silent():
+    """A tokenizer that leaves out what it does not know."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])))
+
+
+def test_unknown_characters_of_one_text_are_named():
+    error = refused(
+        lambda: ids_of("hello#1", digits(), 14, "text"), "text: the tokenizer does not know 'h', 'e', 'l', 'o'"
+    )
+    assert error.hint == "it would read each as '<pad>'"
+    error = refused(
+        lambda: ids_of("abcdefghijkl", silent(), 2, "text"), "'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j' and 2 more"
+    )
+    assert error.hint == "it would leave them out"
+    assert ids_of("#1<pad>2", digits(), 14, "text").tolist() == digits()(["#1<pad>2"])["input_ids"]
+    assert ids_of("b a", silent(), 2, "text").tolist() == [[1, 0]]
+
+
+def test_a_tokenizer_of_bytes_knows_everything():
+    tokenizer = byte_tokenizer()
+    tokenizer.unk_token = "<eos>"  # as GPT-2's says
+    text = "é𒀀 \ufeff\x00\n<eos>e\u0301"
+    assert unknown_id(tokenizer) is None
+    assert unknown_parts(text, tokenizer) == []
+    assert ids_of(text, tokenizer, 257, "text").shape[1] > len(text) - 4
+
+
+def test_half_characters_are_no_text():
+    for name in ("\udcff#1", "#1\ud800"):
+        refused(lambda name=name: ids_of(name, digits(), 14, "text"), "text: is not UTF-8 text")
+
+
+def test_unknown_characters_of_a_corpus_are_counted(tmp_path, base):
+    text = tmp_path / "text.txt"
+    text.write_text("#12+34=046 and\n" * 8)
+    [source] = read_blocks(str(text), "text", digits(), 15, 10**6).sources
+    assert (source.tokens, source.unknown) == (120, 8 * 5)
+    notes = []
+    evaluate_model("demo", None, [str(text)], seq_len=10, on_note=notes.append)
+    assert notes == ["text.txt: 40 of 120 tokens stand for characters that the tokenizer does not know"]
+    with pytest.warns(UserWarning, match="40 of 120 tokens"):
+        evaluate_model("demo", None, [str(text)], seq_len=10)
+    evaluate_model(str(base), None, [str(text)], seq_len=10, on_note=notes.append)
+    assert len(notes) == 1

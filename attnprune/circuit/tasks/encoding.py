@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from attnprune.circuit.tasks.prompts import Example
-from attnprune.data.vocabulary import check_tokens
+from attnprune.data.vocabulary import check_tokens, unknown_id, unknown_parts
 from attnprune.errors import InputError
 
 Span = tuple[int, int]
@@ -31,11 +31,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.opening: list[int] = [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
         check_tokens(torch.tensor(self.opening), tokenizer, self.vocabulary, "the start of every prompt")
-        # A tokenizer may map what it does not know to a token that transformers is not told about.
-        self.unknown: str | None = tokenizer.unk_token
-        if self.unknown is None and tokenizer.is_fast:
-            self.unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
-        self._unknown_id = None if self.unknown is None else tokenizer.convert_tokens_to_ids(self.unknown)
+        self._unknown_id = unknown_id(tokenizer)
         self._words: dict[str, int | None] = {}
 
     def ids(self, text: str, where: str) -> list[int]:
@@ -59,8 +55,8 @@ class Encoder:
         return whole[-1]
 
     def knows(self, text: str) -> bool:
-        """Whether no part of a text becomes the unknown token."""
-        return self._unknown_id not in self._ids(text) or (self.unknown is not None and self.unknown in text)
+        """Whether the tokenizer knows every part of a text."""
+        return not unknown_parts(text, self.tokenizer)
 
     def word(self, word: str) -> int | None:
         """The token of a space and `word` inside a text, or None where that is not exactly one token."""

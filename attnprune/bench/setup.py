@@ -101,6 +101,8 @@ def pair(name: str, base: str | None, device: str) -> tuple[Any, Any, torch.devi
     """(dense base with SDPA, gated model, device); a base model gets gates at 99 % of its softmax mass."""
     where = device_named(device)
     folder = sparse_folder(name)
+    if folder is None and base is not None:
+        raise InputError(f"--base: {name} is a dense model itself")
     if folder is None:
         dense, gated = (load_base(name, device=where.type).model for _ in range(2))
         attach(gated)

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import AllowMismatch, Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 from attnprune.errors import InputError
 
 
 def apply(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -35,6 +37,8 @@ def apply(
 ) -> None:
     """Load SIDECAR onto its base, check the stored probe, and with --merge write an ordinary model folder."""
     out.configure(json=as_json, quiet=quiet)
+    if merge is None:
+        refuse(context, "without --merge", "dtype")
     if len(paths) > 2:
         raise InputError("apply: takes a base and a sidecar, or a sidecar alone")
     if len(paths) == 2 and base is not None:

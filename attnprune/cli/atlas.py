@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import AnyModel, Base, BlockLength, Device, Json, LookedAt, MostTokens, Quiet, TextField
 from attnprune.cli.output import command_line, out
 
 
 def atlas(
+    context: typer.Context,
     model: AnyModel,
     data: LookedAt,
     tokens: MostTokens = 16_384,
@@ -33,6 +35,8 @@ def atlas(
 ) -> None:
     """Describe every head over a text: how often it opens, how far it reads, and what kind of edges it has."""
     out.configure(json=as_json, quiet=quiet)
+    if data == ["task"]:
+        refuse(context, "with --data task", "seq_len", "text_field")
     from attnprune.files import check_new_folder
 
     if output is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import command_line, out
 
@@ -25,6 +26,7 @@ Batch = Annotated[int, typer.Option("--batch-size", help="Sequences.", min=1)]
 
 @app.command("attention")
 def attention(
+    context: typer.Context,
     suite: Annotated[list[str], typer.Option("--suite", help="train, prefill or decode (repeatable).")] = [  # noqa: B006
         "train",
         "prefill",
@@ -62,6 +64,11 @@ def attention(
 ) -> None:
     """One attention layer: SDPA, FlexAttention, eager PyTorch and ours; checked against the definition, then timed."""
     out.configure(json=as_json, quiet=quiet)
+    if source is None:
+        refuse(context, "without --from", "data", "layer", "base")
+    else:
+        shape = ("density", "batch_size", "heads", "kv_heads", "head_dim", "noise", "seed")
+        refuse(context, "with --from", *shape)
     _check_out(out_file)
     from attnprune.bench import attention, setup
     from attnprune.bench.providers import GATED, SDPA
@@ -122,6 +129,7 @@ def train(
 
 @app.command("step")
 def step(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", help="Hub id, folder or .gguf file. Default: random, of the shape below.")
     ] = None,
@@ -147,6 +155,10 @@ def step(
 ) -> None:
     """An optimiser step of sparsify, by each way it has, against transformers' Trainer without gates."""
     out.configure(json=as_json, quiet=quiet)
+    if model is not None:
+        refuse(context, "with --model", "layers", "width", "vocabulary")
+    if scope != "lora":
+        refuse(context, f"with --scope {scope}", "lora_rank")
     _check_out(out_file)
     from attnprune.bench import step as bench
     from attnprune.bench.setup import device_named

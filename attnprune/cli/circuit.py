@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnprune.cli.given import refuse_others
 from attnprune.cli.options import Base, Device, Json, Quiet
 from attnprune.cli.output import command_line, out
 from attnprune.cli.signals import EndedBySignal
@@ -127,22 +128,24 @@ def circuit(
     from attnprune.circuit.folder import default_name, is_begun
 
     if render is not None:
-        _refuse(context, "--render: draws what a finished search found", besides=("render", "as_json", "quiet"))
+        refuse_others(context, "--render: draws what a finished search found", besides=("render", "as_json", "quiet"))
         _draw(render)
         return
     if explain is not None and model is not None and task is not None:
         able = ("model", "task", "explain", "base", "seed", "device", "as_json", "quiet")
-        _refuse(context, "--explain: runs one prompt", besides=able)
+        refuse_others(context, "--explain: runs one prompt", besides=able)
         _explain(model, task, explain, {"base": base, "seed": seed, "device": device})
         return
     if edges is not None and model is not None and task is not None:
         able = ("model", "task", "edges", "base", "prompts", "seed", "quick", "ablate", "batch_size", "device")
-        _refuse(context, "--edges: evaluates without a search", besides=(*able, "as_json", "quiet"))
+        refuse_others(context, "--edges: evaluates without a search", besides=(*able, "as_json", "quiet"))
         how = {"base": base, "prompts": prompts, "seed": seed, "quick": quick, "ablate": ablate}
         _evaluate(model, task, edges, how | {"batch_size": batch_size, "device": device})
         return
     if resume is not None:
-        _refuse(context, "--resume: goes on as the search was begun", besides=("resume", "device", "as_json", "quiet"))
+        refuse_others(
+            context, "--resume: goes on as the search was begun", besides=("resume", "device", "as_json", "quiet")
+        )
         folder = resume
     else:
         if model is None or task is None:
@@ -164,20 +167,6 @@ def circuit(
         number = error.number if isinstance(error, EndedBySignal) else signal.SIGINT
         hint = f"continue with: attnprune circuit --resume {shlex.quote(str(folder))}"
         raise InterruptedRunError("interrupted", number, hint if is_begun(folder) else None) from error
-
-
-def _refuse(context: typer.Context, reason: str, besides: tuple[str, ...]) -> None:
-    """Refuse other arguments and options than `besides` beside one that decides everything."""
-    given = _given(context, besides)
-    if given:
-        raise InputError(f"{reason}; leave out {', '.join(given)}")
-
-
-def _given(context: typer.Context, besides: tuple[str, ...]) -> list[str]:
-    """The arguments and options that the command line holds."""
-    names = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name}
-    sources = {name: context.get_parameter_source(name) for name in names if name not in besides}
-    return [names[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _run(

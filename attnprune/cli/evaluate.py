@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import AllowMismatch, Base, Device, Json, Quiet, Revision, TextField
 from attnprune.cli.output import out
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     path: Annotated[
         str, typer.Argument(metavar="MODEL_OR_SIDECAR", help="Sidecar folder or repository, or a base model.")
     ],
@@ -81,12 +83,26 @@ def evaluate(
 ) -> None:
     """Measure loss, base loss, open-gate control, KL, density and edges per query on text."""
     out.configure(json=as_json, quiet=quiet)
+    if tasks is None:
+        refuse(context, "without --tasks", "task_folder", "task_limit")
+    else:
+        refuse(context, "with --tasks", "seq_len", "tokens", "text_field")
+    if damage:
+        refuse(context, "with --damage", "batch_size")
+    else:
+        refuse(context, "without --damage", "damage_heads")
+    if data == ["task"]:
+        refuse(context, "with --data task", "seq_len", "text_field")
+    if device_map is not None:
+        refuse(context, "with --device-map", "device")
     from attnprune.api.commands import sidecar_at
     from attnprune.errors import InputError
     from attnprune.sidecar.hub import is_repo
 
     notes: list[str] = []
     sidecar = sidecar_at(path, revision)
+    if sidecar is None:
+        refuse(context, "for a model that is no sidecar", "allow_base_mismatch")
     if device_map is not None and (tasks is not None or damage):
         raise InputError("--device-map: is for measuring on text; leave out --tasks and --damage")
     if tasks is not None:
@@ -102,6 +118,8 @@ def evaluate(
         )  # fmt: skip
         out.result(scores_data(found, notes), scores_table(found), *(f"note: {note}" for note in notes))
         return
+    if not data:
+        refuse(context, "without --data", "seq_len", "text_field", *([] if damage else ["tokens"]))
     if sidecar is None and not data:
         raise InputError(f"{path}: say what to measure on", hint="--data FILE.txt")
     if damage:

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import AnyModel, Base, BlockLength, Device, Json, LookedAt, MostTokens, Quiet, TextField
 from attnprune.cli.output import command_line, out
 
 
 def index(
+    context: typer.Context,
     model: AnyModel,
     data: LookedAt,
     output: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index; one that was begun goes on.")],
@@ -25,6 +27,8 @@ def index(
 ) -> None:
     """Store every open edge of a text, to be asked with `attnprune edges`. Interrupted, the same command goes on."""
     out.configure(json=as_json, quiet=quiet)
+    if data == ["task"]:
+        refuse(context, "with --data task", "seq_len", "text_field")
     from attnprune.heads.indexing import index as build
     from attnprune.report.circuits import Watching
     from attnprune.report.edge_index import built

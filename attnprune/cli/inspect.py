@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from attnprune.cli.given import refuse, refuse_others
 from attnprune.cli.options import AllowMismatch, Base, Json, Quiet, Revision
 from attnprune.cli.output import out
 
 
 def inspect(
+    context: typer.Context,
     path: Annotated[str, typer.Argument(help="Sidecar or merged folder, or Hub repository.")],
     text: Annotated[
         str | None,
@@ -39,6 +41,18 @@ def inspect(
 ) -> None:
     """Show what a sidecar learned: outcome, density of every head, distances; with --text the edges of a text."""
     out.configure(json=as_json, quiet=quiet)
+    if damage:
+        refuse_others(context, "--damage: shows a record", ("path", "damage", "revision", "as_json", "quiet"))
+    if runtime:
+        able = ("path", "runtime", "revision", "base", "allow_base_mismatch", "as_json", "quiet")
+        refuse_others(context, "--runtime: runs no text", able)
+    if text is None:
+        refuse(context, "without --text", "layer", "head", "everything", "limit", "save_mask")
+    if text is None and not runtime:
+        refuse(context, "without --text or --runtime", "base", "allow_base_mismatch")
+    is_chosen = everything or layer is not None or head is not None
+    if not is_chosen:
+        refuse(context, "without --all, --layer or --head", "limit")
     from attnprune.errors import InputError
     from attnprune.sidecar import masks
     from attnprune.sidecar.folder import open_artefact
@@ -47,8 +61,6 @@ def inspect(
     folder = locate(path, revision, weights=runtime or text is not None)
     sidecar = open_artefact(folder)
     if save_mask is not None:
-        if text is None:
-            raise InputError("--save-mask: needs --text", hint="which edges are open depends on the text")
         masks.check_target(save_mask)
     if damage:
         from attnprune.report.damage import as_data as damage_data
@@ -83,7 +95,6 @@ def inspect(
     if save_mask is not None:
         masks.save(save_mask, found.mask(heads), found.input_ids)
         out.note(f"mask of all heads written to {save_mask}")
-    is_chosen = everything or layer is not None or head is not None
     lines = render(found, chosen, limit) if is_chosen else summary(found, sidecar.manifest.result)
     out.result(as_data(found, chosen), *lines)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnprune.cli.given import refuse
 from attnprune.cli.options import RUN_DEFAULTS, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.errors import AttnPruneError, ConstraintNotMetError, InputError
@@ -21,6 +22,7 @@ def _option(*names: str, help: str) -> Any:
 
 
 def sparsify(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Hub id, folder, .gguf file, or 'demo'.", show_default=False)
     ] = None,
@@ -153,6 +155,10 @@ def sparsify(
         constraint = "density"
     if recover and constraint is None:
         constraint = "density"  # that of the sidecar
+    if scope not in (None, "lora"):
+        refuse(context, f"with --scope {scope}", "lora_rank", "lora_targets", *(["learning_rate"] * (scope == "gates")))
+    if constraint in ("kl", "loss"):
+        refuse(context, f"with --constraint {constraint}", "target_density")
     flags = {
         "model": {
             "name": model, "revision": revision, "init": init, "device": device, "dtype": dtype,

@@ -179,7 +179,7 @@ def test_inspect_saves_the_gates_of_a_text(place):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--save-mask", "new"], "--save-mask: needs --text"),
+        (["--save-mask", "new"], "--save-mask: does nothing without --text"),
         (["--save-mask", "base/config.json", "--text", "a"], "is not overwritten"),
         (["--save-mask", "nowhere/new", "--text", "a"], "no such folder"),
     ],

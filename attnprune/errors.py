@@ -6,14 +6,24 @@ Exit codes: 0 ok · 1 valid input but the work failed · 2 the input is wrong an
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Self
 
 
 def printable(text: object, limit: int | None = None) -> str:
-    """Text on one line, control characters escaped so that no name can drive the terminal, cut after `limit`."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    line = line.encode("utf-8", "backslashreplace").decode()  # lone surrogates of undecodable paths
-    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+    """Text on one line, control characters escaped so that no name can drive the terminal, at most `limit` long: what
+    is cut off are whole characters, with their escapes."""
+    shown = list(map(_visible, str(text)))
+    if limit is None or sum(map(len, shown)) <= limit:
+        return "".join(shown)
+    ends = list(accumulate(map(len, shown)))
+    return "".join(shown[: bisect_right(ends, limit - 1)]) + "…"
+
+
+def _visible(character: str) -> str:
+    """Lone surrogates of undecodable paths are escaped too."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,11 @@ def number(value: float | None, form: str = ".3f") -> str:
     return NOT_FINITE if value is None else format(value, form)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 block, 2,000 blocks."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 45 s, 12 min, 3 h 05 min."""
     if seconds < 100:

@@ -10,6 +10,7 @@ import typer
 from attnprune.cli.options import Base, Json, Quiet
 from attnprune.cli.output import out
 from attnprune.errors import InputError
+from attnprune.units import counted
 
 if TYPE_CHECKING:
     from attnprune.publish.plan import Plan
@@ -57,5 +58,6 @@ def push(
         out.result(facts)
         return
     facts |= {"commit": done.commit, "url": done.url, "sent": done.sent}
-    outcome = f"{done.sent} files sent" if done.sent or facts["deleted"] else "nothing to send, all files are there"
+    sent = f"{counted(done.sent, 'file')} sent"
+    outcome = sent if done.sent or facts["deleted"] else "nothing to send, all files are there"
     out.result(facts, f"{outcome}; verified: {done.url}", f"load it with revision {done.commit}")

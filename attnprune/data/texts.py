@@ -91,7 +91,13 @@ def _first(blocks: AnyBlocks, rows: int) -> AnyBlocks:
 
 
 def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_tokens: int) -> Blocks:
-    """Blocks of the text that one source holds, at most `max_tokens`."""
+    """Blocks of the text that one source holds, at most `max_tokens`.
+
+    Raises:
+        InputError: no such text, none in it, or blocks of less than two tokens.
+    """
+    if seq_len < 2:
+        raise InputError(f"--seq-len {seq_len}: a block needs two tokens, one to read and one that reads it")
     texts = documents(source, text_field, tokenizer)
     blocks = pack(texts, tokenizer, seq_len, max_tokens, source_name(source))
     unknown = count_unknown(blocks.input_ids, tokenizer)

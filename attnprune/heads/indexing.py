@@ -123,15 +123,18 @@ def _identity(model: Any) -> str:
 
 
 def _check_same(folder: Path, record: pieces.Record) -> None:
-    """Refuse to go on with another model, text or block length.
+    """Refuse to go on with another model, text, length of it or block length.
 
     Raises:
         InputError: naming it.
     """
     begun = pieces.read_record(folder)
-    for what, field in (("model", "model_sha256"), ("block length", "seq_len"), ("text", "data_sha256")):
+    tokens = ("number of tokens", f"{begun.blocks * begun.seq_len:,}", "blocks")
+    for what, was, field in (
+        ("model", begun.model, "model_sha256"), ("block length", begun.seq_len, "seq_len"),
+        *([tokens] if begun.data == record.data else []), ("text", begun.data, "data_sha256"),
+    ):  # fmt: skip
         if getattr(begun, field) != getattr(record, field):
-            was = begun.model if what == "model" else begun.seq_len if what == "block length" else begun.data
             raise InputError(f"{folder}: was made with another {what} ({was})", hint="give another folder")
 
 

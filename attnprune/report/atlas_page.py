@@ -10,7 +10,7 @@ from attnprune.errors import printable
 from attnprune.report.atlases import labels_line
 from attnprune.report.pages import build, text
 from attnprune.report.traces import shown
-from attnprune.units import duration
+from attnprune.units import counted, duration
 
 if TYPE_CHECKING:
     from attnprune.heads.result import Atlas, Head, ModelAtlas, Reading
@@ -71,7 +71,10 @@ def _reading(reading: Reading) -> dict[str, Any]:
 
 def _intro(result: Atlas) -> str:
     """The text, and one line per model."""
-    lines = [f"{text(result.data)}: {result.tokens:,} tokens in {result.blocks:,} blocks of {result.seq_len}"]
+    lines = [
+        f"{text(result.data)}: {counted(result.tokens, 'token')} in {counted(result.blocks, 'block')} "
+        f"of {result.seq_len}"
+    ]
     lines += [
         f"<b>{text(Path(model.name).name)}</b> <span class=dim>({model.kind})</span>: {text(labels_line(model))}"
         for model in result.models

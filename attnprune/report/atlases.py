@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from attnprune.errors import printable
-from attnprune.units import duration, percent
+from attnprune.report.tables import filled
+from attnprune.units import counted, duration, percent
 
 if TYPE_CHECKING:
     from attnprune.heads.result import Atlas, Head, ModelAtlas
@@ -39,19 +39,17 @@ def kind_name(name: str, offset: int) -> str:
 def summary(result: Atlas) -> list[Any]:
     """The answer for a person: per model the heads ranked, how many have which label, the rule."""
     lines: list[Any] = [
-        printable(f"{result.data}: {result.tokens:,} tokens in {result.blocks:,} blocks of {result.seq_len}"), ""
+        printable(
+            f"{result.data}: {counted(result.tokens, 'token')} in {counted(result.blocks, 'block')} of {result.seq_len}"
+        ), ""
     ]  # fmt: skip
     for model in result.models:
-        lines += [heads_table(result, model), _filled(labels_line(model)), ""]
-    lines.append(_filled(f"label: {result.rule}"))
+        lines += [heads_table(result, model), filled(labels_line(model)), ""]
+    lines.append(filled(f"label: {result.rule}"))
     lines.append("control: edges (mass) of each query on uniformly drawn visible keys, exact")
     lines.append("(kind): no label; the kind that is most above its control")
     lines.append(f"{duration(result.seconds)}")
-    return lines + [f"note: {note}" for note in result.notes]
-
-
-def _filled(text: str) -> str:
-    return fill(text, 80, subsequent_indent="  ")
+    return lines + [filled(f"note: {printable(note)}") for note in result.notes]
 
 
 def heads_table(result: Atlas, model: ModelAtlas) -> Table:
@@ -104,4 +102,4 @@ def labels_line(model: ModelAtlas) -> str:
     said.append(f"{none} without a label")
     if model.kind == "sparse":
         said.append(f"{len(model.closed)} closed")
-    return f"{len(model.heads)} heads: " + ", ".join(said)
+    return f"{counted(len(model.heads), 'head')}: " + ", ".join(said)

@@ -21,7 +21,7 @@ from attnprune.report.circuits import (
 )
 from attnprune.report.pages import build, toggle
 from attnprune.report.pages import text as _text
-from attnprune.units import duration, number, percent
+from attnprune.units import counted, duration, number, percent
 
 if TYPE_CHECKING:
     from attnprune.circuit.record import Interval
@@ -154,7 +154,7 @@ def _published(model: ModelCircuit) -> str:
     if found.heads is None:
         return f"not reached: all heads bring back {found.recovered:.2f}"
     tokens = f"{found.token_edges:,.1f} open attention edges per prompt"
-    return f"{found.heads} heads, {found.edges:,} edges among them, {tokens}"
+    return f"{counted(found.heads, 'head')}, {counted(found.edges, 'edge')} among them, {tokens}"
 
 
 def _random(model: ModelCircuit) -> str:
@@ -171,7 +171,7 @@ def _broken(control: ControlModel | None, result: CircuitResult) -> str:
         return ""
     accuracy = f"(accuracy {percent(control.accuracy)}, chance {chance(result)})"
     if control.able:
-        size = "all edges" if control.edges is None else f"{control.edges:,} edges"
+        size = "all edges" if control.edges is None else counted(control.edges, "edge")
         found = f"still does the task {accuracy}; {size}; {number(control.faithfulness)} at the circuit's size"
     else:  # a share of hardly any gap says nothing
         found = f"does not do the task {accuracy}"

@@ -25,7 +25,7 @@ from attnprune.circuit.result import (
 )
 from attnprune.circuit.worth import ControlModel, RandomCircuits
 from attnprune.errors import printable
-from attnprune.units import duration, number, percent
+from attnprune.units import counted, duration, number, percent
 
 OUTSIDE = {
     "corrupt": "corrupted activations",
@@ -200,7 +200,7 @@ PUBLISHED = {
 
 def verdict(model: ModelCircuit, result: CircuitResult) -> str:
     """Whether the target was reached, as far as the prompts show, and what the controls have against the circuit."""
-    reached = "reached" if model.reached else f"not shown with {result.task.test} prompts"
+    reached = "reached" if model.reached else f"not shown with {counted(result.task.test, 'prompt')}"
     return "; ".join([reached, *doubts(model)])
 
 
@@ -282,7 +282,7 @@ def nonsense(model: ModelCircuit) -> str:
     found = model.controls.nonsense
     if found is None:
         return ""
-    size = "no circuit" if found.edges is None else f"{found.edges:,} edges"
+    size = "no circuit" if found.edges is None else counted(found.edges, "edge")
     return f"{size}; at best {number(found.test)} (train {number(found.train)})"
 
 
@@ -302,7 +302,7 @@ def _broken(control: ControlModel | None, model: ModelCircuit) -> str:
     if not control.able:
         return f"cannot do it, {percent(control.recovered or 0.0)} recovered"
     intact = next(curve.stable for curve in model.curves if curve.ranking == "eap-ig abs")
-    return "not reached" if control.edges is None else f"{control.edges:,} edges (intact {intact:,})"
+    return "not reached" if control.edges is None else f"{counted(control.edges, 'edge')} (intact {intact:,})"
 
 
 def _transfer(compare: Compare) -> list[str]:

@@ -10,7 +10,7 @@ from attnprune.report.tables import bar, facts_table
 from attnprune.sidecar import hub
 from attnprune.sidecar.damage import Damage
 from attnprune.sidecar.folder import Sidecar
-from attnprune.units import percent
+from attnprune.units import counted, percent
 
 ROWS = 16  # of each table
 BAR = 12
@@ -41,7 +41,7 @@ def render(sidecar: Sidecar, damage: Damage) -> list[Any]:
 
 def _layers(sidecar: Sidecar, damage: Damage) -> Table:
     ranked = damage.ranked_layers()
-    table = _table("layer", len(ranked), f"{len(ranked)} layers", with_loss=True)
+    table = _table("layer", len(ranked), counted(len(ranked), "layer"), with_loss=True)
     most = max(damage.won(ranked[0]), 1e-12)
     for index in ranked[:ROWS]:
         layer, won = damage.layers[index], damage.won(index)
@@ -57,7 +57,7 @@ def _heads(sidecar: Sidecar, damage: Damage) -> list[Any]:
     ranked = damage.ranked_heads()
     if not ranked:
         return ["no head was measured"]
-    measured = f"{len(ranked)} heads (of {sum(sidecar.manifest.gate.heads)})"
+    measured = f"{counted(len(ranked), 'head')} (of {sum(sidecar.manifest.gate.heads)})"
     table = _table("head", len(ranked), measured, with_loss=False)
     most = max(ranked[0][2], 1e-12)
     for index, head, won in ranked[:ROWS]:

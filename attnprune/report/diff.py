@@ -10,7 +10,7 @@ from rich.table import Table
 
 from attnprune.report.tables import facts_table
 from attnprune.sidecar.diff import Difference, HeadChange
-from attnprune.units import percent
+from attnprune.units import counted, percent
 
 
 def as_data(found: Difference) -> dict[str, Any]:
@@ -32,8 +32,9 @@ def _outcome(found: Difference) -> Table:
         names = [f"{layer}.{head}" for layer, head in heads[:12]] + ["…"] * (len(heads) > 12)
         return f"{len(heads)}: {' '.join(names)}" if heads else "0"
 
-    weights = [f"{len(found.tensors)} tensors differ"] if found.tensors else []
-    weights += [f"{len(found.uncompared)} tensors not compared"] if found.uncompared else []
+    count = len(found.tensors)
+    weights = [f"{counted(count, 'tensor')} {'differs' if count == 1 else 'differ'}"] if found.tensors else []
+    weights += [f"{counted(len(found.uncompared), 'tensor')} not compared"] if found.uncompared else []
     rows = [
         ("A", found.a),
         ("B", found.b),

@@ -9,11 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnprune.errors import printable
-from attnprune.units import percent, size
+from attnprune.units import counted, percent, size
 
 if TYPE_CHECKING:
     from attnprune.heads.store import By, Index, Row
 
+TOKEN = 40  # characters of a token
 TABLES = {"heads": "head", "keys": "key", "queries": "query"}  # with the filter that leaves it nothing to say
 
 
@@ -22,8 +23,10 @@ def built(index: Index) -> list[str]:
     record, total = index.record, index.total()
     tokens, held = record.blocks * record.seq_len, sum(file.stat().st_size for file in index.path.iterdir())
     return [
-        printable(f"{record.data}: {tokens:,} tokens in {record.blocks:,} blocks of {record.seq_len}"),
-        f"{total['count']:,} open edges, {total['count'] / tokens:.4g} a token, {size(held)}",
+        printable(
+            f"{record.data}: {counted(tokens, 'token')} in {counted(record.blocks, 'block')} of {record.seq_len}"
+        ),
+        f"{counted(total['count'], 'open edge')}, {total['count'] / tokens:.4g} a token, {size(held)}",
         printable(f'written to {index.path}; ask with: attnprune edges {index.path} --key " the"'),
     ]
 
@@ -59,11 +62,11 @@ def render(data: Mapping[str, Any]) -> list[Any]:
 
 def _table(name: str, rows: list[Row], passing: Row) -> Table:
     table = Table(box=None)
-    table.add_column(name, header_style="bold", no_wrap=True)
+    table.add_column(name, header_style="bold", overflow="ellipsis")  # what has to give way is a long token
     for column in ("edges", "share", "weight", "share"):
         table.add_column(column, justify="right", header_style="dim", no_wrap=True)
     for row in rows:
-        what = f"{row['layer']}.{row['head']}" if name == "heads" else f"[cyan]{_token(row['text'])}[/]"
+        what = f"{row['layer']}.{row['head']}" if name == "heads" else f"[cyan]{_token(row['text'], TOKEN)}[/]"
         weight = row["weight"] / passing["weight"] if passing["weight"] else 0
         shares = percent(row["count"] / passing["count"]), percent(weight)
         table.add_row(what, f"{row['count']:,}", shares[0], f"{row['weight']:,.1f}", shares[1])
@@ -81,5 +84,5 @@ def _contexts(rows: list[Row]) -> Table:
     return table
 
 
-def _token(text: str) -> str:
-    return escape(printable(text).replace(" ", "·"))
+def _token(text: str, limit: int) -> str:
+    return escape(printable(text.replace(" ", "·"), limit))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from attnprune.units import percent
+from attnprune.units import counted, percent
 
 if TYPE_CHECKING:
     from attnprune.sidecar.edges import Edge, TextEdges
@@ -65,7 +65,7 @@ def summary(found: TextEdges, result: ResultEntry) -> list[Any]:
     rest = len(heads) - len(ranked)
     lines += ["", table]
     if rest:
-        lines.append(f"and {rest} more heads with open edges: --all, --layer, --head list them")
+        lines.append(f"and {rest} more with open edges: --all, --layer, --head list them")
     return [*lines, "weight: attention of a query on tokens other than itself and the first, of 1"]
 
 
@@ -73,7 +73,8 @@ def headline(found: TextEdges) -> str:
     """How much is open."""
     share = len(found.edges) / found.visible
     tokens = len(found.tokens)
-    return f"{tokens} tokens, {len(found.edges):,} of {found.visible:,} edges open ({percent(share)} at T = {tokens})"
+    edges = f"{len(found.edges):,} of {found.visible:,} edges open"
+    return f"{counted(tokens, 'token')}, {edges} ({percent(share)} at T = {tokens})"
 
 
 def by_head(edges: list[Edge]) -> Heads:

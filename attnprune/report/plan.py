@@ -9,7 +9,7 @@ from rich.table import Table
 
 from attnprune.report.tables import facts_table
 from attnprune.training.constraint import constraint_text
-from attnprune.units import duration, percent, size
+from attnprune.units import counted, duration, percent, size
 
 MANY_BLOCKS = 1000
 
@@ -59,7 +59,7 @@ def plan_table(plan: Plan) -> Table:
         ("memory", f"about {size(plan.memory.total)}{_of_limit(plan)}: {_parts(plan)}"),
         (
             "",
-            f"{size(plan.evaluation_bytes)} while it is evaluated, {size(plan.export_bytes)} while the artefact is",
+            f"{size(plan.evaluation_bytes)} while it is evaluated, {size(plan.export_bytes)} while it is written",
         ),
         *_cards(plan),
         (
@@ -95,7 +95,7 @@ def _frontier(constraint: Any) -> list[tuple[str, str]]:
 def _shares(plan: Plan) -> list[tuple[str, str]]:
     """A row for each of several sources."""
     total = sum(source.tokens for source in plan.sources)
-    shares = [("", f"{s.name}: {s.tokens:,} tokens, {percent(s.tokens / total)}") for s in plan.sources]
+    shares = [("", f"{s.name}: {counted(s.tokens, 'token')}, {percent(s.tokens / total)}") for s in plan.sources]
     return shares if len(shares) > 1 else []
 
 
@@ -104,7 +104,7 @@ def _batches(plan: Plan) -> str:
     train, length = plan.config.train, plan.config.data.seq_len
     micro = int(train.micro_batch_size) or train.batch_size
     at_once = "all at once" if micro == train.batch_size else f"{micro} at once"
-    return f"{train.batch_size} blocks of {length}, {at_once}"
+    return f"{counted(train.batch_size, 'block')} of {length}, {at_once}"
 
 
 def _of_limit(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from attnprune.report.tables import facts_table
-from attnprune.units import percent, size
+from attnprune.units import counted, percent, size
 
 if TYPE_CHECKING:
     from attnprune.publish.plan import Plan as PushPlan
@@ -59,7 +59,7 @@ def push_table(plan: PushPlan) -> Table:
     rows += [("deleted", name) for name in plan.deletions]
     rows.append(("card", _CARDS[plan.card]))
     total = sum(file.size for file in plan.changes)
-    return facts_table("Push", [*rows, ("to send", f"{len(plan.changes)} files, {size(total)}")])
+    return facts_table("Push", [*rows, ("to send", f"{counted(len(plan.changes), 'file')}, {size(total)}")])
 
 
 def _form(plan: PushPlan) -> str:

@@ -101,7 +101,7 @@ def _heads(sidecar: Sidecar) -> Table:
     heads = [(float(d), layer, head) for layer, row in enumerate(density) for head, d in enumerate(row)]
     closed = sum(d == 0 for d, _, _ in heads)
     total = sum(d for d, _, _ in heads)
-    table = Table(title=f"{len(heads) - closed} of {len(heads)} heads have open edges", title_justify="left", box=None)
+    table = Table(title=f"heads with open edges: {len(heads) - closed} of {len(heads)}", title_justify="left", box=None)
     for name in ("head", "density", "share of all edges", "bias", "at first token"):
         table.add_column(name, justify="right", header_style="dim")
     for d, layer, head in sorted(heads, reverse=True)[:8]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +18,11 @@ def facts_table(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, escape(printable(value)))
     return table
+
+
+def filled(text: str) -> str:
+    """A sentence in lines of at most 80 columns, which no terminal breaks inside a word."""
+    return fill(text, 80, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def bar(share: float, width: int = 30) -> str:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnprune.errors import printable
+from attnprune.report.tables import filled
 from attnprune.units import duration, percent
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ def shown(token: str, limit: int | None = None) -> str:
 
 def said(result: Trace, limit: int) -> str:
     """The end of the text up to the traced token, on one line."""
-    line = printable("".join(token.text for token in result.tokens))
-    return line if len(line) <= limit else "…" + line[1 - limit :]
+    text = "".join(token.text for token in result.tokens)
+    if len(printable(text)) <= limit:
+        return printable(text)
+    start = next(start for start in range(len(text) + 1) if len(printable(text[start:])) < limit)
+    return "…" + printable(text[start:])  # whole characters, with their escapes
 
 
 def summary(result: Trace) -> list[Any]:
@@ -38,11 +42,9 @@ def summary(result: Trace) -> list[Any]:
         if any(message.opened for message in model.messages):
             lines += [openings_table(model), _WHY, ""]
     lines.append(sets_table(result))
-    lines.append(
-        f"share kept: 1 - KL(full || set) / KL(full || none), all other messages closed exactly; target "
-        f"{result.target:g}; {duration(result.seconds)}"
-    )
-    return lines + [f"note: {note}" for note in result.notes]
+    share = "share kept: 1 - KL(full || set) / KL(full || none), all other messages closed exactly"
+    lines.append(filled(f"{share}; target {result.target:g}; {duration(result.seconds)}"))
+    return lines + [filled(f"note: {printable(note)}") for note in result.notes]
 
 
 def messages_table(result: Trace, model: ModelTrace) -> Table:

@@ -10,6 +10,7 @@ from attnprune.errors import AttnPruneError
 from attnprune.sidecar import format
 from attnprune.sidecar.contents import check_files, check_weights
 from attnprune.sidecar.folder import Sidecar, check_release_code, is_merged, open_merged, open_sidecar
+from attnprune.units import counted
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _merged_steps(path: Path) -> Steps:
 
 def _files(sidecar: Sidecar) -> str:
     check_files(sidecar)
-    return f"{len(sidecar.manifest.files)} files, sizes and sha256"
+    return f"{counted(len(sidecar.manifest.files), 'file')}, sizes and sha256"
 
 
 def _probe_detail(manifest: format.Manifest) -> str:

@@ -23,10 +23,12 @@ from attnprune.tracing.messages import Messages
 from attnprune.tracing.moved import top_shifts
 from attnprune.tracing.result import Candidate, Measured, Message, ModelTrace, RandomSets, Shift, Token, Trace
 from attnprune.tracing.search import Watch, prefix_sizes, smallest
+from attnprune.units import counted
 
 MAX_TOKENS = 512
 LEAST_PROBABILITY = 1e-6  # of a token that the model is said to predict
 LEAST_KL = 1e-6  # nats; attention that changes less takes no part in a prediction
+LITTLE_KL = 0.01  # nats; a prediction that attention changes less hardly needs it, which is said
 DRAWS = 8
 WRITERS = 5  # that are shown, and removed, on either side of an explained edge
 SHIFTS = 5  # tokens that a value raises most, and as many that it lowers
@@ -156,7 +158,7 @@ def _ask(named: _Named, text: str, token: int, target: float, against: str | Non
     if length > longest:
         raise InputError(f"text: {length} tokens are more than the {longest} that can be traced")
     if not -length <= token < length:
-        raise InputError(f"token {token}: the text has {length} tokens, 0 to {length - 1}")
+        raise InputError(f"token {token}: the text has {counted(length, 'token')}, 0 to {length - 1}")
     ids = ids[:, : token % length + 1].to(named.model.device)
     return _Asked(ids, None if against is None else _single_token(named, against), target, seed, explain)
 
@@ -194,6 +196,11 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
         closed = messages.kl([none]).item()
         if closed < LEAST_KL:
             raise InputError(f"{named.name}: with every message closed the prediction is the same: nothing to trace")
+        if closed < LITTLE_KL:
+            notes.append(
+                f"{named.name}: this prediction hardly needs attention: closing every message moves it by {closed:.2g} "
+                "nats, and shares of so little mean little"
+            )
         found = smallest(messages, (1 - asked.target) * closed, told)
         told("controls", 0, 1)
         size = len(found.kept)

@@ -25,7 +25,7 @@ from attnprune.training.machine import free_memory, held_memory, peak_bytes
 from attnprune.training.memory import Estimator, Memory, largest_divisor, shape_of
 from attnprune.training.scope import DenseBase
 from attnprune.training.step import MicroStep, compares_with_base
-from attnprune.units import duration, seconds, size
+from attnprune.units import counted, duration, seconds, size
 
 MAX_PASSES = 20  # over the training text, without a warning
 SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that a run may take
@@ -161,8 +161,8 @@ def make_plan(
     too_much = limit is not None and memory.total > limit
     if too_much:
         notes.append(
-            f"warning: {micro} blocks at once need about {size(memory.total)}, of {size(limit or 0)} that can be had: "
-            "use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
+            f"warning: {counted(micro, 'block')} at once: about {size(memory.total)}, of {size(limit or 0)} that can "
+            "be had; use --micro-batch-size auto, a smaller --seq-len or --gradient-checkpointing"
         )
     if (
         micro > 1
@@ -292,9 +292,9 @@ def _choose_steps(config: RunConfig, costs: Costs, clock: Clock) -> str:
 
 def _text_notes(sources: tuple[Source, ...]) -> list[str]:
     """What was done to the rows of each source."""
-    skipped = [f"{s.name}: {s.empty_rows:,} empty rows skipped" for s in sources if s.empty_rows]
+    skipped = [f"{s.name}: {counted(s.empty_rows, 'empty row')} skipped" for s in sources if s.empty_rows]
     chats = [
-        f"{s.name}: {s.conversations:,} conversations, as the model's chat template writes them"
+        f"{s.name}: {counted(s.conversations, 'conversation')}, as the model's chat template writes them"
         for s in sources
         if s.conversations
     ]

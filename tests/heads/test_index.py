@@ -164,7 +164,7 @@ def test_another_model_text_or_length_is_refused(planted, made, animals, tmp_pat
     other = tmp_path / "other.txt"
     other.write_text(animal_text(BLOCKS * LENGTH, seed=1))
     refused(lambda: build(same, other, made.path), "another text (animals.txt)")
-    refused(lambda: build(same, animals, made.path, tokens=3 * LENGTH), "another text")
+    refused(lambda: build(same, animals, made.path, tokens=3 * LENGTH), "another number of tokens (")
     refused(
         lambda: index(same.model, animals, out=made.path, tokenizer=same.tokenizer, seq_len=16),
         "another block length (32)",

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from attnprune.errors import printable
 from attnprune.measure import Report
+from attnprune.report import edge_index
 from attnprune.report.edges import render, summary
 from attnprune.report.evaluation import report_data, warnings_of
 from attnprune.report.grid import HeadGrid
 from attnprune.report.progress import display
 from attnprune.report.sidecar import verdict_lines
 from attnprune.sidecar.edges import Edge, TextEdges
+from attnprune.units import counted
 
 
 def lines(*renderables, width=80):
@@ -133,3 +136,30 @@ def test_all_lists_every_head():
     shown = lines(*render(TEXT, EDGES, limit=2), width=140)
     assert sum("←" in line for line in shown) == 18  # 17 heads and the title
     assert "+4" in next(line for line in shown if line.split()[:1] == ["0.0"])
+
+
+def test_one_thing_is_not_many():
+    assert [counted(n, "block") for n in (0, 1, 2, 2000)] == ["0 blocks", "1 block", "2 blocks", "2,000 blocks"]
+
+
+def test_a_line_is_cut_between_characters_with_their_escapes():
+    text = "a\x1b\u202eb\udcff"
+    whole = r"a\x1b\u202eb\udcff"
+    assert printable(text) == printable(text, len(whole)) == whole
+    cuts = {printable(text, limit) for limit in range(1, len(whole))}
+    assert cuts == {"…", "a…", r"a\x1b…", r"a\x1b\u202e…", r"a\x1b\u202eb…"}
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_long_token_gives_way_and_no_number(width):
+    rows = [{"layer": 29, "head": 8, "text": "x" * 300, "token": 1, "count": 123_456_789, "weight": 123_456_789.0}]
+    contexts = [{"layer": 29, "head": 8, "block": 1_000, "weight": 0.5, "text": "«a» ⟦b⟧"}]
+    passing = {"count": 123_456_789, "weight": 123_456_789.0}
+    data = {"model": "m", "data": "d", "blocks": 1, "blocks_in_all": 1, "total": passing, "passing": passing,
+            "heads": rows, "keys": rows, "queries": rows, "contexts": contexts}  # fmt: skip
+    console = Console(width=width, record=True, force_terminal=False)
+    console.print(*edge_index.render(data), sep="\n")
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum("123,456,789  100 %  123,456,789.0  100 %" in line for line in lines) == 3
+    assert sum("xxx…" in line for line in lines) == 2

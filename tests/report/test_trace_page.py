@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -11,7 +13,7 @@ from rich.console import Console
 from attnprune.circuit.record import Opening, Writer
 from attnprune.report.trace_page import render_page
 from attnprune.report.trace_picture import trace_png
-from attnprune.report.traces import summary
+from attnprune.report.traces import said, summary
 from tests.helpers.pages import HOSTILE, Outline, in_browser
 from tests.helpers.traces import model_trace, trace_of
 
@@ -207,6 +209,33 @@ def test_tokens_never_become_markup(open_trace):
 
 
 @in_browser
+@pytest.mark.parametrize(
+    ("count", "marks"), [(1, ["1", "2"]), (8, ["1", "2", "5"]), (60, ["1", "2", "5", "10", "20", "50"]),
+                         (4000, ["1", "10", "100", "1,000"])]
+)  # fmt: skip
+def test_the_axis_of_the_curve_has_marks(open_trace, count, marks):
+    page = open_trace(trace_of(model_trace(count, 10)))
+    found = page.js("[...document.querySelectorAll('#chart text')].map(t => [t.textContent, t.getAttribute('y')])")
+    level = found[-1][1]
+    assert [text for text, y in found if y == level] == marks
+    boxes = page.js(
+        "[...document.querySelectorAll('#chart text')].slice(3).map(t => t.getBBox()).map(b => [b.x, b.x + b.width])"
+    )
+    assert all(left[1] < right[0] for left, right in pairwise(boxes))
+    assert boxes[-1][1] <= 300
+
+
+def test_a_cut_text_has_whole_escapes():
+    result = trace_of(model_trace(5, 3), tokens=["\u202e" * 5, "\x1b" * 5, "end"])
+    whole = r"\u202e" * 5 + r"\x1b" * 5 + "end"
+    assert said(result, len(whole)) == whole
+    for limit in range(1, len(whole)):
+        line = said(result, limit)
+        assert len(line) <= limit
+        assert re.fullmatch(r"…(\\u202e)*(\\x1b)*(end|nd|d|)", line)
+
+
+@in_browser
 def test_an_empty_set(open_trace):
     page = open_trace(trace_of(model_trace(0, 10)))
     assert drawn(page) == 0
@@ -241,8 +270,8 @@ def test_the_table_fits_and_drives_no_terminal(width):
         for line in summary(trace_of(*models, tokens=tokens)):
             console.print(line) if not isinstance(line, str) else console.print(line, markup=False)
     lines = captured.get().splitlines()
-    tables = [line for line in lines if not line.startswith(("share kept", "…"))]
-    assert max(map(len, tables)) <= width
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("share kept: 1 - KL") for line in lines)
     assert not {"\x1b", "\u202e", "\x00"} & set(captured.get())
     assert "[red]When[/red]"[:12] in captured.get()
     assert "+20 more" in captured.get()

@@ -46,6 +46,20 @@ def test_finds_exactly_the_planted_route(family, gated, seed):
     assert bool(gates_of(route.model)) == gated
 
 
+def test_a_prediction_that_hardly_needs_attention_says_so():
+    """The two of docs/traces.md."""
+    idle, needed = (trace("demo", text) for text in ("#27+58=", "#27+58=0"))
+    assert idle.models[0].closed.kl < 1e-4
+    assert ["hardly needs attention: closing every message moves it by 1.9e-05 nats" in n for n in idle.notes] == [True]
+    assert needed.notes == []
+    [model] = needed.models
+    assert (model.predicted.text, len(model.messages), model.open) == ("8", 1, 576)
+    assert model.closed.kl == pytest.approx(12, abs=0.5)
+    assert model.kept.share == pytest.approx(0.989, abs=0.002)
+    assert model.complement.share == pytest.approx(-0.19, abs=0.02)
+    assert model.random.share_high == pytest.approx(0.13, abs=0.02)
+
+
 def test_messages_that_deletion_left_behind_are_dropped(monkeypatch):
     """The first messages by effect that hold are the set, whatever else the search had."""
 

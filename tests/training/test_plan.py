@@ -150,7 +150,7 @@ def test_an_explicit_micro_batch_that_does_not_fit_is_told(monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 1000)
     told = planned(*made(micro_batch_size=8))
     assert told.config.train.micro_batch_size == 8
-    assert any(note.startswith("warning: 8 blocks at once need about") for note in told.notes)
+    assert any(note.startswith("warning: 8 blocks at once: about") for note in told.notes)
 
 
 def test_zero_means_all_at_once(monkeypatch):

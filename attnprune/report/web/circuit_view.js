@@ -61,7 +61,7 @@ function show() {
   byId("k").max = Math.max(model.stops.length - 1, 0);
   byId("k").value = model.stops.findIndex((stop) => stop >= (k ?? model.home));
   if (k === null && !(model.home >= 1)) byId("k").value = byId("k").max;
-  byId("k-text").textContent = k === null ? "chosen" : `${k.toLocaleString()} edges`;
+  byId("k-text").textContent = k === null ? "chosen" : `${k.toLocaleString()} ${k === 1 ? "edge" : "edges"}`;
   byId("k").setAttribute("aria-valuetext", byId("k-text").textContent);
   byId("chosen-mark").hidden = !(model.home >= 1);
   const share = model.stops.indexOf(model.home) / Math.max(model.stops.length - 1, 1);
@@ -124,8 +124,7 @@ function chart(size) {
     make(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: py(f), y2: py(f) });
     make(svg, "text", { x: left - 5, y: py(f) + 4, "text-anchor": "end" }, f);
   }
-  for (let e = 1; e <= most; e *= most / least > 1e4 ? 100 : 10)
-    if (e >= least) make(svg, "text", { x: px(e), y: height - 6, "text-anchor": "middle" }, e.toLocaleString());
+  ticks(svg, least, most, px, bottom, width);
   for (const m of [...models].sort((a) => (a === state.model ? 1 : -1))) {
     const g = make(svg, "g", { class: m === state.model ? "now" : "" });
     make(g, "polyline", { points: m.points.map((p) => `${px(p.edges)},${py(p.faithfulness)}`).join(" ") });

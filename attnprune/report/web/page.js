@@ -13,6 +13,19 @@ function make(parent, tag, attributes = {}, text) {
   return element;
 }
 
+// The axis of counts below a curve, logarithmic: marks at 1, 2, 5, 10, ..., or at powers alone where there are many.
+function ticks(svg, least, most, px, bottom, width) {
+  const ratio = most / least, counts = [];
+  for (let unit = 1; unit <= most; unit *= ratio > 1e4 ? 100 : 10)
+    for (const step of ratio > 200 ? [1] : [1, 2, 5])
+      if (unit * step >= least && unit * step <= most) counts.push(unit * step);
+  for (const count of counts.length > 1 ? counts : [least, most]) {
+    const x = px(count), isLast = x > width - 24;
+    make(svg, "line", { class: "axis", x1: x, x2: x, y1: bottom, y2: bottom + 4 });
+    make(svg, "text", { x: isLast ? width : x, y: bottom + 16, "text-anchor": isLast ? "end" : "middle" }, count.toLocaleString());
+  }
+}
+
 // What `find` knows of the elements under the pointer, or up to 5 pixels off: thin lines are hard to hit.
 function under(x, y, find) {
   for (const reach of [0, 2, 4])

@@ -186,8 +186,7 @@ function chart() {
     make(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: py(share), y2: py(share) });
     make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, share);
   }
-  for (let size = 1; size <= most; size *= 10)
-    make(svg, "text", { x: px(size), y: height - 6, "text-anchor": "middle" }, size.toLocaleString());
+  ticks(svg, 1, most, px, bottom, width);
   for (const m of [...models].sort((a) => (a === state.model ? 1 : -1))) {
     const g = make(svg, "g", { class: m === state.model ? "now" : "" });
     make(g, "polyline", { points: m.curve.map((p) => `${px(p.size)},${py(p.share)}`).join(" ") });

@@ -65,7 +65,7 @@ def summary(found: TextEdges, result: ResultEntry) -> list[Any]:
     rest = len(heads) - len(ranked)
     lines += ["", table]
     if rest:
-        lines.append(f"and {rest} more with open edges: --all, --layer, --head list them")
+        lines.append(f"and {counted(rest, 'more head')} with open edges: --all, --layer, --head list them")
     return [*lines, "weight: attention of a query on tokens other than itself and the first, of 1"]
 
 

@@ -98,8 +98,9 @@ def _reads(kind: str, names: Any, places: Any, before: Any, noise: Any, generato
 
 
 def animal_tokenizer() -> PreTrainedTokenizerFast:
-    """Words and two delimiters, with spaces between them."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    """Words and two delimiters, with spaces between them; <unk> is beyond the models' vocabulary."""
+    vocabulary = {word: index for index, word in enumerate((*WORDS, "<unk>"))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 

@@ -1,7 +1,6 @@
 """`attnprune bench`: real runs on tiny shapes, through the command line and the functions."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,14 +16,13 @@ from attnprune.errors import InputError
 from attnprune.runs.config import build_config
 from attnprune.training import recipe
 from tests.helpers.bench import CPU, case
+from tests.helpers.command import attnprune
 from tests.helpers.factory import save_text, save_tiny_llama
-from tests.helpers.paths import EXAMPLES
+from tests.helpers.paths import EXAMPLES, ROOT
 
 
 def bench(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "attnprune", "bench", *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+    return attnprune("bench", *arguments, cwd=cwd or ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 
 from attnprune.circuit.folder import read_settings
 from attnprune.circuit.result import NOT_CLEAR, CircuitResult, not_shown
+from tests.helpers.command import attnprune
 from tests.helpers.factory import save_tiny_llama
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
@@ -25,8 +26,7 @@ ADDITION = ["demo", "--task", "addition", "--quick", "--prompts", "9", "--device
 
 
 def circuit(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    return attnprune("circuit", *arguments, cwd=cwd, timeout=240)
 
 
 def first_object(text: str) -> dict:

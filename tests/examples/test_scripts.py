@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 
 from attnprune.runs.config import build_config
 from attnprune.training import recipe
 from examples.write_schema import FORMATS, SCHEMAS, schema_text
+from tests.helpers.command import python
 from tests.helpers.factory import save_text, save_tiny_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.sidecars import save_sidecar
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
 
 def run(*arguments: object) -> str:
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = python(*arguments, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from attnprune.sidecar import bases, format, loading, merged
+from tests.helpers.command import python
 from tests.helpers.factory import refused, save_text, save_tiny_llama
 from tests.helpers.formats import (
     ADAPTER,
@@ -75,13 +74,11 @@ def refuse_cli(root, arguments, *parts, code=2, program=("-m", "attnprune"), bou
     bound: file permissions count even where root runs the tests.
     """
     before = listing(root)
-    environment = os.environ | {"HF_TOKEN": CANARY, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *program, *map(str, arguments)], capture_output=True, timeout=60, cwd=root, env=environment,
-        stdin=subprocess.DEVNULL, check=False, preexec_fn=bind_by_permissions if bound and os.geteuid() == 0 else None,
-    )  # fmt: skip
-    output = (done.stdout + done.stderr).decode()
-    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("attnprune:")]
+    before_start = bind_by_permissions if bound and os.geteuid() == 0 else None
+    environment = os.environ | {"HF_TOKEN": CANARY}
+    done = python(*program, *arguments, cwd=root, env=environment, timeout=60, preexec_fn=before_start)
+    output = done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("attnprune:")]
     assert done.returncode == code, output
     assert len(lines) == 1, output
     assert "Traceback" not in output

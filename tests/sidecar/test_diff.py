@@ -27,6 +27,7 @@ from attnprune.sidecar import bases, diff, loading, merged
 from attnprune.sidecar.folder import open_artefact
 from attnprune.sidecar.weights import _rounded
 from examples.write_vectors import VECTORS
+from tests.helpers import command
 from tests.helpers.factory import refused, save_tiny_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.sidecars import save_sidecar, save_tiny_gpt2
@@ -41,11 +42,8 @@ def compare(a, b):
     return diff.compare(str(a), str(b))
 
 
-def attnprune(*arguments, **environment):
-    command = [sys.executable, "-m", "attnprune", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False
-    )
+def attnprune(*arguments):
+    return command.attnprune(*arguments, cwd=ROOT, COLUMNS="80")
 
 
 @pytest.fixture(scope="module")

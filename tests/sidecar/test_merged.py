@@ -22,6 +22,7 @@ from attnprune.errors import InputError, VerificationError
 from attnprune.sidecar import format, loading, merged
 from attnprune.sidecar.folder import open_merged
 from attnprune.sidecar.probe import measure_again
+from tests.helpers.command import python
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.sidecars import reseal, save_sidecar, save_tiny_gpt2
@@ -31,8 +32,7 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 
 
 def command(*arguments, cwd):
-    line = [sys.executable, "-m", "attnprune", *map(str, arguments)]
-    done = subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
+    done = python("-m", "attnprune", *arguments, cwd=cwd, timeout=1200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

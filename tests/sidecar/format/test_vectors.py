@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +16,17 @@ from attnprune.sidecar import format, loading, masks
 from attnprune.sidecar.folder import is_merged, open_artefact, open_sidecar
 from examples import read_sidecar
 from examples.write_vectors import BASES, KINDS, VECTORS, expected_mask, expected_merged, expected_sidecar, write_all
+from tests.helpers import command
 from tests.helpers.paths import ROOT
 
 EXPECTED = {file.stem: json.loads(file.read_text()) for file in sorted((VECTORS / "expected").glob("*.json"))}
 NAMES = {what: [name for name, values in EXPECTED.items() if values["what"] == what] for what in ("sidecar", "merged")}
 MASKS = [name for name, values in EXPECTED.items() if values["what"] == "mask"]
 FOLDERS = NAMES["sidecar"] + NAMES["merged"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 
 
 def python(*arguments, **environment):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return command.python(*arguments, cwd=ROOT, env=command.ENVIRONMENT | environment)
 
 
 def base_of(name):
@@ -104,8 +98,8 @@ def test_the_first_release_is_verified_and_applied(tmp_path):
     folder = VECTORS / "first-release"
     manifest = open_sidecar(folder).manifest
     assert (manifest.created_by, manifest.weights.kind) == ("attnprune 0.1.0", "lora")
-    for command in ("verify", "apply"):
-        done = python("-m", "attnprune", command, folder, "--json")
+    for name in ("verify", "apply"):
+        done = python("-m", "attnprune", name, folder, "--json")
         assert done.returncode == 0, done.stderr
     shutil.copytree(folder, tmp_path / "changed")
     values = json.loads((folder / format.MANIFEST_FILE).read_text())

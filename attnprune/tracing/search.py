@@ -1,8 +1,9 @@
 """From all messages of a prediction to few: gradients propose, runs with all others closed decide.
 
 First a set is learned, see attnprune.tracing.learning. Then messages are deleted: the set is cut into blocks by rank,
-each block is left out alone, and as many of the least harmful ones as hold are left out together. Blocks get smaller
-when little can go, down to single messages.
+each block is left out alone, and as many of the least harmful ones as hold are left out together. One that cannot go
+with those before it stays, and the others are tried again without it. Blocks get smaller when little can go, down to
+single messages.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Watch = Callable[[str, int, int], None]
 POINTS = tuple((i + 0.5) / 8 for i in range(8))  # of the path that a ranking's gradients are taken at
 AT_ONCE = 8  # sizes of one round of bisection
 BLOCKS = 64  # a set is cut into at most about so many, until single messages are tried
+TRIES = 4  # in one round, to let more go together
 LITTLE = 0.1  # of the set: where less can go, blocks get smaller
 DELETION_TOKENS, FEWEST, MOST = 4000, 64, 400  # of all runs that delete; bounds on their number
 EFFECT_TOKENS = 4096  # of the runs without one message each; where they would be more, gradients take their place
@@ -47,9 +49,18 @@ def smallest(messages: Messages, allowed: float, watch: Watch) -> Found:
     kept = _deleted(messages, kept, allowed, watch)
     watch("effects", 0, 1)
     found = _ranked(messages, kept, allowed)
-    while (shorter := _shortest_prefix(messages, found.kept, allowed)) < len(found.kept):
-        found = _ranked(messages, found.kept[:shorter], allowed)
+    while len(fewer := _fewer(messages, found, allowed)) < len(found.kept):
+        found = _ranked(messages, fewer, allowed)
     return found
+
+
+def _fewer(messages: Messages, found: Found, allowed: float) -> Tensor:
+    """The shortest prefix that holds; the whole set without those that can go, where no shorter one does."""
+    kept = found.kept[: _shortest_prefix(messages, found.kept, allowed)]
+    if len(kept) < len(found.kept) or not found.can_go:
+        return kept
+    least = torch.arange(len(kept), device=kept.device).flip(0)[: found.can_go]
+    return _without(kept, _together(messages, kept, list(least.split(1)), allowed))
 
 
 def _ranked(messages: Messages, kept: Tensor, allowed: float) -> Found:
@@ -85,21 +96,19 @@ def _between(low: int, high: int) -> list[int]:
 
 
 def _deleted(messages: Messages, kept: Tensor, allowed: float, watch: Watch) -> Tensor:
-    """What is left of a set after deletion: none of its messages can go alone, or there were no runs left."""
+    """What is left of a set after deletion, until no message can go alone or there are no runs left."""
     most = min(MOST, max(FEWEST, DELETION_TOKENS // messages.ids.shape[1]))
-    size, started, last = max(1, len(kept) // BLOCKS), messages.runs, False
-    while len(kept) and not last:
+    size, started = max(1, len(kept) // BLOCKS), messages.runs
+    while len(kept):
         done = messages.runs - started
         watch("deletion", min(done, most - 1), most)
         order = messages.slopes(kept, POINTS).argsort(stable=True)
         blocks = order.split(size)
         if done + len(blocks) > most:
-            if not _each_affordable(messages, kept):
-                break
-            blocks, last = order.split(1), True
+            break
         without = messages.kl([_without(kept, block) for block in blocks])
         able = [blocks[i] for i in without.argsort().tolist() if without[i] <= allowed]
-        gone = torch.cat([*able[: _most(messages, kept, able, allowed)], order[:0]])
+        gone = _together(messages, kept, able, allowed)
         if not len(gone) and size == 1:
             break
         size = size // 2 if len(gone) < LITTLE * len(kept) else size
@@ -113,12 +122,26 @@ def _each_affordable(messages: Messages, kept: Tensor) -> bool:
     return len(kept) * messages.ids.shape[1] <= EFFECT_TOKENS
 
 
-def _most(messages: Messages, kept: Tensor, blocks: list[Tensor], allowed: float) -> int:
-    """How many of the blocks, from the first on, can go together; the first alone can."""
+def _together(messages: Messages, kept: Tensor, blocks: list[Tensor], allowed: float) -> Tensor:
+    """What can go at once of blocks that can go alone, the least harmful first: places in the set."""
+    gone = torch.zeros(0, dtype=torch.int64, device=kept.device)
+    for _ in range(TRIES):
+        count = _most(messages, kept, gone, blocks, allowed)
+        gone, rest = torch.cat([gone, *blocks[:count]]), blocks[count + 1 :]
+        if not rest:
+            break
+        without = messages.kl([_without(kept, torch.cat([gone, block])) for block in rest])
+        blocks = [rest[i] for i in without.argsort().tolist() if without[i] <= allowed]
+    return gone
+
+
+def _most(messages: Messages, kept: Tensor, gone: Tensor, blocks: list[Tensor], allowed: float) -> int:
+    """How many of the blocks, from the first on, can go together with what is gone; the first alone can."""
     low, high = min(1, len(blocks)), len(blocks) + 1  # holds, fails
     while high - low > 1:
         counts = _between(low, high)
-        holds = (messages.kl([_without(kept, torch.cat(blocks[:count])) for count in counts]) <= allowed).tolist()
+        tried = [torch.cat([gone, *blocks[:count]]) for count in counts]
+        holds = (messages.kl([_without(kept, places) for places in tried]) <= allowed).tolist()
         fails = holds.index(False) if False in holds else len(counts)
         low = counts[fails - 1] if fails else low
         high = counts[fails] if fails < len(counts) else high

@@ -73,7 +73,7 @@ def test_messages_that_deletion_left_behind_are_dropped(monkeypatch):
     assert found(model) == route.hops
     assert model.minimal
     assert model.can_go == 0
-    monkeypatch.setattr(search, "_shortest_prefix", lambda messages, kept, allowed: len(kept))
+    monkeypatch.setattr(search, "_fewer", lambda messages, found, allowed: found.kept)
     (model,) = trace(route.model, route.text, tokenizer=route.tokenizer).models
     assert len(model.messages) >= 23
     assert not model.minimal

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attnprune.errors import InputError, first_line
 from attnprune.heads import pieces
 from attnprune.heads.result import windows
+from attnprune.late import Shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -25,7 +26,9 @@ Tokens = str | int | Sequence[str | int]
 """Tokens by text, to the letter and with its spaces, or by id; several count as one."""
 
 Row = dict[str, Any]
-_OFFLINE = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+_ALONE = {
+    "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacements": False,
+}  # fmt: skip
 
 
 def duckdb() -> ModuleType:
@@ -50,8 +53,8 @@ def open_index(path: str | Path) -> Index:
     return Index(Path(path))
 
 
-class Index:
-    """An opened index of edges.
+class Index(Shown):
+    """An opened index of edges, which questions only read.
 
     Every question takes the same filters, of which all hold: `head` (layer, head), `key` and `query` tokens (text or
     id, or several), `kind` of edge ("self", "first", "previous", "same", "induction", "delimiter").
@@ -69,25 +72,42 @@ class Index:
             raise InputError(f"{path}: holds no edges so far", hint="the command that began it goes on with it")
         self.blocks = pieces.end_of(found[-1])
         self._error = package.Error
-        self._connection: DuckDBPyConnection = package.connect(config=_OFFLINE)
+        self._connection: DuckDBPyConnection = package.connect(config=_ALONE)
         views = {"edges": found, "blocks": [path / pieces.BLOCKS], "vocabulary": [path / pieces.VOCABULARY]}
+        readable: list[str] = []
         try:
             for name, files in views.items():
-                self._connection.read_parquet([glob.escape(str(file)) for file in files]).create_view(name)
+                names = [str(file.absolute()) for file in files]  # wherever we go later
+                patterns = list(map(glob.escape, names))
+                self._connection.read_parquet(patterns).create_view(name)
+                readable += {*names, *patterns}
+            self._allow_only(readable)
         except package.Error as error:
             raise InputError(f"{path}: is damaged: {first_line(error)}") from None
+
+    def _allow_only(self, files: list[str]) -> None:
+        """Shut every other file and the network out, for good. `sql` sees to it that these are only read."""
+        listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+        for setting in (f"allowed_paths = [{listed}]", "enable_external_access = false", "lock_configuration = true"):
+            self._connection.execute(f"SET {setting}")
 
     def __repr__(self) -> str:
         blocks = f"{self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens"
         return f"Index({str(self.path)!r}: {blocks})"
 
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """The answer of DuckDB: tables `edges`, `blocks` (block, tokens) and `vocabulary` (token, text).
+        """The answer of DuckDB to one SELECT: tables `edges`, `blocks` (block, tokens) and `vocabulary` (token, text).
+
+        Nothing is written, and no other file is read.
 
         Raises:
-            InputError: what DuckDB says is wrong with the query, or with the files.
+            InputError: another statement, or several; what DuckDB says is wrong with the query, or with the files.
         """
         try:
+            kinds = [statement.type.name for statement in self._connection.extract_statements(query)]
+            if kinds != ["SELECT"]:
+                what = " and ".join(kinds) or "no statement"
+                raise InputError(f"{self.path}: an index is only read, by one SELECT (got {what})")
             found = self._connection.execute(query, parameters)
             names = [column[0] for column in found.description or ()]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]

@@ -189,6 +189,43 @@ def test_bad_input_is_one_line(planted, made, animals, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_index_is_only_read(made, tmp_path):
+    """Neither the index nor any other file can be changed, and no other file read."""
+    piece, other = pieces.pieces_of(made.path)[0], tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    before = listing(tmp_path)
+    for statement, kind in (
+        (f"COPY (SELECT 1) TO '{tmp_path}/new.csv'", "COPY"),
+        (f"COPY (SELECT 1) TO '{piece}' (FORMAT parquet)", "COPY"),
+        (f"EXPORT DATABASE '{tmp_path}/new'", "EXPORT"),
+        (f"ATTACH '{tmp_path}/new.db'", "ATTACH"),
+        ("CREATE TABLE mine AS SELECT 1", "CREATE"),
+        ("CREATE OR REPLACE VIEW edges AS SELECT 1", "CREATE"),
+        ("INSERT INTO edges SELECT * FROM edges", "INSERT"),
+        ("DROP VIEW edges", "DROP"),
+        ("SET enable_external_access = true", "SET"),
+        ("INSTALL httpfs", "LOAD"),
+        ("EXPLAIN ANALYZE SELECT 1", "EXPLAIN"),
+        ("SELECT 1; SELECT 2", "SELECT and SELECT"),
+        ("", "no statement"),
+        (" -- nothing", "no statement"),
+    ):
+        refused(lambda query=statement: made.sql(query), f"only read, by one SELECT (got {kind})")
+    for source in (f"read_csv('{other}')", f"'{other}'", f"read_text('{other}')", f"glob('{tmp_path}/*')",
+                   "read_csv('https://example.com/a.csv')", "before"):  # fmt: skip
+        refused(lambda source=source: made.sql(f"SELECT * FROM {source}"), "index: ")
+    refused(lambda: made.sql("WITH new AS (INSERT INTO edges SELECT * FROM edges) SELECT 1"), "index: ")
+    assert listing(tmp_path) == before
+    assert made.sql("FROM edges") == made.sql("WITH a AS (SELECT * FROM edges) SELECT * FROM a")
+
+
+def test_an_index_by_a_relative_path_stays_open(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = open_index("index")
+    monkeypatch.chdir(made.path)
+    assert found.total() == made.total()
+
+
 def test_damage_is_one_line(made):
     (piece,) = pieces.pieces_of(made.path)
     intact = piece.read_bytes()

@@ -67,6 +67,7 @@ HALF_PROBE_TOLERANCE = 5e-2  # eager rounds its scores to 16 bits, we do not
 QUANTISED_PROBE_TOLERANCE = 1e-1  # layers in 8 bits round their inputs too, and double small differences on the way
 
 SAVING = ("save_pretrained", "push_to_hub")
+_CLOSED = -1e30  # the bias of a closed head: beyond any score, and finite as a bias has to be
 
 _discovered: ContextVar[list[tuple[nn.Module, int]] | None] = ContextVar("attnprune_discovered", default=None)
 
@@ -77,7 +78,8 @@ class Gate(nn.Module):
     Attributes:
         bias: [H] fp32, added to each score to give the gate logit. It stays fp32 when the model is cast to 16 bits.
         layer: index of the layer.
-        forced_open: every gate open (the dense model; also the open-gate control).
+        forced_open: every gate open (the dense model; also the open-gate control), but for those of closed heads.
+        closed: heads without an open gate, whatever their bias and `forced_open` say.
         temperature, slope_temperature: T_p of the penalty and T_s of the straight-through slope.
         straight_through: whether gradients have that slope, which only training wants; None follows `training`. Without
             it they are the derivatives of what the model computes.
@@ -98,6 +100,7 @@ class Gate(nn.Module):
         self.layer, self.heads = layer, heads
         self.register_buffer("layer_index", torch.tensor(layer), persistent=False)
         self.forced_open = False
+        self.closed: frozenset[int] = frozenset()
         self.temperature = 1.0
         self.slope_temperature = 1.0
         self.straight_through: bool | None = None
@@ -140,7 +143,7 @@ class Gate(nn.Module):
         if self._is_plain(softcap, sinks, return_pattern):
             self.last = None
             return dense_attention(query, key, value, scaling, is_causal=True), None
-        bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
+        bias = self.applied_bias()
         use_noise = self.noise_seed is not None and self.training and not self.forced_open
         has_slope = self.training if self.straight_through is None else self.straight_through
         has_slope = has_slope or self.forced_open  # it is 0 there, and 0 x infinity is not
@@ -163,11 +166,18 @@ class Gate(nn.Module):
             pattern = pattern.to(query.dtype)
         return result.output, pattern
 
+    def applied_bias(self) -> Tensor:
+        """[H], the bias that decides now: infinite in every head that is forced open, beyond any score in closed ones."""
+        bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
+        if self.closed:
+            bias = bias.index_fill(0, torch.tensor(sorted(self.closed), device=bias.device), _CLOSED)
+        return bias
+
     def _is_plain(self, softcap: float | None, sinks: Tensor | None, return_pattern: bool) -> bool:
         """Whether the open gates of a known mask are causal attention as every library has it; nothing is counted."""
         known_causal = self.mask is not None and self.mask.is_causal
         special = softcap is not None or sinks is not None or return_pattern or self.on_chunk is not None
-        return self.forced_open and known_causal and not special
+        return self.forced_open and known_causal and not special and not self.closed
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **mask: Any) -> Tensor:
@@ -454,7 +464,7 @@ def detach(model: nn.Module) -> None:
 
 @contextmanager
 def gates_forced_open(model: nn.Module) -> Iterator[None]:
-    """Run the model dense (every gate open) inside the block."""
+    """Run the model dense (every gate open, but for heads that were closed) inside the block."""
     with _every_gate(model, "forced_open", True):
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,6 @@ from attnprune.errors import InputError
 
 Recorder = Callable[[slice, slice, Tensor], None]
 """Gets (queries, keys, is_open [B, H, Q, K]) of each part of a layer's attention."""
-
-_FAR = 1e30  # beyond any score: a bias that decides alone, and finite as a bias has to be
 
 
 @contextmanager
@@ -78,6 +77,8 @@ def _sparse(edges: Tensor, shape: tuple[int, ...]) -> Tensor:
 def open_gates(model: nn.Module) -> Iterator[None]:
     """Run the model with every gate open inside the block: the dense model with the sparse model's weights.
 
+    Heads that `close_heads` closes stay closed, whichever of the two stands in the other.
+
     Raises:
         InputError: a model without gates.
     """
@@ -90,7 +91,7 @@ def open_gates(model: nn.Module) -> Iterator[None]:
 def close_heads(model: nn.Module, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
     """Close every gate of some heads inside the block, which is their ablation: a closed head outputs 0.
 
-    It may stand in another `close_heads` or in `open_gates`, for a dense model without these heads.
+    It may stand in another `close_heads` and in or around `open_gates`, for a dense model without these heads.
 
     Args:
         heads: (layer, head) pairs.
@@ -99,23 +100,17 @@ def close_heads(model: nn.Module, heads: Iterable[tuple[int, int]]) -> Iterator[
         InputError: a model without gates, or no such head.
     """
     gates = _gates(model)
-    closed = [_head(gates, pair) for pair in heads]
-    before = [(gate.bias.detach().clone(), gate.forced_open) for gate in gates]
+    closed: dict[int, set[int]] = {}
+    for layer, head in _pairs(gates, heads):
+        closed.setdefault(layer, set()).add(head)
+    before = [gate.closed for gate in gates]
     try:
-        with torch.no_grad():
-            for layer in {layer for layer, _ in closed}:
-                gate = gates[layer]
-                if gate.forced_open:
-                    gate.bias.fill_(_FAR)
-                    gate.forced_open = False
-                for _, head in (pair for pair in closed if pair[0] == layer):
-                    gate.bias[head] = -_FAR
+        for layer, numbers in closed.items():
+            gates[layer].closed |= numbers
         yield
     finally:
-        with torch.no_grad():
-            for gate, (bias, forced_open) in zip(gates, before, strict=True):
-                gate.bias.copy_(bias)
-                gate.forced_open = forced_open
+        for gate, numbers in zip(gates, before, strict=True):
+            gate.closed = numbers
 
 
 def _gates(model: nn.Module) -> list[Gate]:
@@ -125,10 +120,19 @@ def _gates(model: nn.Module) -> list[Gate]:
     return gates
 
 
-def _head(gates: list[Gate], pair: tuple[int, int]) -> tuple[int, int]:
+def _pairs(gates: list[Gate], heads: Any) -> list[tuple[int, int]]:
+    """(layer, head) pairs that the model has."""
+    try:
+        pairs = list(heads)
+    except TypeError:
+        raise InputError(f"close_heads: {heads!r} is no list of (layer, head)") from None
+    return [_head(gates, pair) for pair in pairs]
+
+
+def _head(gates: list[Gate], pair: Any) -> tuple[int, int]:
     """A (layer, head) that the model has."""
     try:
-        layer, head = (int(number) for number in pair)
+        layer, head = map(operator.index, pair)
     except (TypeError, ValueError):
         raise InputError(f"close_heads: {pair!r} is not (layer, head)") from None
     if not 0 <= layer < len(gates):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnprune.attention.interface import gates_of
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
@@ -117,8 +118,11 @@ def _record(named: Named, blocks: Blocks, command: str) -> pieces.Record:
 
 
 def _identity(model: Any) -> str:
-    """sha256 of what the model computes with: its tensors, gates among them, by samples, and its configuration."""
+    """sha256 of what the model computes with: its tensors, gates among them, by samples, and its configuration; also
+    of gates that are forced open and heads that are closed while it is indexed."""
     parts = [*fingerprint_of(dict(model.named_parameters())), config_values(model.config)]
+    moved = [[gate.layer, gate.forced_open, sorted(gate.closed)] for gate in gates_of(model)]
+    parts += [state for state in moved if any(state[1:])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ import torch
 
 import attnprune as ap
 from attnprune.attention.interface import attach, gates_of
+from attnprune.attention.spans import KnownMask
 from tests.helpers.factory import refused
 from tests.helpers.gated import BIAS, logits_of
 
@@ -76,6 +77,35 @@ def test_a_closed_head_outputs_nothing(gated, tokens):
     torch.testing.assert_close(torch.stack([gate.bias for gate in gates_of(gated)]), BIAS, rtol=0, atol=0)
 
 
+def test_a_closed_head_stays_closed_in_either_order(gated, tokens):
+    """Dense attention too, which would not ask the gates, is without the head."""
+    ids = tokens(2, 16)
+    with ap.open_gates(gated), ap.close_heads(gated, [(0, 1)]):
+        inner = logits_of(gated, ids)
+    with ap.close_heads(gated, [(0, 1)]):
+        gates_alone = logits_of(gated, ids)
+        with ap.open_gates(gated):
+            outer, mask = logits_of(gated, ids), ap.masks(gated, ids)[0].to_dense()
+            for gate in gates_of(gated):
+                gate.mask = KnownMask(None, torch.tensor(2 * 16 * 17 // 2), is_causal=True)
+            plain = logits_of(gated, ids)
+            for gate in gates_of(gated):
+                gate.mask = None
+        assert torch.equal(logits_of(gated, ids), gates_alone)
+    assert torch.equal(inner, outer)
+    torch.testing.assert_close(plain, outer)
+    assert not mask[:, 1].any()
+    assert mask[:, 0].sum() == 2 * 16 * 17 // 2
+    assert not any(gate.closed or gate.forced_open for gate in gates_of(gated))
+
+
+def test_closing_leaves_the_parameters_alone(gated):
+    """Whoever saves or compares them inside the block finds the model as it is."""
+    before = {name: value.clone() for name, value in gated.state_dict().items()}
+    with ap.close_heads(gated, [(0, 1), (2, 3)]), ap.open_gates(gated):
+        assert all(torch.equal(before[name], value) for name, value in gated.state_dict().items())
+
+
 def test_what_was_changed_comes_back_after_an_error(gated, tokens):
     ids = tokens(1, 8)
     before = logits_of(gated, ids)
@@ -93,7 +123,11 @@ def test_other_models_heads_and_ids_are_refused(gated, tiny_llama):
     refused(ap.close_heads(gated, [(3, 0)]).__enter__, "layer 3 is not within 0 and 2")
     refused(ap.close_heads(gated, [(0, 4)]).__enter__, "head 4 is not within 0 and 3")
     refused(ap.close_heads(gated, [(0, -1)]).__enter__, "head -1")
-    refused(ap.close_heads(gated, [3]).__enter__, "3 is not (layer, head)")
+    for pairs, part in (
+        ([3], "3 is not (layer, head)"), (3, "3 is no list of"), ((1, 2), "1 is not (layer, head)"),
+        ([(0, 1.5)], "(0, 1.5) is not"), (["01"], "'01' is not"), ([(0, 1, 2)], "(0, 1, 2) is not"),
+    ):  # fmt: skip
+        refused(ap.close_heads(gated, pairs).__enter__, part)
     refused(lambda: ap.masks(gated, []), "ids are token ids")
     refused(lambda: ap.masks(gated, torch.zeros(1, 2, 3).long()), "ids are token ids")
     refused(lambda: ap.masks(gated, torch.zeros(4)), "ids are token ids")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from attnprune import index, open_index
+from attnprune import close_heads, index, open_gates, open_index
 from attnprune.attention.interface import gates_of
 from attnprune.heads import pieces
 from attnprune.heads.counting import COUNTED
@@ -255,3 +255,11 @@ def test_a_dense_model_has_every_pair(tmp_path):
     base, text = save_tiny_llama(tmp_path / "base"), save_text(tmp_path / "text.txt")
     made = index(str(base), text, out=tmp_path / "index", tokens=64, seq_len=32)
     assert made.total() == {"count": 2 * 8 * 32 * 33 // 2, "weight": pytest.approx(2 * 8 * 32)}
+
+
+def test_opened_gates_and_closed_heads_are_another_model(planted, made, animals):
+    """What is indexed is what the model computes now, not what its gates say."""
+    for changed in (open_gates(planted.model), close_heads(planted.model, [(0, 1)])):
+        with changed:
+            refused(lambda: build(planted, animals, made.path), "index: was made with another model")
+    build(planted, animals, made.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnprune import load, trace
+from attnprune import load, open_gates, trace
 from attnprune.attention.interface import gates_of
 from attnprune.report.trace_page import render_page
 from attnprune.report.traces import none_can_go
@@ -123,6 +123,15 @@ def test_messages_are_explained_by_what_wrote_into_query_and_key(gated):
             assert writers[0].value == pytest.approx(why.score, rel=0.05)
             assert writers[0].without < 0.05 * why.score
             assert writers[0].open_without == (False if gated else None)
+
+
+def test_messages_of_forced_open_gates_are_explained_as_in_a_dense_model():
+    route = plant_route(gated=True, seed=2)
+    with open_gates(route.model):
+        (model,) = trace(route.model, route.text, tokenizer=route.tokenizer, explain=1).models
+    (why,) = [m.opened for m in model.messages if m.opened]
+    assert why.is_open
+    assert why.bias is None
 
 
 def test_an_earlier_token_is_traced_as_if_the_text_ended_there():

@@ -11,6 +11,7 @@ one by one, from what this head alone reads at this position, and the score is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -93,7 +94,8 @@ def explain(
                 without = _score_with(anatomy, ids, edge, side, block.normed(x))
             terms.append(Term(graph.source_names[source], values[source].item(), without))
         sides[side] = terms
-    bias = None if dense else _gate(block).bias[head].item()
+    bias = None if dense else _gate(block).applied_bias()[head].item()
+    bias = None if bias == math.inf else bias  # forced open: as in a dense model
     rest = [score - sum(term.value for term in sides[side]) for side in ("query", "key")]
     return Explanation(score, bias, sides["query"], sides["key"], *rest)
 

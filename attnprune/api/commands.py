@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,8 @@ def circuit(
         levels: search heads and MLPs, and attention messages, as well as edges. Default: yes, not if quick.
         searches: how many, with seeds from `seed` on; ratios of two models then say how far they agree.
         controls: random circuits, broken models, answers that mean nothing, other ablations.
-        out: output folder with the record, page and curve. Default: ./MODEL-circuit-TASK.
+        out: output folder with the record, page and curve, from which an interrupted search goes on. Default: nothing is
+            written.
         resume: the folder of a search that was interrupted, which goes on as it was begun.
         progress: show it, or a context manager that is told (what, done, total).
         command: what the record says began the search.
@@ -152,12 +153,12 @@ def circuit(
         InputError: no such task or model, models that cannot be compared, a folder that is not empty.
         AttnPruneError: a model cannot do the task, or cannot be searched.
     """
-    from attnprune.circuit.folder import check_folder, default_name, read_settings
+    from attnprune.circuit.folder import check_folder, read_settings
     from attnprune.circuit.worth import ABLATIONS, PROCEDURES
 
+    folder = resume if resume is not None else out
     if resume is not None:
-        folder = Path(resume)
-        settings = read_settings(folder)
+        settings = read_settings(Path(resume))
     else:
         if not isinstance(model, (str, Path)) or not isinstance(task, (str, Path)):
             missing = "task" if isinstance(model, (str, Path)) else "model"
@@ -170,7 +171,6 @@ def circuit(
             raise InputError(f"searches {searches}: is below 1")
         if procedure not in PROCEDURES:
             raise InputError(f"procedure {procedure}: is none of {', '.join(PROCEDURES)}")
-        folder = Path(out or default_name(str(model), str(task)))
         settings = {
             "model": str(model), "task": str(task), "against": against and str(against), "base": base and str(base),
             "target": float(target), "prompts": prompts or (QUICK_PROMPTS if quick else PROMPTS), "seed": seed,
@@ -178,7 +178,8 @@ def circuit(
             "levels": levels, "searches": searches, "controls": controls, "batch_size": batch_size,
             "command": command or f"attnprune.circuit({str(model)!r}, {str(task)!r}, ...)",
         }  # fmt: skip
-        check_folder(folder)
+        if out is not None:
+            check_folder(Path(out))
     from attnprune.circuit.run import run  # with torch, once the options are known to be good
     from attnprune.report.circuit_page import write_pictures
     from attnprune.report.circuits import Watching
@@ -186,8 +187,10 @@ def circuit(
     console = progress_console()
     if isinstance(progress, bool):
         progress = Watching(console, live=progress and console.is_terminal, quiet=not progress)
-    result = run(folder, settings, device, is_new=resume is None, watching=progress)
-    write_pictures(result, folder)
+    with temporary_folder() if folder is None else nullcontext(Path(folder)) as place:
+        result = run(place, settings, device, is_new=resume is None, watching=progress)
+        if folder is not None:
+            write_pictures(result, place)
     return result
 
 

@@ -46,6 +46,7 @@ def sparsify(
     init: str | Path | None = None,
     config: str | Path | None = None,
     resume: bool | str | Path = False,
+    finish: str | Path | None = None,
     dry_run: bool = False,
     progress: bool = True,
     callbacks: list[Any] | None = None,
@@ -74,6 +75,7 @@ def sparsify(
         init: sidecar of the model to start from.
         config: a run.toml with defaults.
         resume: the folder of an unfinished run, which goes on as it was begun.
+        finish: the folder of an unfinished run, whose best state so far is exported; nothing is trained.
         dry_run: show the plan and stop.
         progress: show plan, evaluations and time left on stderr, or in the notebook.
         callbacks, on_plan, on_note, started: as `attnprune.training.recipe.sparsify` takes them.
@@ -86,7 +88,11 @@ def sparsify(
         InputError: a wrong option, model or text; nothing was changed.
         AttnPruneError: the run failed; its hint says what to continue from.
     """
+    if resume and finish is not None:
+        raise InputError("finish: leave out resume")
     if isinstance(model, RunConfig):
+        if finish is not None:
+            raise InputError("finish: takes its settings from the run; leave out the RunConfig")
         from attnprune.training import recipe
 
         return recipe.sparsify(
@@ -100,19 +106,21 @@ def sparsify(
         "constraint": constraint, "tolerance": tolerance, "target_density": target_density,
         "learning_rate": learning_rate, "seed": seed, "device": device, "init": init,
     }  # fmt: skip
+    goes_on = finish if finish is not None else resume
     given = _sections({name: value for name, value in options.items() if value is not None})
-    with on_disk(model, tokenizer, data, given, is_new=not resume) as given:
-        run = _configuration(given, config, resume)
-        if not resume:
+    with on_disk(model, tokenizer, data, given, is_new=not goes_on) as given:
+        run = _configuration(given, config, goes_on)
+        if not goes_on:
             check_output(output_folder(run))
-        return _run(run, bool(resume), dry_run, progress, callbacks or [], on_plan, on_note, started)
+        how = {"resume": bool(resume), "finish": finish is not None, "started": started}
+        return _run(run, how, dry_run, progress, callbacks or [], on_plan, on_note)
 
 
 def _configuration(given: dict[str, Any], config: str | Path | None, resume: bool | str | Path) -> RunConfig:
     """The run that was asked for, or the one to go on with."""
     if resume:
         if config is not None:
-            raise InputError("resume: takes its settings from the run; leave out config")
+            raise InputError("resume, finish: take their settings from the run; leave out config")
         folder = given.get("output", {}).get("folder") if resume is True else resume
         if folder is None:
             raise InputError("resume: name the folder of the run")
@@ -126,15 +134,14 @@ def _configuration(given: dict[str, Any], config: str | Path | None, resume: boo
 
 def _run(
     config: RunConfig,
-    resume: bool,
+    how: dict[str, Any],
     dry_run: bool,
     progress: bool,
     callbacks: list[Any],
     on_plan: Callable[[Any], bool] | None,
     on_note: Callable[[str], None] | None,
-    started: float | None,
 ) -> Sidecar | None:
-    """A run with its progress shown."""
+    """A run with its progress shown; `how`: resume, finish and started."""
     from attnprune.report.plan import plan_table
     from attnprune.report.progress import display
     from attnprune.report.sidecar import verdict_lines
@@ -157,8 +164,7 @@ def _run(
     shown = display(console, live=progress and console.is_terminal, quiet=not progress, steps=config.train.steps)
     with shown:
         sidecar = recipe.sparsify(
-            config, resume=resume, callbacks=[shown.callback, *callbacks], on_plan=show_plan, on_note=note,
-            started=started,
+            config, callbacks=[shown.callback, *callbacks], on_plan=show_plan, on_note=note, **how
         )  # fmt: skip
     if sidecar is not None and progress:
         for line in verdict_lines(sidecar.manifest.result):

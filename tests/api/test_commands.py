@@ -100,10 +100,9 @@ def test_push_refuses_as_the_command_does(place):
     refused(lambda: ap.push(place / "sparse", "a/b", base=place / "model"), "goes with merged")
 
 
-def test_circuit_is_searched_by_keywords(tmp_path):
-    found = ap.circuit(
-        "demo", "addition", quick=True, prompts=20, controls=False, out=tmp_path / "found", progress=False
-    )
+def test_circuit_is_searched_by_keywords(tmp_path, monkeypatch):
+    how = {"quick": True, "prompts": 20, "controls": False, "progress": False}
+    found = ap.circuit("demo", "addition", out=tmp_path / "found", **how)
     assert left(tmp_path / "found")[:2] == ["cache", "circuit.html"]
     stored = json.loads((tmp_path / "found" / "circuit.json").read_text())
     assert stored["models"][0]["counts"]["edges"] == found.models[0].counts.edges
@@ -111,6 +110,11 @@ def test_circuit_is_searched_by_keywords(tmp_path):
     assert repr(found).startswith("CircuitResult(addition, demo: ")
     assert len(repr(found)) < 200
     assert "Smallest circuit found" in found._repr_html_()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    unwritten = ap.circuit("demo", "addition", **how)
+    assert unwritten.models[0].counts == found.models[0].counts
+    assert left(tmp_path / "here") == []
     refused(lambda: ap.circuit("demo", "addition", out=tmp_path / "found"), "is not empty")
     refused(lambda: ap.circuit("demo"), "no task given")
     refused(lambda: ap.circuit("demo", "addition", target=2.0), "target 2")

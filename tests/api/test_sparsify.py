@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 
 import pytest
@@ -135,6 +136,12 @@ def test_an_interrupted_run_goes_on_from_its_folder(place, tmp_path, tiny, loade
         ap.sparsify(*loaded, data=TEXTS, out=out, progress=False, callbacks=[AfterFive()], **tiny)
     assert left(tmp_path / "run-inputs") == ["model", "texts.jsonl"]
     refused(lambda: ap.sparsify(*loaded, data=TEXTS, resume=out), "leave out model and data")
+    refused(lambda: ap.sparsify(*loaded, data=TEXTS, finish=out), "leave out model and data")
+    copy = shutil.copytree(out, tmp_path / "copy")
+    ended = ap.sparsify(finish=copy, progress=False)
+    assert ended.manifest.result.steps == 4  # the last checkpoint
+    refused(lambda: ap.sparsify(finish=copy), "this run has finished")
+    refused(lambda: ap.sparsify(finish=out, resume=True), "finish: leave out resume")
     resumed = ap.sparsify(resume=out, progress=False)
     whole = ap.sparsify(*loaded, data=TEXTS, out=tmp_path / "whole", progress=False, **tiny)
     assert resumed.manifest.result == whole.manifest.result

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnprune.arguments import checked
 from attnprune.attention.interface import detach, gates_of
 from attnprune.errors import InputError, UnsupportedModelError, printable
 from attnprune.sidecar import loading
@@ -61,8 +62,9 @@ def _bridge() -> Any:
     return TransformerBridge
 
 
+@checked()
 @torch.no_grad()
-def load(path: str | Path, base: str | None = None, *, revision: str | None = None) -> TransformerBridge:
+def load(path: str | Path, base: str | Path | None = None, *, revision: str | None = None) -> TransformerBridge:
     """The model of a sidecar or merged folder, named as for `attnprune.load`, as a TransformerBridge (CPU, fp32).
 
     `reset_hooks()` keeps the gates, `reset_hooks(including_permanent=True)` makes the model dense. A hook that edits

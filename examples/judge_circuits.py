@@ -21,12 +21,13 @@ from attnprune.circuit.folder import COMPRESSED_FILE, RECORD_FILE, read_record
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import FIRST_NOTE, CircuitResult, ModelCircuit, is_reached
-from attnprune.circuit.run import MASK_PROMPTS, load_model
+from attnprune.circuit.run import MASK_PROMPTS
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import Split, pattern_visible
 from attnprune.circuit.tasks import Task, load_task
 from attnprune.errors import InputError
 from attnprune.files import write_atomic
+from attnprune.sidecar.models import by_name
 
 TOLERANCE = 2e-3  # of the faithfulness: what another machine's rounding may change
 
@@ -60,7 +61,7 @@ def judged(result: CircuitResult, names: list[str], base: str | None) -> Circuit
     """A record judged again; `names` are where its models lie here."""
     facts, models = result.task, []
     for found, name in zip(result.models, names, strict=True):
-        model, tokenizer = load_model(name, base, "cpu")
+        _, model, tokenizer, *_ = by_name(name, base, "cpu")
         more = MASK_PROMPTS if facts.more else 0
         task = load_task(facts.name, tokenizer, count=facts.test, more=more, seed=facts.seed)
         if task.fingerprint != facts.fingerprint:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnprune.api.commands import PROMPTS, QUICK_PROMPTS
 from attnprune.api.console import progress_console
+from attnprune.arguments import checked
 from attnprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from attnprune.circuit.given import GivenCircuit, GivenCircuits
 
 
+@checked(prompts=0, seed=0, batch_size=1)
 def circuit_of_file(
     model: str | Path,
     task: str | Path,
@@ -57,6 +59,7 @@ def circuit_of_file(
     return evaluate_file(Path(edges), settings, device, progress)
 
 
+@checked(seed=0)
 def explain(
     model: str | Path,
     task: str | Path,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnprune.api.console import progress_console
-from attnprune.api.inputs import TEXTS_FILE, name_of, named, save_texts
+from attnprune.arguments import checked, unpacked
+from attnprune.data.given import sources_of
 from attnprune.errors import InputError
 from attnprune.files import check_new_folder, temporary_folder
 from attnprune.runs.folder import CHECKPOINTS, MANIFEST_FILE
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PROMPTS, QUICK_PROMPTS = 64, 32  # pairs per split of a circuit's prompts
 
 
+@checked(seq_len=0, tokens=2, batch_size=0)
 def evaluate(
     model: Any,
     tokenizer: Any = None,
@@ -43,8 +45,8 @@ def evaluate(
     """Measure loss, base loss, open-gate control, KL, density and edges per query on text.
 
     Args:
-        model: a sidecar or base model by name; or a model in memory with its `tokenizer`, gated or dense, which has no
-            base to be compared with.
+        model: a sidecar or base model by name; or a model in memory, gated or dense, with its `tokenizer` or as the
+            pair that `load` gives, which has no base to be compared with.
         data: as for `sparsify`. Default: the held-out split that a sidecar's result was measured on.
         base: the base of a sidecar that does not name it.
         seq_len: tokens per block; 0: as in training (at most 512 of a base model).
@@ -58,15 +60,14 @@ def evaluate(
     Raises:
         InputError: no such model or text, or none named where there is no held-out split.
     """
+    from attnprune.sidecar.models import in_memory
     from attnprune.training.evaluation import evaluate_loaded, evaluate_model
 
     options: dict[str, Any] = {
         "seq_len": seq_len, "tokens": tokens, "batch_size": batch_size, "text_field": text_field,
     }  # fmt: skip
-    with temporary_folder() as scratch:
-        sources = [] if data is None else named(data)
-        if sources is None:
-            sources = [str(save_texts(data, scratch / TEXTS_FILE, None if text_field == "text" else text_field))]
+    model, tokenizer = unpacked(model, tokenizer)
+    with nullcontext([]) if data is None else sources_of(data, text_field) as sources:
         if isinstance(model, (str, Path)):
             if tokenizer is not None:
                 raise InputError("tokenizer: goes with a model in memory; that of a model by name is its own")
@@ -78,11 +79,12 @@ def evaluate(
                 device=device, allow_base_mismatch=allow_base_mismatch, device_map=device_map, **options,
             )  # fmt: skip
         else:
-            if device_map is not None:
-                raise InputError("device_map: a model in memory has its place")
-            name_of(model)
-            if tokenizer is None or not sources:
-                raise InputError("evaluate: a model in memory needs its tokenizer and data")
+            by_name_only = {"base": base, "revision": revision, "device_map": device_map}
+            for name in (name for name, value in by_name_only.items() if value is not None):
+                raise InputError(f"{name}: is for models given by name")
+            _, model, tokenizer, *_ = in_memory(model, tokenizer)
+            if not sources:
+                raise InputError("evaluate: a model in memory needs data")
             reports = evaluate_loaded(model, tokenizer, sources, **options)
     return reports if isinstance(data, tuple) else reports[0]
 
@@ -101,6 +103,7 @@ def sidecar_at(path: str, revision: str | None = None) -> Sidecar | None:
     return open_sidecar(folder) if is_sidecar else None
 
 
+@checked(prompts=0, seed=0, mask_steps=0, deletions=0, searches=1, batch_size=1)
 def circuit(
     model: str | Path | None = None,
     task: str | Path | None = None,
@@ -143,8 +146,8 @@ def circuit(
         levels: search heads and MLPs, and attention messages, as well as edges. Default: yes, not if quick.
         searches: how many, with seeds from `seed` on; ratios of two models then say how far they agree.
         controls: random circuits, broken models, answers that mean nothing, other ablations.
-        out: output folder with the record, page and curve, from which an interrupted search goes on. Default: nothing is
-            written.
+        out: output folder with the record, page and curve, from which an interrupted search goes on. Default:
+            nothing is written.
         resume: the folder of a search that was interrupted, which goes on as it was begun.
         progress: show it, or a context manager that is told (what, done, total).
         command: what the record says began the search.
@@ -158,6 +161,10 @@ def circuit(
 
     folder = resume if resume is not None else out
     if resume is not None:
+        given = {"model": model, "task": task, "against": against, "base": base}
+        if any(value is not None for value in given.values()):
+            names = ", ".join(name for name, value in given.items() if value is not None)
+            raise InputError(f"resume: goes on as the search was begun; leave out {names}")
         settings = read_settings(Path(resume))
     else:
         if not isinstance(model, (str, Path)) or not isinstance(task, (str, Path)):
@@ -167,8 +174,6 @@ def circuit(
             raise InputError(f"target {target:g}: is not above 0 and up to 1")
         if ablate not in ABLATIONS:
             raise InputError(f"ablate {ablate}: is none of {', '.join(ABLATIONS)}")
-        if searches < 1:
-            raise InputError(f"searches {searches}: is below 1")
         if procedure not in PROCEDURES:
             raise InputError(f"procedure {procedure}: is none of {', '.join(PROCEDURES)}")
         settings = {
@@ -194,6 +199,7 @@ def circuit(
     return result
 
 
+@checked()
 def diff(a: str | Path, b: str | Path, *, base: str | Path | None = None) -> Difference:
     """What differs between two sparse models of one base, or between the base `a` and the sparse model `b`.
 
@@ -209,6 +215,7 @@ def diff(a: str | Path, b: str | Path, *, base: str | Path | None = None) -> Dif
     return compare(*(str(locate_sparse(path) or path) for path in (a, b)), base=None if base is None else str(base))
 
 
+@checked()
 def verify(
     path: str | Path,
     *,
@@ -237,6 +244,7 @@ def verify(
     return levels
 
 
+@checked()
 def merge(
     path: str | Path,
     out: str | Path,
@@ -278,6 +286,7 @@ def merge(
     return open_artefact(out)
 
 
+@checked()
 def push(
     folder: str | Path,
     repo: str,

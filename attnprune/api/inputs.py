@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from attnprune.arguments import unpacked
+from attnprune.data.given import named, save_texts
 from attnprune.errors import InputError
-from attnprune.files import check_new_folder, write_atomic
+from attnprune.files import check_new_folder
 from attnprune.runs.config import build_config, override
 from attnprune.runs.folder import CHECKPOINTS, MANIFEST_FILE, check_output, output_folder
 
@@ -25,6 +26,7 @@ def on_disk(model: Any, tokenizer: Any, data: Any, given: dict[str, Any], *, is_
     Raises:
         InputError: no model, tokenizer or text that could be written, or a folder that cannot be.
     """
+    model, tokenizer = unpacked(model, tokenizer)
     sources = None if data is None else named(data)
     is_named = model is None or isinstance(model, (str, Path))
     if is_named and tokenizer is not None:
@@ -55,17 +57,6 @@ def on_disk(model: Any, tokenizer: Any, data: Any, given: dict[str, Any], *, is_
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def named(data: Any) -> list[str] | None:
-    """The names of sources; None for text in memory."""
-    if isinstance(data, (str, Path)):
-        return [str(data)]
-    if not isinstance(data, tuple):
-        return None
-    if not data or not all(isinstance(one, (str, Path)) for one in data):
-        raise InputError("data: a tuple names several sources: files, folders, Hub data sets or 'self'")
-    return [str(one) for one in data]
-
-
 def name_of(model: Any) -> str:
     """What the default output folder of a model in memory is called after."""
     config = getattr(model, "config", None)
@@ -78,7 +69,7 @@ def name_of(model: Any) -> str:
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
     from transformers import PreTrainedModel
 
-    from attnprune.attention.interface import check_family
+    from attnprune.attention.interface import check_family, gates_of
     from attnprune.sidecar.quiet import quiet
     from attnprune.sidecar.tokenizer import save_tokenizer
 
@@ -86,27 +77,11 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
         raise InputError(f"model: {type(model).__name__} is not a transformers model", hint="unwrap or merge it first")
     if tokenizer is None:
         raise InputError("tokenizer: a model in memory needs its tokenizer", hint="sparsify(model, tokenizer, ...)")
+    if gates_of(model):
+        hint = "init=SIDECAR starts from a sparse model, attnprune.detach(model) makes it dense"
+        raise InputError("model: has gates already: a run starts from a dense model", hint=hint)
     check_family(model.config)
     with quiet():
         model.save_pretrained(folder)  # refuses a model with gates
     save_tokenizer(tokenizer, folder)
     return folder
-
-
-def save_texts(data: Any, file: Path, field: str | None) -> Path:
-    """Texts in memory as a .jsonl file, a document per line."""
-    columns = getattr(data, "column_names", None)
-    if isinstance(columns, list) and hasattr(data, "__len__"):
-        field = field or ("messages" if "text" not in columns and "messages" in columns else "text")
-        if field not in columns:
-            raise InputError(f"data: no column {field!r}, only {', '.join(columns)}", hint="text_field names another")
-        rows: Any = ({field: row[field]} for row in data.select_columns([field]))
-    elif isinstance(data, list) and all(isinstance(one, str) for one in data):
-        if any(len(one) < 1024 and Path(one).suffix and Path(one).exists() for one in data[:1]):
-            raise InputError(f"data: a list is the text itself; {data[0]!r} is a file", hint="a tuple names sources")
-        rows = ({field or "text": one} for one in data)
-    else:
-        what = "a split of it: data['train']" if isinstance(columns, dict) else "a name, a list of strings or a Dataset"
-        raise InputError(f"data: {type(data).__name__} is not text", hint=f"give {what}")
-    write_atomic(file, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
-    return file

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnprune.api.console import progress_console
 from attnprune.api.inputs import on_disk
+from attnprune.arguments import checked
 from attnprune.errors import InputError
 from attnprune.runs.config import RunConfig, build_config, override, read_toml
 from attnprune.runs.folder import check_output, defaults_for, output_folder, read_resumed
@@ -26,6 +27,7 @@ _WORDS = {
 }
 
 
+@checked()
 def sparsify(
     model: Any = None,
     tokenizer: Any = None,
@@ -90,9 +92,16 @@ def sparsify(
     """
     if resume and finish is not None:
         raise InputError("finish: leave out resume")
+    options = settings | {
+        "out": out, "scope": scope, "steps": steps, "time": time, "batch_size": batch_size, "seq_len": seq_len,
+        "constraint": constraint, "tolerance": tolerance, "target_density": target_density,
+        "learning_rate": learning_rate, "seed": seed, "device": device, "init": init,
+    }  # fmt: skip
     if isinstance(model, RunConfig):
-        if finish is not None:
-            raise InputError("finish: takes its settings from the run; leave out the RunConfig")
+        others = options | {"tokenizer": tokenizer, "data": data, "config": config, "finish": finish}
+        others["dry_run"] = dry_run or None
+        if unused := [name for name, value in others.items() if value is not None]:
+            raise InputError(f"sparsify: a RunConfig runs as it is; leave out {', '.join(unused)}")
         from attnprune.training import recipe
 
         return recipe.sparsify(
@@ -100,12 +109,7 @@ def sparsify(
             started=started,
         )  # fmt: skip
     if constraint is None and target_density is not None:
-        constraint = "density"
-    options = settings | {
-        "out": out, "scope": scope, "steps": steps, "time": time, "batch_size": batch_size, "seq_len": seq_len,
-        "constraint": constraint, "tolerance": tolerance, "target_density": target_density,
-        "learning_rate": learning_rate, "seed": seed, "device": device, "init": init,
-    }  # fmt: skip
+        options["constraint"] = "density"
     goes_on = finish if finish is not None else resume
     given = _sections({name: value for name, value in options.items() if value is not None})
     with on_disk(model, tokenizer, data, given, is_new=not goes_on) as given:

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from attnprune.arguments import shown
 from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk
 from attnprune.attention.dispatch import gated_attention
 from attnprune.attention.dropout import restore, switch_off
@@ -66,6 +67,7 @@ PROBE_TOLERANCE = 1e-4
 HALF_PROBE_TOLERANCE = 5e-2  # eager rounds its scores to 16 bits, we do not
 QUANTISED_PROBE_TOLERANCE = 1e-1  # layers in 8 bits round their inputs too, and double small differences on the way
 
+UNPACK = "model, tokenizer = attnprune.load(path)"  # for whoever gives both where one is changed
 SAVING = ("save_pretrained", "push_to_hub")
 _CLOSED = -1e30  # the bias of a closed head: beyond any score, and finite as a bias has to be
 
@@ -167,7 +169,7 @@ class Gate(nn.Module):
         return result.output, pattern
 
     def applied_bias(self) -> Tensor:
-        """[H], the bias that decides now: infinite in every head that is forced open, beyond any score in closed ones."""
+        """[H], the bias that decides now: infinite where forced open, beyond any score in closed heads."""
         bias = torch.full_like(self.bias, float("inf")) if self.forced_open else self.bias
         if self.closed:
             bias = bias.index_fill(0, torch.tensor(sorted(self.closed), device=bias.device), _CLOSED)
@@ -356,15 +358,17 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
 
     Raises:
         UnsupportedModelError: the family is not on the allow-list.
-        InputError: a bias of another shape, or not finite; a model whose own logits are not.
+        InputError: no transformers model; a bias of another shape, or not finite; a model whose own logits are not.
         SelfCheckError: open gates do not reproduce eager attention; the model is left as it was.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"attach: {type(model).__name__} is not a transformers model", hint=UNPACK)
     if gates_of(model):
         raise UnsupportedModelError("this model already has gates", hint="call attnprune.detach(model) first")
     check_family(model.config)
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise UnsupportedModelError("attach: parts of this model are not in memory, and nothing says where they are")
-    _check_bias(torch.as_tensor(bias), model.config)
+    bias = _checked_bias(bias, model.config)
     previous = model.config._attn_implementation or "sdpa"
     try:
         found = _discover(model)
@@ -374,7 +378,7 @@ def attach(model: PreTrainedModel, bias: float | Tensor = 0.0) -> list[Gate]:
     for layer, (module, heads) in enumerate(found):
         gate = Gate(heads, layer=layer).to(device_of(module))
         with torch.no_grad():
-            gate.bias.copy_(torch.as_tensor(bias[layer] if isinstance(bias, Tensor) else bias))
+            gate.bias.copy_(bias[layer] if bias.ndim else bias)
         gate.train(module.training)
         gate.__dict__["_guard_handle"] = module.register_forward_pre_hook(_guard)
         module.add_module(GATE_ATTRIBUTE, gate)
@@ -416,12 +420,22 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _check_bias(bias: Tensor, config: Any) -> None:
+def _checked_bias(bias: Any, config: Any) -> Tensor:
+    """The first biases, a number or [layers, heads], as a tensor.
+
+    Raises:
+        InputError: of another shape or kind, or not finite.
+    """
+    try:
+        bias = torch.as_tensor(bias, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"bias: {shown(bias)} is neither a number nor a tensor [layers, heads]") from None
     expected = (config.num_hidden_layers, config.num_attention_heads)
     if bias.ndim and tuple(bias.shape) != expected:
         raise InputError(f"bias: expected one number or shape {expected}, got {tuple(bias.shape)}")
     if not bool(bias.isfinite().all()):
         raise InputError("bias: is not finite")  # NaN compares False: every gate would close without a word
+    return bias
 
 
 def _before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -441,7 +455,10 @@ def detach(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: it is a part of the attached model.
+        InputError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"detach: {type(model).__name__} is not a model", hint=UNPACK)
     attached = next((module for module in model.modules() if "_attnprune" in module.__dict__), None)
     if attached is None:
         if gates_of(model):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnprune.attention.interface import Gate, gates_forced_open, gates_of
+from attnprune.attention.interface import UNPACK, Gate, gates_forced_open, gates_of
 from attnprune.errors import InputError
 
 Recorder = Callable[[slice, slice, Tensor], None]
@@ -114,7 +114,9 @@ def close_heads(model: nn.Module, heads: Iterable[tuple[int, int]]) -> Iterator[
 
 
 def _gates(model: nn.Module) -> list[Gate]:
-    gates = gates_of(model) if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{type(model).__name__} is not a model", hint=UNPACK)
+    gates = gates_of(model)
     if not gates:
         raise InputError("this model has no gates", hint="attnprune.load(path) gives one, attnprune.attach(model) too")
     return gates

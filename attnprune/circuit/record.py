@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,10 +17,31 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 """What was measured in a circuit or a model that may be broken; null where it is no finite number."""
 
 
+SHORT, FEW = 100, 8  # characters and items of a field in a repr
+
+
+class _Said(str):
+    """Stands for a value in a repr."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _shortened(value: Any) -> Any:
+    """A value, or where it is long what it is."""
+    if isinstance(value, (list, dict)) and (len(value) > FEW or len(repr(value)) > SHORT):
+        return _Said(f"<{len(value)} items>")
+    said = repr(value)
+    return value if len(said) <= SHORT else _Said(f"{said[:SHORT]}…")
+
+
 class Strict(BaseModel):
-    """Nothing but its fields, and no number that JSON cannot hold."""
+    """Nothing but its fields, and no number that JSON cannot hold. Its repr is short, `model_dump()` is all of it."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        return ((name, _shortened(value)) for name, value in super().__repr_args__())
 
 
 class Interval(Strict):

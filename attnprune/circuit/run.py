@@ -25,8 +25,7 @@ from attnprune.circuit.tasks import Task, load_task, task_names
 from attnprune.circuit.tasks.tables import is_table
 from attnprune.errors import InputError
 from attnprune.files import locked, write_atomic
-from attnprune.sidecar import bases, loading
-from attnprune.sidecar.hub import sparse_folder
+from attnprune.sidecar.models import by_name, check_base
 
 MASK_PROMPTS = 2048  # train prompts that a mask is learned on, or as many as a task has
 
@@ -58,12 +57,13 @@ def _run(
     started = time.monotonic()
     if not is_table(settings["task"]) and settings["task"] not in task_names():  # before any weights
         raise InputError(f"{settings['task']}: no such task", hint=", ".join(task_names()))
-    model, tokenizer = load_model(settings["model"], settings["base"], device)
+    check_base(settings["base"], *filter(None, (settings["model"], settings["against"])))
+    model, tokenizer = _load(settings["model"], settings, device)
     models = {"model": (settings["model"], model)}
     how = _thoroughness(settings)
     more = MASK_PROMPTS if how.mask_steps else 0
     if settings["against"] is not None:
-        other, other_tokenizer = load_model(settings["against"], settings["base"], device)
+        other, other_tokenizer = _load(settings["against"], settings, device)
         _check_pair(model, tokenizer, other, other_tokenizer, settings["against"])
         models["against"] = (settings["against"], other)
     tasks = [_task(settings, seed, tokenizer, models, more) for seed in _seeds(settings)]
@@ -112,7 +112,8 @@ def evaluate_file(
 
     Raises what `given.evaluate_given` raises.
     """
-    model, tokenizer = load_model(settings["model"], settings["base"], device)
+    check_base(settings["base"], settings["model"])
+    model, tokenizer = _load(settings["model"], settings, device)
     task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
     with watching as watch:
         return evaluate_given(model, settings["model"], task, file, _thoroughness(settings), watch)
@@ -120,7 +121,8 @@ def evaluate_file(
 
 def explain(edge: str, settings: dict[str, Any], device: str) -> ExplainedEdge:
     """Explain an attention edge; settings as those of a search. Raises what `explained.explain_edge` raises."""
-    model, tokenizer = load_model(settings["model"], settings["base"], device)
+    check_base(settings["base"], settings["model"])
+    model, tokenizer = _load(settings["model"], settings, device)
     task = _task(settings, settings["seed"], tokenizer, {"model": (settings["model"], model)}, 0)
     return explain_edge(model, tokenizer, settings["model"], task, edge)
 
@@ -150,14 +152,10 @@ def _thoroughness(settings: dict[str, Any]) -> Settings:
     )
 
 
-def load_model(name: str, base: str | None, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a sparse model or a base model."""
-    where = bases.pick_device(device)
-    folder = sparse_folder(name)
-    if folder is not None:
-        return loading.load(folder, base, device=where)
-    loaded = bases.load_base(name, device=where)
-    return loaded.model, loaded.tokenizer
+def _load(name: str, settings: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """(model, tokenizer); the base is that of whichever model is sparse."""
+    found = by_name(name, settings["base"], device)
+    return found.model, found.tokenizer
 
 
 def _check_pair(model: Any, tokenizer: Any, other: Any, other_tokenizer: Any, name: str) -> None:

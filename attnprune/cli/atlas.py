@@ -47,8 +47,8 @@ def atlas(
 
     with Watching(out.stderr, live=out.live, quiet=out.quiet) as watch:
         result = describe(
-            model, data, base=base, dense=dense, tokens=tokens, seq_len=seq_len, text_field=text_field, device=device,
-            watch=watch, command=command_line(),
+            model, tuple(data), base=base, dense=dense, tokens=tokens, seq_len=seq_len, text_field=text_field,
+            device=device, watch=watch, command=command_line(),
         )  # fmt: skip
     if output is not None:
         from attnprune.files import write_new_folder

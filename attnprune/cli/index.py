@@ -35,7 +35,7 @@ def index(
 
     with Watching(out.stderr, live=out.live, quiet=out.quiet) as watch:
         made = build(
-            model, data, out=output, base=base, tokens=tokens, seq_len=seq_len, text_field=text_field, device=device,
-            watch=watch, on_note=out.note, command=command_line(),
+            model, tuple(data), out=output, base=base, tokens=tokens, seq_len=seq_len, text_field=text_field,
+            device=device, watch=watch, on_note=out.note, command=command_line(),
         )  # fmt: skip
     out.result({**made.record.model_dump(mode="json"), **made.total()}, *built(made))

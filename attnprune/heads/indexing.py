@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnprune.arguments import checked
 from attnprune.attention.interface import gates_of
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
+from attnprune.data.given import sources_of
 from attnprune.errors import InputError
 from attnprune.files import check_new_folder, locked
 from attnprune.heads import pieces
-from attnprune.heads.corpus import Named, Watch, blocks_of, delimiters_of, models_of, sources_of
+from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
 from attnprune.heads.counting import each_block
 from attnprune.heads.store import Index, duckdb, open_index
 from attnprune.sidecar.identity import config_values, fingerprint_of
+from attnprune.sidecar.models import Named, models_of
 
 
 class _Layer:
@@ -44,13 +47,14 @@ class _Layer:
             self.edges[name] = np.full(len(head), number, pieces.COLUMNS[name])
 
 
+@checked(tokens=1, seq_len=0)
 def index(
     model: Any,
-    data: str | Path | Sequence[str | Path],
+    data: Any,
     *,
     out: str | Path,
     tokenizer: Any = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     tokens: int = 16_384,
     seq_len: int = 0,
     text_field: str = "text",
@@ -67,10 +71,11 @@ def index(
         index.contexts(kind="induction")             # the strongest edges of a kind, with text around
 
     Args:
-        model: sidecar or merged folder, Hub name; or a sparse model in memory, with its `tokenizer`. In a dense model
-            (base model, .gguf file or "demo") every visible pair is an open edge.
-        data: text files, folders, patterns or Hub data sets, or "task" (the bundled model's own); several are read in
-            equal parts.
+        model: sidecar or merged folder, Hub name; or a sparse model in memory, with its `tokenizer` or as the pair that
+            `attnprune.load` gives. In a dense model (base model, .gguf file or "demo") every visible pair is an open
+            edge.
+        data: text files, folders, patterns or Hub data sets by name, a tuple of several, which are read in equal
+            parts, or "task" (the bundled model's own); or the text itself: a list of strings or a `datasets.Dataset`.
         out: the folder of the index: a new one, or one of the same model, text and block length.
         base: base of a sidecar or merged folder, where it has to be named.
         tokens: at most this many, in whole blocks.
@@ -88,13 +93,14 @@ def index(
             model or text, and what else `attnprune.atlas` refuses.
         UnsupportedModelError: no adapter for the family.
     """
-    folder, sources = Path(out), sources_of(data, tokens)
+    folder = Path(out)
     duckdb()
     is_new = not (folder / pieces.RECORD).exists()
     if is_new:
         check_new_folder(folder)
-    named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
-    blocks = blocks_of(named, sources, tokens, seq_len, text_field)
+    with sources_of(data, text_field) as sources:
+        named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
+        blocks = blocks_of(named, sources, tokens, seq_len, text_field)
     for note in unknown_notes(blocks.sources):
         on_note(note)
     record = _record(named, blocks, command)

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import Field
 
 from attnprune.circuit.record import Strict
+from attnprune.late import Shown
 
 SCHEMA = "attnprune-atlas-1"
 KINDS = {
@@ -118,7 +119,7 @@ class ModelAtlas(Strict):
     seconds: float
 
 
-class Atlas(Strict):
+class Atlas(Strict, Shown):
     """atlas.json."""
 
     schema_id: Literal["attnprune-atlas-1"] = SCHEMA
@@ -135,6 +136,14 @@ class Atlas(Strict):
     models: list[ModelAtlas] = Field(description="the model, then the dense base of a sparse one")
     notes: list[str]
     seconds: float
+
+    def __repr__(self) -> str:
+        models = "; ".join(
+            f"{m.name}: {sum(bool(head.reading.labels) for head in m.heads):,} of {len(m.heads):,} heads labelled"
+            + (f", {len(m.closed):,} closed" if m.kind == "sparse" else "")
+            for m in self.models
+        )
+        return f"Atlas({self.data!r}, {self.tokens:,} tokens, {models})"
 
 
 def labels(kinds: dict[str, Share], open_edges: int) -> list[str]:

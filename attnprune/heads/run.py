@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from attnprune.arguments import checked
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
-from attnprune.errors import InputError
-from attnprune.heads.corpus import Named, Watch, blocks_of, delimiters_of, models_of, sources_of
+from attnprune.data.given import sources_of
+from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
 from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
 from attnprune.heads.directions import written
 from attnprune.heads.result import Atlas, Direction, Example, Head, ModelAtlas, Reading, Share, Text, labels, windows
 from attnprune.measure import offset_edges
-from attnprune.sidecar import bases
+from attnprune.sidecar.models import Named, models_of
 
 DIRECTIONS, PROMOTED = 3, 6  # of a head; tokens of a direction, on either side
 
 
+@checked(tokens=1, seq_len=0)
 def atlas(
     model: Any,
-    data: str | Path | Sequence[str | Path],
+    data: Any,
     *,
     tokenizer: Any = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     dense: bool = True,
     tokens: int = 16_384,
     seq_len: int = 0,
@@ -42,9 +43,9 @@ def atlas(
 
     Args:
         model: sidecar or merged folder, base model, Hub name, .gguf file or "demo"; or a model in memory, sparse or
-            dense, with its `tokenizer`.
-        data: text files, folders, patterns or Hub data sets, or "task" (the bundled model's own); several are read in
-            equal parts.
+            dense, with its `tokenizer` or as the pair that `attnprune.load` gives.
+        data: text files, folders, patterns or Hub data sets by name, a tuple of several, which are read in equal
+            parts, or "task" (the bundled model's own); or the text itself: a list of strings or a `datasets.Dataset`.
         base: base of a sidecar or merged folder, where it has to be named.
         dense: describe the dense base beside a sparse model that is given by name.
         tokens: at most this many, in whole blocks.
@@ -55,41 +56,24 @@ def atlas(
 
     Raises:
         InputError: no such model or text, text without content or shorter than a block, a block longer than the
-            context, tokens that the model does not have, a base of another structure.
+            context, tokens that the model does not have, a base that is not the one.
         UnsupportedModelError: no adapter for the family.
     """
     started = time.monotonic()
-    sources = sources_of(data, tokens)
     notes: list[str] = []
     blocks, found = None, []
-    for named in models_of(model, tokenizer, base, device, dense, notes):
-        if blocks is None:
-            blocks = blocks_of(named, sources, tokens, seq_len, text_field)
-            notes += unknown_notes(blocks.sources)
-        elif (why := _misfit(found[0], named, blocks)) is not None:
-            raise InputError(f"{named.name}: is not the base of {found[0].name}: {why}")
-        found.append(_model_atlas(named, blocks, watch))
+    with sources_of(data, text_field) as sources:
+        for named in models_of(model, tokenizer, base, device, dense, notes):
+            if blocks is None:
+                blocks = blocks_of(named, sources, tokens, seq_len, text_field)
+                notes += unknown_notes(blocks.sources)
+            found.append(_model_atlas(named, blocks, watch))
     assert blocks is not None
     return Atlas(
         command=command, data=blocks.name, tokens=blocks.input_ids.numel(), blocks=len(blocks), seq_len=blocks.seq_len,
         offset_edges=offset_edges(blocks.seq_len).tolist(), models=found, notes=notes,
         seconds=time.monotonic() - started,
     )  # fmt: skip
-
-
-def _misfit(first: ModelAtlas, named: Named, blocks: Blocks) -> str | None:
-    """Why a model cannot stand beside the first one, head by head on the same tokens; None if it can."""
-    config = named.model.config
-    for what, value, expected in (
-        ("layers", config.num_hidden_layers, first.layers),
-        ("heads per layer", config.num_attention_heads, first.heads_per_layer),
-    ):
-        if value != expected:
-            return f"{value} {what}, not {expected}"
-    if int(blocks.input_ids.max()) >= config.vocab_size:
-        return f"a vocabulary of {config.vocab_size}"
-    longest = bases.context_length(named.model)
-    return None if longest is None or longest >= blocks.seq_len else f"a context of {longest}"
 
 
 def _model_atlas(named: Named, blocks: Blocks, watch: Watch) -> ModelAtlas:

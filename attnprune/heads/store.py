@@ -7,13 +7,15 @@ DuckDB reads the Parquet pieces where they are. Every answer is a list of rows, 
 from __future__ import annotations
 
 import glob
+import operator
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnprune.errors import InputError, first_line
+from attnprune.arguments import checked, shown
+from attnprune.errors import InputError, first_line, printable
 from attnprune.heads import pieces
 from attnprune.heads.result import windows
 from attnprune.late import Shown
@@ -26,6 +28,7 @@ Tokens = str | int | Sequence[str | int]
 """Tokens by text, to the letter and with its spaces, or by id; several count as one."""
 
 Row = dict[str, Any]
+FILTERS = ("head", "key", "query", "kind")
 _ALONE = {
     "autoinstall_known_extensions": False, "autoload_known_extensions": False, "python_enable_replacements": False,
 }  # fmt: skip
@@ -44,6 +47,7 @@ def duckdb() -> ModuleType:
     return duckdb
 
 
+@checked()
 def open_index(path: str | Path) -> Index:
     """Open the folder of an index, also one that is not finished.
 
@@ -95,6 +99,7 @@ class Index(Shown):
         blocks = f"{self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens"
         return f"Index({str(self.path)!r}: {blocks})"
 
+    @checked()
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """The answer of DuckDB to one SELECT: tables `edges`, `blocks` (block, tokens) and `vocabulary` (token, text).
 
@@ -111,7 +116,7 @@ class Index(Shown):
             found = self._connection.execute(query, parameters)
             names = [column[0] for column in found.description or ()]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
-        except self._error as error:
+        except (self._error, TypeError, ValueError) as error:  # the latter of parameters
             raise InputError(f"{self.path}: {first_line(error)}") from None
 
     def total(self, **filters: Any) -> Row:
@@ -119,6 +124,7 @@ class Index(Shown):
         where, values = self._where(**filters)
         return self.sql(f"SELECT count(*) AS count, coalesce(sum(weight), 0) AS weight FROM edges{where}", values)[0]
 
+    @checked(limit=0)
     def heads(self, *, by: By = "count", limit: int | None = None, **filters: Any) -> list[Row]:
         """The heads of the edges that pass: {"layer", "head", "count", "weight"}, the most first.
 
@@ -127,18 +133,21 @@ class Index(Shown):
             limit: at most so many rows.
 
         Raises:
-            InputError: a filter that this index does not know.
+            InputError: a filter, or a value of one, that this index does not know.
         """
         return self._groups("layer, head", by, limit, filters)
 
+    @checked(limit=0)
     def keys(self, *, by: By = "count", limit: int | None = None, **filters: Any) -> list[Row]:
         """The tokens that are read: {"token", "text", "count", "weight"}. As `heads`."""
         return self._tokens("key_token", by, limit, filters)
 
+    @checked(limit=0)
     def queries(self, *, by: By = "count", limit: int | None = None, **filters: Any) -> list[Row]:
         """The tokens that read: {"token", "text", "count", "weight"}. As `heads`."""
         return self._tokens("query_token", by, limit, filters)
 
+    @checked(limit=0)
     def contexts(self, *, limit: int = 10, **filters: Any) -> list[Row]:
         """The edges of the largest weight with text around: the columns of `edges`, "key_text", "query_text", "text".
 
@@ -159,6 +168,7 @@ class Index(Shown):
             row["text"] = self._around(tokens[row["block"]], row["query"], row["key"])
         return rows
 
+    @checked()
     def tokens(self, block: int) -> list[str]:
         """The tokens of a block as text.
 
@@ -186,7 +196,7 @@ class Index(Shown):
 
     def _groups(self, columns: str, by: By, limit: int | None, filters: dict[str, Any]) -> list[Row]:
         if by not in ("count", "weight"):
-            raise InputError(f"by {by}: is neither count nor weight")
+            raise InputError(f"by {printable(by)}: is neither count nor weight")
         where, values = self._where(**filters)
         return self.sql(
             f"SELECT {columns}, count(*) AS count, sum(weight) AS weight FROM edges{where} GROUP BY {columns} "
@@ -199,15 +209,12 @@ class Index(Shown):
             for row in self._groups(column, by, limit, filters)
         ]
 
-    def _where(
-        self,
-        *,
-        head: tuple[int, int] | None = None,
-        key: Tokens | None = None,
-        query: Tokens | None = None,
-        kind: str | None = None,
-    ) -> tuple[str, list[int]]:
+    def _where(self, **filters: Any) -> tuple[str, list[int]]:
         """The filters as SQL, and its values."""
+        unknown = sorted(filters.keys() - set(FILTERS))
+        if unknown:
+            raise InputError(f"{unknown[0]}: is no filter; there are {', '.join(FILTERS)}")
+        head, key, query, kind = map(filters.get, FILTERS)
         parts: list[str] = []
         values: list[int] = []
         if head is not None:
@@ -220,27 +227,33 @@ class Index(Shown):
                 values += ids
         if kind is not None:
             if kind not in self.record.kinds:
-                raise InputError(f"kind {kind}: is none of {', '.join(self.record.kinds)}")
+                raise InputError(f"kind {printable(kind)}: is none of {', '.join(self.record.kinds)}")
             parts.append("kinds & ? != 0")
             values.append(1 << self.record.kinds.index(kind))
         return (" WHERE " + " AND ".join(parts) if parts else ""), values
 
-    def _head(self, pair: tuple[int, int]) -> list[int]:
-        layer, head = pair
+    def _head(self, pair: Any) -> list[int]:
+        try:
+            layer, head = map(operator.index, pair)
+        except (TypeError, ValueError):
+            raise InputError(f"head {shown(pair)}: is not (layer, head)", hint="for example head=(3, 1)") from None
         for what, number, count in (("layer", layer, self.record.layers), ("head", head, self.record.heads)):
             if not 0 <= number < count:
                 raise InputError(f"{what} {number}: is not within 0 and {count - 1}")
         return [layer, head]
 
-    def _ids(self, column: str, tokens: Tokens) -> list[int]:
-        """The ids of tokens; several may have one text."""
+    def _ids(self, column: str, tokens: Any) -> list[int]:
+        """The ids of tokens (see `Tokens`); several may have one text."""
         ids: list[int] = []
-        for token in [tokens] if isinstance(tokens, str | int) else tokens:
+        wanted = list(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [tokens]
+        if not wanted:
+            raise InputError(f"{column.partition('_')[0]}: names no token")
+        for token in wanted:
             same = [number for number, text in self._texts.items() if token in (number, text)]
             if not same:
                 near = [text for text in self._texts.values() if text.strip() == str(token).strip()]
                 hint = f"it has {', '.join(map(repr, near[:3]))}" if near else None
-                raise InputError(f"{column.partition('_')[0]} {token!r}: is no token of this text", hint=hint)
+                raise InputError(f"{column.partition('_')[0]} {shown(token)}: is no token of this text", hint=hint)
             ids += same
         return ids
 

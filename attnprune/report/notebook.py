@@ -21,7 +21,7 @@ _PAGE = (
 
 
 def html(thing: Any) -> str:
-    """The HTML of a Sidecar, a Report, a CircuitResult, a Trace or a Difference."""
+    """The HTML of a Sidecar, a Report, a CircuitResult, a Trace, an Atlas, an Index or a Difference."""
     console = Console(file=StringIO(), record=True, width=WIDTH, force_terminal=True, color_system="truecolor",
                       highlight=False, force_jupyter=False)  # fmt: skip
     for part in parts(thing):
@@ -32,8 +32,10 @@ def html(thing: Any) -> str:
 def parts(thing: Any) -> list[Any]:
     """What the command that makes such a thing prints."""
     from attnprune.circuit.result import CircuitResult
+    from attnprune.heads.result import Atlas
+    from attnprune.heads.store import Index
     from attnprune.measure import Report
-    from attnprune.report import circuits, diff, evaluation, sidecar, traces
+    from attnprune.report import atlases, circuits, diff, edge_index, evaluation, sidecar, traces
     from attnprune.sidecar.diff import Difference
     from attnprune.sidecar.folder import Sidecar
     from attnprune.tracing.result import Trace
@@ -43,6 +45,8 @@ def parts(thing: Any) -> list[Any]:
         Report: lambda report: [evaluation.report_table([report])],
         CircuitResult: circuits.summary,
         Trace: traces.summary,
+        Atlas: atlases.summary,
+        Index: lambda index: edge_index.render(edge_index.as_data(index, {}, "count", top=8)),
         Difference: lambda found: diff.render(found, limit=8),
     }
     return next(draw(thing) for kind, draw in drawn.items() if isinstance(thing, kind))

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -267,7 +267,11 @@ class OutputConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. `resolved` fields hold no 'auto' any more; that is what run.toml records."""
+    """A whole run. `resolved` fields hold no 'auto' any more; that is what run.toml records.
+
+    Raises:
+        InputError: unknown key (with the nearest known one) or a value out of range; one line.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -275,6 +279,14 @@ class RunConfig(Section):
     constraint: ConstraintConfig = ConstraintConfig()
     train: TrainConfig = TrainConfig()
     output: OutputConfig = OutputConfig()
+
+    if not TYPE_CHECKING:  # for type checkers its fields are its arguments
+
+        def __init__(self, **values: Any):
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise InputError(_explain(error.errors()[0])) from None
 
     def to_toml(self) -> str:
         """The configuration as TOML (keys that are None are left out, and the steps that a time has still to give)."""
@@ -288,10 +300,7 @@ def build_config(values: dict[str, Any]) -> RunConfig:
     Raises:
         InputError: unknown key (with the nearest known one) or a value out of range; one line.
     """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise InputError(_explain(error.errors()[0])) from None
+    return RunConfig(**values)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnprune.arguments import checked
 from attnprune.errors import InputError
 from attnprune.files import fsync, reason, sha256_of, write_atomic
 from attnprune.late import Shown
@@ -121,6 +122,7 @@ class Sidecar(Shown):
             format.check_lora(raw, self.manifest, config)
         return raw
 
+    @checked()
     def read(self, name: str) -> bytes:
         """A listed file, its size and hash checked on the bytes that are used."""
         entry = self.manifest.files.get(name)
@@ -133,6 +135,7 @@ class Sidecar(Shown):
         return raw
 
 
+@checked()
 def open_sidecar(path: str | Path) -> Sidecar:
     """Open and check the manifest of a local sidecar folder.
 

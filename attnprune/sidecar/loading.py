@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from attnprune.arguments import checked, shown
 from attnprune.attention.interface import attach
 from attnprune.errors import InputError, not_installed
 from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
-from attnprune.sidecar.bases import BaseModel, load_base, torch_dtype
+from attnprune.sidecar.bases import BaseModel, load_base, pick_device, torch_dtype
 from attnprune.sidecar.folder import Sidecar, is_merged, open_sidecar
 from attnprune.sidecar.identity import check_base, fingerprint, note_fingerprint
 from attnprune.sidecar.merged import load_merged
-from attnprune.sidecar.precision import cast
+from attnprune.sidecar.precision import any_dtype, cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quantised import config_of, dequantise, features, is_quantised
 from attnprune.sidecar.spreading import DeviceMap, spread
@@ -34,6 +35,14 @@ class LoadedModel(NamedTuple):
 
     model: Any
     tokenizer: Any
+
+    def __repr__(self) -> str:
+        config, parameters = self.model.config, sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"LoadedModel({type(self.model).__name__}: {config.num_hidden_layers} layers of "
+            f"{config.num_attention_heads} heads, {parameters:,} parameters, {self.model.dtype} on "
+            f"{self.model.device}; {type(self.tokenizer).__name__})"
+        )
 
 
 def default_base(sidecar: Sidecar) -> tuple[str, str | None]:
@@ -98,13 +107,14 @@ def load_named_base(
     return load_base(name, revision=revision, device=device, dtype=dtype, quantise=quantise, device_map=device_map)
 
 
+@checked()
 def load(
     path: str | Path,
-    base: str | None = None,
+    base: str | Path | None = None,
     *,
     revision: str | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     allow_base_mismatch: bool = False,
     verify: bool = True,
     device_map: DeviceMap | None = None,
@@ -117,8 +127,9 @@ def load(
         base: Hub id, folder or .gguf file of the base model; default: the one that the sidecar names, or a local one
             that is still where the run found it.
         revision: branch, tag or commit of the repository.
-        dtype: cast to this dtype at the end (gates stay fp32); default: the dtype the base was loaded in. Another dtype
-            moves scores that sit on their threshold, so a few edges differ.
+        device: "cpu", "cuda", "cuda:1", ...; "auto": cuda where there is one.
+        dtype: cast to this dtype, or the one of this name, at the end (gates stay fp32); default: the dtype the base
+            was loaded in. Another dtype moves scores that sit on their threshold, so a few edges differ.
         allow_base_mismatch: accept a base of equal structure with other weights (the probe is then not run).
         verify: run the stored probe (64 tokens, and 256 where the context allows) before returning.
         device_map: "auto", or a device for each part, as transformers has it; instead of `device`. The weights are
@@ -133,6 +144,12 @@ def load(
             options that do not go together.
         AttnPruneError: the Hub cannot be reached.
     """
+    device, base = _place_of(device), None if base is None else str(base)
+    dtype = None if dtype is None else any_dtype(dtype)
+    if not isinstance(device_map, str | dict | None):
+        raise InputError(f'device_map: {shown(device_map)} is neither "auto" nor a dict of parts and their devices')
+    if not isinstance(quantization_config, BitsAndBytesConfig | None):
+        raise InputError(f"quantization_config: {type(quantization_config).__name__} is not a BitsAndBytesConfig")
     folder = hub.locate(path, revision)
     if dtype is not None and (device_map is not None or quantization_config is not None):
         raise InputError("dtype: casts a model in one place; leave out device_map and quantization_config")
@@ -162,6 +179,19 @@ def load(
     if device_map is None and not is_quantised(model):
         model = model.to(device)
     return LoadedModel(model.eval(), loaded.tokenizer)
+
+
+def _place_of(device: str) -> str:
+    """As `pick_device`, which also knows one of several ("cuda:1").
+
+    Raises:
+        InputError: there is no such device.
+    """
+    kind, _, number = device.partition(":")
+    found = pick_device(kind)
+    if number and (found != "cuda" or not number.isdecimal() or int(number) >= torch.cuda.device_count()):
+        raise InputError(f"device {device}: there is none")
+    return device if number else found
 
 
 def load_for_merge(

@@ -13,6 +13,18 @@ from attnprune.errors import InputError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+def any_dtype(dtype: Any) -> torch.dtype:
+    """A dtype, or one by its name.
+
+    Raises:
+        InputError: none that a model is cast to.
+    """
+    known = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype) or known not in DTYPES.values():
+        raise InputError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    return known
+
+
 def cast(model: Any, dtype: torch.dtype) -> Any:
     """Change a model's tensors to `dtype`, in place, as if they had been read in it; returns the model.
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnprune.arguments import checked
 from attnprune.circuit.explained import opening
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.explain import explain as explain_edge
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.vocabulary import ids_of
 from attnprune.errors import InputError
-from attnprune.sidecar import bases, hub, loading
-from attnprune.sidecar.folder import is_merged, open_sidecar
+from attnprune.sidecar import bases
+from attnprune.sidecar.models import Named, models_of
 from attnprune.tracing.messages import Messages
 from attnprune.tracing.moved import top_shifts
 from attnprune.tracing.result import Candidate, Measured, Message, ModelTrace, RandomSets, Shift, Token, Trace
@@ -34,15 +34,6 @@ WRITERS = 5  # that are shown, and removed, on either side of an explained edge
 SHIFTS = 5  # tokens that a value raises most, and as many that it lowers
 
 
-class _Named(NamedTuple):
-    """A model to trace, loaded. `is_base`: the dense base of a sparse one, traced beside it."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    is_base: bool = False
-
-
 @dataclass(frozen=True)
 class _Asked:
     """What a trace is about: token ids [1, T], the other token or None, the share to keep, messages to explain."""
@@ -54,6 +45,7 @@ class _Asked:
     explain: int
 
 
+@checked(explain=0, seed=0)
 def trace(
     model: Any,
     text: str,
@@ -62,7 +54,7 @@ def trace(
     token: int = -1,
     target: float = 0.9,
     against: str | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     dense: bool = True,
     explain: int = 0,
     device: str = "auto",
@@ -74,7 +66,7 @@ def trace(
 
     Args:
         model: sidecar or merged folder, base model, Hub name, .gguf file or "demo"; or a model in memory, sparse or
-            dense, with its `tokenizer`, or both as `attnprune.load` gives them.
+            dense, with its `tokenizer` or as the pair that `attnprune.load` gives.
         text: at most 512 tokens, and no more than the model's context.
         token: the token (0 is the first, -1 the last) behind which the prediction stands; later ones are left out.
         target: share of the prediction to keep, above 0 and up to 1: 1 - KL(full || kept) / KL(full || none), in nats.
@@ -96,15 +88,13 @@ def trace(
     started = time.monotonic()
     if not 0 < target <= 1:
         raise InputError(f"target {target:g}: is not above 0 and up to 1")
-    if explain < 0:
-        raise InputError(f"explain {explain}: is less than 0")
     if not text:
         raise InputError("text: is empty")
     notes: list[str] = []
     traces: list[ModelTrace] = []
     asked: _Asked | None = None
     tokens: list[Token] = []
-    for named in _models(model, tokenizer, base, device, dense, notes):
+    for named in models_of(model, tokenizer, base, device, dense, notes):
         if asked is None:
             asked = _ask(named, text, token, target, against, seed, explain)
             tokens = [_token(named.tokenizer, index) for index in asked.ids[0].tolist()]
@@ -116,39 +106,7 @@ def trace(
     )  # fmt: skip
 
 
-def _models(
-    model: Any, tokenizer: Any, base: str | None, device: str, dense: bool, notes: list[str]
-) -> Iterator[_Named]:
-    """The model, and the dense base if there is one to trace; each is loaded when it is its turn."""
-    if isinstance(model, loading.LoadedModel):
-        model, tokenizer = model
-    if not isinstance(model, str | Path):
-        if tokenizer is None:
-            raise InputError("trace: a model in memory needs its tokenizer")
-        yield _Named(type(model).__name__, model, tokenizer)
-        return
-    name, where = str(model), bases.pick_device(device)
-    folder = hub.sparse_folder(name)
-    if folder is None:
-        loaded = bases.load_base(name, device=where)
-        yield _Named(name, loaded.model, loaded.tokenizer)
-        return
-    yield _Named(name, *loading.load(folder, base, device=where))
-    if not dense:
-        return
-    if is_merged(folder):
-        if base is None:
-            notes.append("the dense base is not traced: a merged folder does not hold it; name it with --base")
-            return
-        dense_name, loaded = base, bases.load_base(base, device=where)
-    else:
-        sidecar = open_sidecar(folder)
-        dense_name, _ = loading.which_base(sidecar, base)
-        loaded = loading.load_dense(sidecar, base, where)
-    yield _Named(dense_name, loaded.model, loaded.tokenizer, is_base=True)
-
-
-def _ask(named: _Named, text: str, token: int, target: float, against: str | None, seed: int, explain: int) -> _Asked:
+def _ask(named: Named, text: str, token: int, target: float, against: str | None, seed: int, explain: int) -> _Asked:
     """Text and options as tokens of the model."""
     ids = ids_of(text, named.tokenizer, named.model.config.vocab_size, "text")
     length = ids.shape[1]
@@ -163,7 +121,7 @@ def _ask(named: _Named, text: str, token: int, target: float, against: str | Non
     return _Asked(ids, None if against is None else _single_token(named, against), target, seed, explain)
 
 
-def _single_token(named: _Named, against: str) -> int:
+def _single_token(named: Named, against: str) -> int:
     """The one token that a text is.
 
     Raises:
@@ -180,7 +138,7 @@ def _single_token(named: _Named, against: str) -> int:
     return int(ids[0])
 
 
-def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -> ModelTrace:
+def _trace_model(named: Named, asked: _Asked, watch: Watch, notes: list[str]) -> ModelTrace:
     started = time.monotonic()
     anatomy = anatomy_of(named.model)
     kind = "sparse" if anatomy.gated else "dense"
@@ -231,7 +189,7 @@ def _trace_model(named: _Named, asked: _Asked, watch: Watch, notes: list[str]) -
         )  # fmt: skip
 
 
-def _pair(messages: Messages, named: _Named, against: int | None, notes: list[str]) -> tuple[int, int]:
+def _pair(messages: Messages, named: Named, against: int | None, notes: list[str]) -> tuple[int, int]:
     """The predicted token and the one that it is compared with.
 
     Raises:

@@ -53,6 +53,8 @@ def evaluate_model(
         InputError: unknown text, or no `sources` and a held-out split that cannot be rebuilt.
     """
     if sidecar is None:
+        if base is not None:
+            raise InputError(f"--base: {name} is a dense model itself")
         loaded = bases.load_base(name, revision=revision, device=bases.pick_device(device), device_map=device_map)
         return _measured(loaded, sources, seq_len, tokens, batch_size, text_field, on_note)
     dense, sparse = load_pair(sidecar, base, device, allow_base_mismatch=allow_base_mismatch, device_map=device_map)

@@ -135,6 +135,15 @@ def test_results_draw_themselves(place):
     assert "of the edges open at T = 16" in repr(sidecar)
 
 
+def test_a_loaded_model_says_what_it_is(place):
+    loaded = ap.load(place / "sparse")
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert repr(loaded) == (
+        f"LoadedModel(LlamaForCausalLM: 2 layers of 4 heads, {count:,} parameters, torch.float32 on cpu; "
+        f"{type(loaded.tokenizer).__name__})"
+    )
+
+
 def test_names_in_a_drawing_are_escaped(place):
     from dataclasses import replace
 

@@ -109,7 +109,9 @@ def test_models_that_cannot_be_are_refused_and_nothing_is_left(place, tmp_path, 
     )
     refused(lambda: ap.sparsify(adapted, tokenizer, **out), "is not a transformers model")
     ap.attach(model)
-    refused(lambda: ap.sparsify(model, tokenizer, **out), "save_pretrained")
+    for given in ((model, tokenizer), ((model, tokenizer),)):
+        error = refused(lambda given=given: ap.sparsify(*given, **out), "model: has gates already")
+        assert "init=SIDECAR" in error.hint
     refused(lambda: ap.sparsify(place / "model", data=[str(place / "text.txt")], out=tmp_path / "run"), "is a file")
     refused(
         lambda: ap.sparsify(place / "model", data=["short"], out=tmp_path / "run", **tiny), "shorter than one block"

@@ -59,6 +59,23 @@ def test_a_planted_value_is_in_its_directions(animals):
         assert window.start <= example.key < window.start + len(window.tokens)
 
 
+def test_an_atlas_says_what_it_is(animals):
+    planted = plant_heads(gated=True)
+    found = atlas((planted.model, planted.tokenizer), animals, seq_len=LENGTH)
+    (model,) = found.models
+    labelled = sum(bool(head.reading.labels) for head in model.heads)
+    assert repr(found) == (
+        f"Atlas('animals.txt', {10 * LENGTH} tokens, GPT2LMHeadModel: {labelled} of 12 heads labelled, "
+        f"{len(model.closed)} closed)"
+    )
+    assert len(repr(model)) < 250
+    assert "heads=<12 items>" in repr(model)
+    assert max(len(repr(head)) for head in model.heads) < 1000
+    html = found._repr_html_()
+    assert html.startswith("<pre")
+    assert "without a label" in html
+
+
 def test_the_rule():
     def judged(share, control, edges=100):
         return labels({"self": Share(share=share, control=control)}, edges)
@@ -133,7 +150,7 @@ def test_a_merged_folder_names_no_base(tmp_path):
     result = atlas(folder, text, tokens=64)
     assert [model.kind for model in result.models] == ["sparse"]
     assert result.notes == ["the dense base is not beside it: a merged folder does not hold it; name it with --base"]
-    both = atlas(folder, [text], base=str(tmp_path / "merged-base"), tokens=64)
+    both = atlas(folder, (text,), base=str(tmp_path / "merged-base"), tokens=64)
     assert [model.kind for model in both.models] == ["sparse", "dense"]
     assert both.models[0].heads == result.models[0].heads
 
@@ -150,13 +167,13 @@ def test_bad_input_is_one_line(tmp_path):
         lambda: atlas(str(base), tmp_path / "short.txt"), "short.txt: the text is shorter than one block of 64 tokens"
     )
     refused(lambda: atlas(str(base), tmp_path / "none.txt"), "none.txt: no such file")
-    refused(lambda: atlas(str(base), []), "data: names no text")
+    refused(lambda: atlas(str(base), ()), "data: a tuple names")
     refused(lambda: atlas(str(base), text, seq_len=65), "a block of 65 tokens is more than the model's context of 64")
     refused(lambda: atlas(str(base), text, tokens=0), "tokens 0: ")
     refused(lambda: atlas(str(base), text, base=str(other)), "is a dense model itself")
-    refused(lambda: atlas(str(base), [text, text]), "named twice")
+    refused(lambda: atlas(str(base), (text, text)), "named twice")
     refused(lambda: atlas(sidecar, text, base=str(other)))
-    refused(lambda: atlas(merged, text, base=str(other), tokens=64), "other: is not the base of ", "3 layers, not 2")
+    refused(lambda: atlas(merged, text, base=str(other), tokens=64), "other: is not the base of ", "(2 layers, 4")
     refused(lambda: atlas(load(sidecar, str(base)).model, text), "needs its tokenizer")
     sparse, tokenizer = load(sidecar, str(base))
     refused(lambda: atlas(sparse, text, tokenizer=tokenizer, base=str(base)), "base: is for models given by name")

@@ -174,7 +174,7 @@ def test_another_model_text_or_length_is_refused(planted, made, animals, tmp_pat
 
 def test_bad_input_is_one_line(planted, made, animals, tmp_path):
     refused(lambda: build(planted, animals, tmp_path), "exists and is not empty")
-    refused(lambda: build(planted, [], tmp_path / "new"), "data: names no text")
+    refused(lambda: build(planted, (), tmp_path / "new"), "data: a tuple names")
     refused(lambda: open_index(tmp_path), "is no index of edges")
     refused(lambda: open_index(tmp_path / "none"), "is no index of edges")
     assert "' ant'" not in str(refused(lambda: made.heads(key="yak"), "key 'yak': is no token of this text").hint)
@@ -187,6 +187,46 @@ def test_bad_input_is_one_line(planted, made, animals, tmp_path):
     refused(lambda: made.tokens(BLOCKS), f"block {BLOCKS}: ")
     refused(lambda: made.sql("SELECT nothing"), "index: ")
     assert not (tmp_path / "new").exists()
+
+
+def test_filters_and_limits_of_another_kind_are_refused(made):
+    for filters, part in (
+        ({"head": "1.1"}, "head '1.1': is not (layer, head)"),
+        ({"head": 1}, "head 1: is not (layer, head)"),
+        ({"head": (0, 1.5)}, "head (0, 1.5): is not"),
+        ({"head": (0, 1, 2)}, "head (0, 1, 2): is not"),
+        ({"key": 1.5}, "key 1.5: is no token"),
+        ({"key": []}, "key: names no token"),
+        ({"query": [None]}, "query None: is no token"),
+        ({"query": {"ant": 1}}, "query {'ant': 1}: is no token"),
+        ({"kind": 5}, "kind 5: is none of self"),
+        ({"kind": ["self"]}, "kind ['self']: is none of self"),
+        ({"heads": (0, 1)}, "heads: is no filter; there are head, key, query, kind"),
+    ):
+        for question in (made.total, made.heads, made.keys, made.queries, made.contexts):
+            refused(lambda question=question, filters=filters: question(**filters), part)
+    for question in (made.heads, made.keys, made.queries, made.contexts):
+        refused(lambda question=question: question(limit=-1), "limit -1: is less than 0")
+        refused(lambda question=question: question(limit="3"), "limit: '3' is not a whole number")
+        assert question(limit=0) == []
+    for by in (5, None, ["count"]):
+        refused(lambda by=by: made.heads(by=by), "is neither count nor weight")
+    refused(lambda: made.tokens("0"), "block: '0' is not a whole number")
+    refused(lambda: made.tokens(-1), "block -1: ")
+    refused(lambda: made.sql(5), "query: 5 is not text")
+    for parameters in (5, "ab", [object()], {"a": 1}, [1, 2]):
+        refused(lambda parameters=parameters: made.sql("SELECT ?", parameters), "index: ")
+    assert made.sql("SELECT ? AS a", [1]) == [{"a": 1}]
+
+
+def test_an_index_says_what_it_is(made, monkeypatch):
+    said = repr(made)
+    assert said.startswith("Index(")
+    assert f"{BLOCKS} of {BLOCKS} blocks of {LENGTH} tokens" in said
+    html = made._repr_html_()
+    assert html.startswith("<pre")
+    assert "strongest edges" in html
+    assert "open edges" in html
 
 
 def test_an_index_is_only_read(made, tmp_path):

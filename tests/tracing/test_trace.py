@@ -191,7 +191,7 @@ def test_a_merged_folder_names_no_base(tmp_path):
     folder = save_merged(tmp_path / "merged")
     result = trace(folder, "Mary")
     assert [model.kind for model in result.models] == ["sparse"]
-    assert result.notes == ["the dense base is not traced: a merged folder does not hold it; name it with --base"]
+    assert result.notes == ["the dense base is not beside it: a merged folder does not hold it; name it with --base"]
     both = trace(folder, "Mary", base=str(tmp_path / "merged-base"))
     assert [model.kind for model in both.models] == ["sparse", "dense"]
     sidecar = trace(tmp_path / "merged-sidecar", "Mary", base=str(tmp_path / "merged-base"), dense=False)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnprune.arguments import checked
 from attnprune.attention.interface import detach, gates_of
-from attnprune.errors import InputError, UnsupportedModelError, printable
+from attnprune.errors import InputError, UnsupportedModelError, checked, printable
 from attnprune.sidecar import loading
 
 if TYPE_CHECKING:

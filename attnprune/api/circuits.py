@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnprune.api.commands import PROMPTS, QUICK_PROMPTS
 from attnprune.api.console import progress_console
-from attnprune.arguments import checked
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked
 
 if TYPE_CHECKING:
     from attnprune.circuit.explained import ExplainedEdge

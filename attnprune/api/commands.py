@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnprune.api.console import progress_console
-from attnprune.arguments import checked, unpacked
 from attnprune.data.given import sources_of
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked, unpacked
 from attnprune.files import check_new_folder, temporary_folder
 from attnprune.runs.folder import CHECKPOINTS, MANIFEST_FILE
 

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnprune.arguments import unpacked
 from attnprune.data.given import named, save_texts
-from attnprune.errors import InputError
+from attnprune.errors import InputError, unpacked
 from attnprune.files import check_new_folder
 from attnprune.runs.config import build_config, override
 from attnprune.runs.folder import CHECKPOINTS, MANIFEST_FILE, check_output, output_folder

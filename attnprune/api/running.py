@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnprune.api.console import progress_console
 from attnprune.api.inputs import on_disk
-from attnprune.arguments import checked
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked
 from attnprune.runs.config import RunConfig, build_config, override, read_toml
 from attnprune.runs.folder import check_output, defaults_for, output_folder, read_resumed
 

@@ -21,14 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnprune.arguments import shown
 from attnprune.attention.chunked import GatedOutput, GateSettings, OnChunk
 from attnprune.attention.dispatch import gated_attention
 from attnprune.attention.dropout import restore, switch_off
 from attnprune.attention.gates import mix_seed
 from attnprune.attention.reference import gated_attention_reference
 from attnprune.attention.spans import KnownMask
-from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError
+from attnprune.errors import InputError, SelfCheckError, UnsupportedModelError, shown
 
 NAME = "attnprune"
 GATE_ATTRIBUTE = "attnprune_gate"

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnprune.arguments import checked
 from attnprune.attention.interface import gates_of
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.data.given import sources_of
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked
 from attnprune.files import check_new_folder, locked
 from attnprune.heads import pieces
 from attnprune.heads.corpus import Watch, blocks_of, delimiters_of

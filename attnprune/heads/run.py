@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from attnprune.arguments import checked
 from attnprune.circuit.model.adapters import Anatomy, anatomy_of
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.data.given import sources_of
+from attnprune.errors import checked
 from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
 from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
 from attnprune.heads.directions import written

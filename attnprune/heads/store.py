@@ -14,8 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnprune.arguments import checked, shown
-from attnprune.errors import InputError, first_line, printable
+from attnprune.errors import InputError, checked, first_line, printable, shown
 from attnprune.heads import pieces
 from attnprune.heads.result import windows
 from attnprune.late import Shown

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnprune.arguments import checked
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked
 from attnprune.files import fsync, reason, sha256_of, write_atomic
 from attnprune.late import Shown
 from attnprune.sidecar import format, strangers

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from attnprune.arguments import checked, shown
 from attnprune.attention.interface import attach
-from attnprune.errors import InputError, not_installed
+from attnprune.errors import InputError, checked, not_installed, shown
 from attnprune.runs.folder import DEMO, remembered_model
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.bases import BaseModel, load_base, pick_device, torch_dtype

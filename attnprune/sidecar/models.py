@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from attnprune.arguments import unpacked
-from attnprune.errors import InputError
+from attnprune.errors import InputError, unpacked
 from attnprune.sidecar import bases, hub, identity, loading
 from attnprune.sidecar.folder import Sidecar, is_merged, open_artefact
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprune.arguments import checked
 from attnprune.circuit.explained import opening
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.explain import explain as explain_edge
 from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.vocabulary import ids_of
-from attnprune.errors import InputError
+from attnprune.errors import InputError, checked
 from attnprune.sidecar import bases
 from attnprune.sidecar.models import Named, models_of
 from attnprune.tracing.messages import Messages

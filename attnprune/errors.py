@@ -13,9 +13,9 @@ from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import PurePath
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
-P, R = ParamSpec("P"), TypeVar("R")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 LARGEST_SEED = 2**32 - 1  # as of a run
 
@@ -132,7 +132,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What an annotation allows: how people call it, and whether a value is one."""
 
 
-def checked(**least: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checked(**least: int) -> Callable[[Function], Function]:
     """Check arguments against plain annotations (numbers, text, paths, flags, functions); others take anything.
 
     Args:
@@ -141,17 +141,17 @@ def checked(**least: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     What is decorated raises InputError for a value of another kind, or below the smallest.
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         kinds = {name: _kinds(parameter.annotation) for name, parameter in signature.parameters.items()}
 
         @functools.wraps(function)
-        def call(*args: P.args, **options: P.kwargs) -> R:
+        def call(*args: Any, **options: Any) -> Any:
             for name, value in signature.bind(*args, **options).arguments.items():
                 _check(name, value, kinds[name], least.get(name))
             return function(*args, **options)
 
-        return call
+        return cast("Function", call)
 
     return decorate
 

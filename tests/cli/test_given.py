@@ -28,6 +28,7 @@ IDLE = [
     ("eval demo --data task --seq-len 5", "--seq-len: does nothing with --data task"),
     ("eval demo --data x.txt --allow-base-mismatch", "--allow-base-mismatch: does nothing for a model that is no"),
     ("eval S --device cpu --device-map auto", "--device: does nothing with --device-map"),
+    ("trace demo --text #1+2= --base x", "--base: demo is a dense model itself"),
     ("atlas demo --data task --text-field x", "--text-field: does nothing with --data task"),
     ("index demo --data task --seq-len 5 -o i", "--seq-len: does nothing with --data task"),
     ("apply S --dtype float16", "--dtype: does nothing without --merge"),

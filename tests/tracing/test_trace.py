@@ -225,7 +225,7 @@ def test_bad_input_is_one_line(tmp_path):
     if len(byte_tokenizer()(best)["input_ids"]) == 1:
         refused(lambda: trace(base, "Mary", against=best), "is the predicted token itself")
     refused(lambda: trace(route.model, "w1", tokenizer=None), "needs its tokenizer")
-    refused(lambda: trace(route.model, "w1 nothing", tokenizer=route.tokenizer), "beyond the model's vocabulary")
+    refused(lambda: trace(route.model, "w1 nothing", tokenizer=route.tokenizer), "does not know 'nothing'")
     refused(lambda: trace(route.model, route.text, tokenizer=route.tokenizer, against="none"), "not in the vocabulary")
     refused(lambda: trace("no/such/model", "Mary"), "no/such/model: ")
 

@@ -226,7 +226,7 @@ def test_bad_input_is_one_line(tmp_path):
         refused(lambda: trace(base, "Mary", against=best), "is the predicted token itself")
     refused(lambda: trace(route.model, "w1", tokenizer=None), "needs its tokenizer")
     refused(lambda: trace(route.model, "w1 nothing", tokenizer=route.tokenizer), "does not know 'nothing'")
-    refused(lambda: trace(route.model, route.text, tokenizer=route.tokenizer, against="none"), "not in the vocabulary")
+    refused(lambda: trace(route.model, route.text, tokenizer=route.tokenizer, against="none"), "does not know 'none'")
     refused(lambda: trace("no/such/model", "Mary"), "no/such/model: ")
 
 

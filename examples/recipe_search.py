@@ -6,7 +6,8 @@
 Every run selects its best state on blocks of its training text that it did not train on. It is then measured on text
 that neither the base model nor any run has seen: --test, to choose settings by, and --unseen, to report. The texts are
 files beside the model (train.jsonl, test.jsonl, unseen.jsonl) unless they are named. A run with a frontier is measured
-at each of its densities. Runs already in the JSON file are not repeated.
+at each of its densities. Runs already in the JSON file are not repeated; one that was interrupted goes on from its last
+checkpoint, in a folder beside the JSON file that is removed when the run is measured.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +40,7 @@ COMMON = {
     "constraint": {"kind": "density", "target_density": 0.01},
     "train": {
         "scope": "full", "batch_size": 8, "learning_rate": 1e-3, "min_lr_ratio": 0.02, "distill": 0.5,
-        "eval_every": 500, "save_every": 1000,
+        "eval_every": 500, "save_every": 500,
     },
 }  # fmt: skip
 OPEN = {
@@ -140,13 +142,18 @@ REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_que
 
 
 def train(model: Path, texts: list[str], settings: dict, folder: Path) -> None:
-    """One `attnprune sparsify` into `folder`."""
-    config = folder.with_suffix(".toml")
-    config.write_text(tomli_w.dumps(settings))
-    data = [argument for text in texts for argument in ("--data", text)]
-    done = attnprune_command(["sparsify", str(model), "--config", str(config), *data, "--out", str(folder), "--quiet"])
-    if done.returncode not in (0, 3):  # 3: finished, constraint not met
-        raise RuntimeError(f"{settings}: exit code {done.returncode}")
+    """One `attnprune sparsify` into `folder`, or the rest of one."""
+    if (folder / "attnprune.json").exists():
+        return
+    if (folder / "run.toml").exists():
+        arguments = ["--resume", str(folder)]
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        config = folder.with_suffix(".toml")
+        config.write_text(tomli_w.dumps(settings))
+        data = [argument for text in texts for argument in ("--data", text)]
+        arguments = [str(model), "--config", str(config), *data, "--out", str(folder)]
+    attnprune_command(["sparsify", *arguments, "--quiet"], good=(0, 3))  # 3: finished, constraint not met
 
 
 def record(model: Path, texts: dict[str, str], variant: str, seed: int, settings: dict, folder: Path) -> dict:
@@ -178,11 +185,14 @@ def measure(model: Path, folder: Path, text: str, name: str) -> dict:
     return {key: report[key] for key in REPORTED}
 
 
-def attnprune_command(arguments: list[str]) -> subprocess.CompletedProcess:
+def attnprune_command(arguments: list[str], good: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess:
     """The tool in its own process with one thread, so that two runs share two cores."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
     command = [sys.executable, "-m", "attnprune", *arguments]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    if done.returncode not in good:
+        raise RuntimeError(f"attnprune {shlex.join(arguments)}: exit code {done.returncode}")
+    return done
 
 
 def facts() -> dict:
@@ -227,14 +237,16 @@ def main() -> None:
         variant, seed = job
         began, made_with = time.perf_counter(), commit()
         settings = merge(merge(COMMON, VARIANTS[variant]), {"train": {"seed": seed, "steps": options.steps}})
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "run"
-            train(options.model, options.train or [beside["train"]], settings, folder)
-            made = record(options.model, texts, variant, seed, settings, folder)
+        name = "".join(c if c.isalnum() else "-" for c in f"{variant}-{options.steps}-{seed}")
+        folder = options.out.with_suffix(".runs") / name
+        train(options.model, options.train or [beside["train"]], settings, folder)
+        made = record(options.model, texts, variant, seed, settings, folder)
         made |= {"seconds": round(time.perf_counter() - began), "commit": made_with}
         with writing:
             runs.append(made)
             options.out.write_text(json.dumps({**facts(), "runs": runs}, separators=(",", ":")) + "\n")
+            shutil.rmtree(folder)
+            folder.with_suffix(".toml").unlink()
             t, c = made["test"], made["curve"][-1]
             print(
                 f"{variant:24s} seed {seed} density {t['density']:.3%} "

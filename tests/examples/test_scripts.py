@@ -113,6 +113,7 @@ def test_small_lm_and_recipe_search(tmp_path):
     assert runs["published"]["settings"]["gate"]["estimator"] == "gumbel"
     assert runs["published"]["tokens"] == 2 * 8 * 256
     assert run("examples/recipe_search.py", model, *search) == ""  # nothing is run twice
+    assert list((tmp_path / "search.runs").glob("*/")) == []  # and what was measured is not kept
 
 
 def test_what_is_lost_compares_two_models(finished, tmp_path):

@@ -23,7 +23,7 @@ def unloaded(monkeypatch):
     def load(*rest):
         raise AssertionError("loaded first")
 
-    monkeypatch.setattr(circuit_run, "load_model", load)
+    monkeypatch.setattr(circuit_run, "by_name", load)
 
 
 def search(folder, *, is_new=True, **settings):

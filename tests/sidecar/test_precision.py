@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import click
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from attnprune.attention.interface import gates_of
@@ -67,10 +69,10 @@ def test_a_merged_model_is_not_cast_beyond_its_dtype(place, loaded, tmp_path):
 
 
 def test_apply_writes_no_infinite_weight(place, tmp_path):
-    paths = [str(place / "base"), str(place / "sidecar")]
-    refused(lambda: apply(paths, merge=tmp_path / "merged", dtype="float16"), TOO_LARGE)
+    context, paths = typer.Context(click.Command("apply")), [str(place / "base"), str(place / "sidecar")]
+    refused(lambda: apply(context, paths, merge=tmp_path / "merged", dtype="float16"), TOO_LARGE)
     assert not list(tmp_path.iterdir())
-    apply(paths, merge=tmp_path / "merged", dtype="bfloat16", quiet=True)
+    apply(context, paths, merge=tmp_path / "merged", dtype="bfloat16", quiet=True)
     assert load_merged(tmp_path / "merged")[0].dtype == torch.bfloat16
 
 

@@ -24,9 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from tests.helpers.factory import spread
 
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A suite that was started in the background ignores Ctrl-C, and so would the processes that tests send one to.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+if threading.current_thread() is threading.main_thread():
+    # A suite in the background ignores Ctrl-C, one under nohup a hang-up, and so would processes that tests send one to.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 READ_LATE = {"HF_TOKEN", "NO_COLOR", "COLUMNS", "FORCE_COLOR", "TERM", "PYTEST_CURRENT_TEST"}
@@ -30,7 +31,7 @@ def python(
 ) -> subprocess.CompletedProcess:
     """As `subprocess.run` of this Python with arguments (-m MODULE, -c PROGRAM or a script first) and no input."""
     line = [str(argument) for argument in arguments]
-    changed = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
+    changed = {name for name in {*env, *ENVIRONMENT} if env.get(name) != ENVIRONMENT.get(name)}
     if changed - READ_LATE or preexec_fn:
         return subprocess.run(
             [sys.executable, *line], cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=timeout,
@@ -41,7 +42,8 @@ def python(
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("stdout", "stderr")]
         process = context.Process(target=_become, args=(line, str(cwd), dict(env), *map(str, told)))
-        process.start()
+        with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):  # libraries write into it; the first start passes it on
+            process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

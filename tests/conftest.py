@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from tests.helpers.factory import spread
 
 if threading.current_thread() is threading.main_thread():
-    # A suite in the background ignores Ctrl-C, one under nohup a hang-up, and so would processes that tests send one to.
+    # A suite in the background ignores Ctrl-C, under nohup a hang-up, and so would processes that tests send one to.
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 First a set is learned, see attnprune.tracing.learning. Then messages are deleted: the set is cut into blocks by rank,
 each block is left out alone, and as many of the least harmful ones as hold are left out together. One that cannot go
-with those before it stays, and the others are tried again without it. Blocks get smaller when little can go, down to
+with those before it stays, and those after it are tried without it. Blocks get smaller when little can go, down to
 single messages.
 """
 
@@ -23,7 +23,7 @@ Watch = Callable[[str, int, int], None]
 POINTS = tuple((i + 0.5) / 8 for i in range(8))  # of the path that a ranking's gradients are taken at
 AT_ONCE = 8  # sizes of one round of bisection
 BLOCKS = 64  # a set is cut into at most about so many, until single messages are tried
-TRIES = 4  # in one round, to let more go together
+TRIES = 10  # in one round, each without the block that stopped the last one
 LITTLE = 0.1  # of the set: where less can go, blocks get smaller
 DELETION_TOKENS, FEWEST, MOST = 4000, 64, 400  # of all runs that delete; bounds on their number
 EFFECT_TOKENS = 4096  # of the runs without one message each; where they would be more, gradients take their place
@@ -123,21 +123,19 @@ def _each_affordable(messages: Messages, kept: Tensor) -> bool:
 
 
 def _together(messages: Messages, kept: Tensor, blocks: list[Tensor], allowed: float) -> Tensor:
-    """What can go at once of blocks that can go alone, the least harmful first: places in the set."""
+    """What can go at once of blocks, the first ones first, without those that stop others: places in the set."""
     gone = torch.zeros(0, dtype=torch.int64, device=kept.device)
     for _ in range(TRIES):
         count = _most(messages, kept, gone, blocks, allowed)
-        gone, rest = torch.cat([gone, *blocks[:count]]), blocks[count + 1 :]
-        if not rest:
+        gone, blocks = torch.cat([gone, *blocks[:count]]), blocks[count + 1 :]
+        if not blocks:
             break
-        without = messages.kl([_without(kept, torch.cat([gone, block])) for block in rest])
-        blocks = [rest[i] for i in without.argsort().tolist() if without[i] <= allowed]
     return gone
 
 
 def _most(messages: Messages, kept: Tensor, gone: Tensor, blocks: list[Tensor], allowed: float) -> int:
-    """How many of the blocks, from the first on, can go together with what is gone; the first alone can."""
-    low, high = min(1, len(blocks)), len(blocks) + 1  # holds, fails
+    """How many of the blocks, from the first on, can go together with what is gone."""
+    low, high = 0, len(blocks) + 1  # holds, fails
     while high - low > 1:
         counts = _between(low, high)
         tried = [torch.cat([gone, *blocks[:count]]) for count in counts]

@@ -42,7 +42,9 @@ def python(
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("stdout", "stderr")]
         process = context.Process(target=_become, args=(line, str(cwd), dict(env), *map(str, told)))
-        with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):  # libraries write into it; the first start passes it on
+        with mock.patch.dict(
+            os.environ, ENVIRONMENT, clear=True
+        ):  # libraries write into it, and the server inherits it
             process.start()
         process.join(timeout)
         if process.exitcode is None:

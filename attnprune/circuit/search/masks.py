@@ -90,8 +90,8 @@ def _steps(
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
         if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
-            with torch.no_grad():  # back, and what that step dropped is now dropped last
-                scores.copy_(torch.where((before > 0) & ~kept, 1.0, before))
+            with torch.no_grad():  # back, and what that step changed is now changed last
+                scores.copy_(torch.where((before > 0) != kept, before.sign(), before))
             continue
         before = scores.detach().clone()
         mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached

@@ -14,7 +14,10 @@ from typing import Any
 
 
 class Shown:
-    """A result that a notebook shows as the terminal does."""
+    """A result that a notebook shows as the terminal does and that prints as its repr; goes before a pydantic base."""
+
+    def __str__(self) -> str:
+        return repr(self)
 
     def _repr_html_(self) -> str:
         return importlib.import_module("attnprune.report.notebook").html(self)

@@ -119,7 +119,7 @@ class ModelAtlas(Strict):
     seconds: float
 
 
-class Atlas(Strict, Shown):
+class Atlas(Shown, Strict):
     """atlas.json."""
 
     schema_id: Literal["attnprune-atlas-1"] = SCHEMA

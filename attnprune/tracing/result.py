@@ -108,7 +108,7 @@ class ModelTrace(Strict):
     seconds: float
 
 
-class Trace(Strict, Shown):
+class Trace(Shown, Strict):
     """trace.json."""
 
     schema_id: Literal["attnprune-trace-1"] = SCHEMA

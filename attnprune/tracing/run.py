@@ -161,6 +161,11 @@ def _trace_model(named: Named, asked: _Asked, watch: Watch, notes: list[str]) ->
         found = smallest(messages, (1 - asked.target) * closed, told)
         told("controls", 0, 1)
         size = len(found.kept)
+        if not found.exact:
+            notes.append(
+                f"{named.name}: {size:,} messages are too many to leave out one by one: effects (≈) are derivatives, "
+                "which can be far off for a single message, and some messages may be able to go"
+            )
         others = every[~torch.isin(every, found.kept)]
         generator = torch.Generator().manual_seed(asked.seed)
         drawn = [every[torch.randperm(len(every), generator=generator)[:size]] for _ in range(DRAWS)]

@@ -109,6 +109,7 @@ def test_circuit_is_searched_by_keywords(tmp_path, monkeypatch):
     assert stored["command"] == "attnprune.circuit('demo', 'addition', ...)"
     assert repr(found).startswith("CircuitResult(addition, demo: ")
     assert len(repr(found)) < 200
+    assert str(found) == repr(found)
     assert "Smallest circuit found" in found._repr_html_()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -132,6 +133,7 @@ def test_results_draw_themselves(place):
         assert part in html
         assert len(repr(thing)) < 250
         assert "\n" not in repr(thing)
+        assert str(thing) == repr(thing)
     assert "of the edges open at T = 16" in repr(sidecar)
 
 

@@ -81,6 +81,16 @@ def test_messages_that_deletion_left_behind_are_dropped(monkeypatch):
     assert none_can_go(model) == f"no: {model.can_go} could"
 
 
+def test_effects_that_were_not_measured_are_said_to_be_estimates(monkeypatch):
+    route = plant_route(seed=3)
+    assert "out one by one" not in " ".join(trace(route.model, route.text, tokenizer=route.tokenizer).notes)
+    monkeypatch.setattr(search, "EFFECT_TOKENS", 0)
+    found = trace(route.model, route.text, tokenizer=route.tokenizer)
+    (model,) = found.models
+    assert not any(message.exact for message in model.messages)
+    assert f"{len(model.messages)} messages are too many to leave out one by one" in " ".join(found.notes)
+
+
 def test_a_set_that_predicts_another_token_says_so(monkeypatch):
     """A share of KL may be kept without the prediction."""
     route, measure = plant_route(seed=1), run._measure

@@ -76,6 +76,23 @@ def addition():
     return more, validation, order
 
 
+def test_an_edge_that_breaks_the_circuit_when_it_comes_back_does_not_come_back_again_and_again(monkeypatch):
+    planted = plant("llama", gated=False, seed=1)
+    split = Split(anatomy_of(planted.model), planted_task(planted, prompts=8).train, "train", Cache(), 8)
+    order = planted.edges.flatten().nonzero()[:, 0]
+    gradients = torch.zeros(split.units.shape)
+    gradients.view(-1)[order[-1]] = -1e3  # it is said to help
+    tried = []
+
+    def breaks(split, prompts, kept, gap):
+        tried.append(kept.flatten()[order[-1]].item())
+        return gradients, 0.0 if tried[-1] else 1.0
+
+    monkeypatch.setattr(masks, "_error_gradients", breaks)
+    learn(split, order, len(order) - 1, Settings(target=0.9, mask_steps=20))
+    assert tried.count(True) == 1
+
+
 def test_a_learned_circuit_explains_more_than_as_many_of_the_best_edges(addition):
     more, _, order = addition
     (learned,) = learn(more, order, 250, Settings(mask_steps=EVERY))

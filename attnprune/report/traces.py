@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROWS = 20  # messages of a table
 NARROW = 14  # characters of a token
+WORST = -10  # share of a prediction that is still printed as a number
 
 
 def shown(token: str, limit: int | None = None) -> str:
@@ -120,9 +121,9 @@ def sets_table(result: Trace) -> Table:
     row("messages kept", *(f"{len(m.messages):,}" for m in models))
     row("  sent", *(f"{m.open:,} of {m.visible:,}" for m in models))
     row("  none can go", *map(none_can_go, models))
-    row("share kept", *(f"{m.kept.share:z.3f}" for m in models))
-    row("  all others", *(f"{m.complement.share:z.3f}" for m in models))
-    row("  random sets", *(_range(m.random.share, m.random.share_low, m.random.share_high) for m in models))
+    row("share kept", *(_share(m.kept.share, 3) for m in models))
+    row("  all others", *(_share(m.complement.share, 3) for m in models))
+    row("  random sets", *map(_random, models))
     row("KL to full, nats", *(f"{m.kept.kl:.4g}" for m in models))
     row("  all others", *(f"{m.complement.kl:.4g}" for m in models))
     row("  none", *(f"{m.closed.kl:.4g}" for m in models))
@@ -142,8 +143,14 @@ def none_can_go(model: ModelTrace) -> str:
     return "not tried for each" if model.can_go is None else f"no: {model.can_go} could"
 
 
-def _range(value: float, low: float, high: float) -> str:
-    return f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
+def _random(model: ModelTrace) -> str:
+    drawn = model.random
+    return f"{_share(drawn.share)} [{_share(drawn.share_low)}, {_share(drawn.share_high)}]"
+
+
+def _share(value: float, digits: int = 2) -> str:
+    """A share of a prediction; where closing everything hardly changes it, shares of that have no meaning left."""
+    return f"{value:z.{digits}f}" if value >= WORST else f"< {WORST}"
 
 
 def _difference(m: Measured) -> str:

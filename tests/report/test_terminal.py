@@ -17,8 +17,10 @@ from attnprune.report.evaluation import report_data, warnings_of
 from attnprune.report.grid import HeadGrid
 from attnprune.report.progress import display
 from attnprune.report.sidecar import verdict_lines
+from attnprune.report.traces import sets_table
 from attnprune.sidecar.edges import Edge, TextEdges
 from attnprune.units import counted
+from tests.helpers.traces import model_trace, trace_of
 
 
 def lines(*renderables, width=80):
@@ -101,6 +103,17 @@ def test_all_closed_and_all_open_are_loud(open_edges, word):
     assert [line.startswith(f"text: {word}") for line in found] == ([True] if word else [])
     result = SimpleNamespace(open_edges=open_edges, visible_edges=10, feasible=True)
     assert [line.startswith(str(word)) for line in verdict_lines(result)] == ([True] if word else [])
+
+
+def test_shares_of_next_to_nothing_are_no_numbers():
+    """Where closing everything hardly changes a prediction, a share can be any number."""
+    model = model_trace(3, 10)
+    model["random"] |= {"share": -1089.6, "share_low": -4363.81, "share_high": 0.99}
+    model["complement"]["share"] = -17.7
+    table = "\n".join(lines(sets_table(trace_of(model))))
+    assert "< -10 [< -10, 0.99]" in table
+    assert "-17.7" not in table
+    assert "0.910" in table
 
 
 def test_json_has_no_exact_match_where_none_was_measured():

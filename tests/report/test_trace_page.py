@@ -225,6 +225,28 @@ def test_the_axis_of_the_curve_has_marks(open_trace, count, marks):
     assert boxes[-1][1] <= 300
 
 
+@in_browser
+@pytest.mark.parametrize(
+    ("lowest", "labels"), [(-0.02, ["1", "0.5", "0"]), (-0.374, ["1", "0.5", "0", "-0.37"]),
+                           (-1.0, ["1", "0.5", "0", "-1"]), (-3808.0, ["1", "0.5", "0", "≤ -1"])]
+)  # fmt: skip
+@pytest.mark.parametrize("which", [0, 1])
+def test_negative_shares_are_drawn_below_0(open_trace, two_models, lowest, labels, which):
+    two_models.models[which].curve[2].share = lowest
+    page = open_trace(two_models)
+    found = page.js("[...document.querySelectorAll('#chart text')].map(t => [t.textContent, +t.getAttribute('y')])")
+    height = dict(found[: len(labels)])
+    assert [text for text, _ in found[: len(labels)]] == labels
+    assert found[len(labels)][0] == "1"  # of the counts
+    group = f"document.querySelectorAll('#chart g')[{1 - which}]"  # the shown model lies on top
+    points = page.js(f"[...{group}.querySelector('polyline').points].map(p => p.y + 4)")
+    unit = height["0"] - height["1"]
+    for y, measured in zip(points, two_models.models[which].curve, strict=True):
+        assert y == pytest.approx(height["0"] - unit * max(measured.share, -1), abs=0.1)
+    assert page.js(f"{group}.querySelectorAll('circle').length") == len(points) - (lowest < -1)
+    assert page.js(f"[...{group}.querySelectorAll('.beyond')].map(m => m.textContent)") == ["-3808.000"] * (lowest < -1)
+
+
 def test_a_cut_text_has_whole_escapes():
     result = trace_of(model_trace(5, 3), tokens=["\u202e" * 5, "\x1b" * 5, "end"])
     whole = r"\u202e" * 5 + r"\x1b" * 5 + "end"

@@ -174,23 +174,30 @@ function counts() {
     `of ${(model.layers * model.heads).toLocaleString()}`);
 }
 
+// A set can be worse than none: the axis reaches down to the lowest share of either model, to -1 at most.
 function chart() {
-  const box = byId("chart"), width = 300, height = 150, left = 30, bottom = 128, top = 8;
+  const box = byId("chart"), width = 300, height = 150, left = 34, bottom = 128, top = 8;
   const most = Math.max(2, ...models.map((m) => m.messages.length));
+  const lowest = Math.min(0, ...models.flatMap((m) => m.curve.map((p) => p.share))), floor = Math.max(lowest, -1);
   const px = (size) => left + ((width - left - 8) * Math.log(Math.max(size, 1))) / Math.log(most);
-  const py = (share) => bottom - (bottom - top) * clamp(share, 0, 1);
+  const py = (share) => bottom - ((bottom - top) * (clamp(share, floor, 1) - floor)) / (1 - floor);
   box.replaceChildren();
   const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   make(svg, "title", {}, "Share of the prediction kept by the first messages of the list alone");
-  for (const share of [0, 0.5, 1]) {
+  for (const share of floor < 0 ? [1, 0.5, 0, floor] : [0, 0.5, 1]) {
+    const label = lowest < -1 && share === floor ? "≤ -1" : +share.toFixed(2);
     make(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: py(share), y2: py(share) });
-    make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, share);
+    if (share >= 0 || py(share) - py(0) >= 11) make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, label);
   }
   ticks(svg, 1, most, px, bottom, width);
   for (const m of [...models].sort((a) => (a === state.model ? 1 : -1))) {
     const g = make(svg, "g", { class: m === state.model ? "now" : "" });
     make(g, "polyline", { points: m.curve.map((p) => `${px(p.size)},${py(p.share)}`).join(" ") });
-    for (const p of m.curve) make(g, "circle", { cx: px(p.size), cy: py(p.share), r: 2 });
+    for (const p of m.curve) {
+      const [x, y] = [px(p.size), py(p.share)];
+      if (p.share >= -1) make(g, "circle", { cx: x, cy: y, r: 2 });
+      else make(make(g, "path", { class: "beyond", d: `M${x - 4} ${y - 5}h8l-4 7z` }), "title", {}, p.share.toFixed(3));
+    }
   }
   if (models.length > 1)
     make(svg, "text", { x: left + 6, y: top + 14 }, "dotted: the other model");

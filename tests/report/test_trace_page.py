@@ -247,6 +247,41 @@ def test_negative_shares_are_drawn_below_0(open_trace, two_models, lowest, label
     assert page.js(f"[...{group}.querySelectorAll('.beyond')].map(m => m.textContent)") == ["-3808.000"] * (lowest < -1)
 
 
+@in_browser
+@pytest.mark.parametrize("count", [1, 4])
+def test_messages_to_oneself_swing_off_the_line_of_the_traced_token(open_trace, count):
+    model = model_trace(count, 60)
+    for message in model["messages"]:
+        message |= {"layer": 2, "query": 59, "key": 59}
+    page = open_trace(trace_of(model, tokens=[f" word{i}" for i in range(60)]))
+    line = page.js("document.querySelector('#graph .traced').getBoundingClientRect().x")
+    halves = [middle(page, f"document.querySelectorAll('.message')[{i}]")[0] for i in range(count)]
+    assert all(line - half > 4 for half in halves)
+    assert all(abs(a - b) > 1 for a, b in pairwise(sorted(halves)))
+
+
+@in_browser
+def test_few_layers_are_spread_over_the_card(open_trace):
+    page = open_trace(trace_of(model_trace(5, 10, layers=4)))
+    box = page.js("(b => [b.height, b.width])(document.querySelector('#graph svg').getBoundingClientRect())")
+    card = page.js("document.querySelector('#stage section').getBoundingClientRect().height")
+    assert box[0] > 0.75 * card
+
+
+@in_browser
+def test_what_a_value_raises_is_seen_at_400_pixels(open_trace):
+    tokens = [" incomprehensibilities"] * 10
+    page = open_trace(trace_of(model_trace(150, 10, layers=30, heads=16, token=" incomprehensible"), tokens=tokens))
+    page.call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=False)
+    page.js("new Promise(requestAnimationFrame)")
+    assert page.js("document.documentElement.scrollWidth") == 400
+    assert page.js("(b => b.scrollWidth <= b.clientWidth)(document.getElementById('list'))")
+    cells = "[...document.querySelectorAll('#list tr > *')]"
+    assert page.js(f"{cells}.every(c => c.scrollWidth <= c.clientWidth)")
+    ends = page.js("[...document.querySelectorAll('#list tr > :last-child')].map(c => c.getBoundingClientRect().right)")
+    assert max(ends) <= page.js("document.getElementById('list').getBoundingClientRect().right")
+
+
 def test_a_cut_text_has_whole_escapes():
     result = trace_of(model_trace(5, 3), tokens=["\u202e" * 5, "\x1b" * 5, "end"])
     whole = r"\u202e" * 5 + r"\x1b" * 5 + "end"

@@ -10,13 +10,13 @@ const short = (x) => Math.abs(x) >= 0.001 || x === 0 ? x.toFixed(3) : x.toExpone
 
 function layout(model) {
   const room = byId("scroll").clientWidth - LEFT - 34;
-  const column = clamp(room / tokens.length, 17, 96), row = clamp(600 / model.layers, 15, 54);
+  const column = clamp(room / tokens.length, 17, 96), row = clamp(600 / model.layers, 15, 130);
   const slanted = column < 8 * Math.max(...tokens.map((t) => t.length)) + 4;
   const width = LEFT + column * tokens.length + 34, height = TOP + row * model.layers + (slanted ? BOTTOM : 26);
   return { column, row, slanted, width, height, x: (i) => LEFT + column * (i + 0.5), y: (l) => TOP + row * (model.layers - l) };
 }
 
-// Messages with the same ends lie beside each other.
+// Messages with the same ends lie beside each other; one from a token to itself swings out, off the token's own line.
 function place(model) {
   const { column, row, x, y } = model.lay, groups = new Map();
   for (const m of model.messages) {
@@ -25,9 +25,11 @@ function place(model) {
   }
   for (const group of groups.values())
     group.forEach((m, i) => {
-      const step = Math.min(5, (column * 0.7) / group.length), off = (i - (group.length - 1) / 2) * step;
+      const isSelf = m.key === m.query, swing = isSelf ? (Math.min(column * 0.8, 24) * (i + 2)) / (group.length + 1) : 0;
+      const step = isSelf ? 0 : Math.min(5, (column * 0.7) / group.length), off = (i - (group.length - 1) / 2) * step;
       const [x1, y1, x2, y2] = [x(m.key) + off, y(m.layer), x(m.query) + off, y(m.layer + 1)];
-      m.path = `M${x1.toFixed(1)} ${y1}C${x1.toFixed(1)} ${y1 - row * 0.75} ${x2.toFixed(1)} ${y2 + row * 0.75} ${x2.toFixed(1)} ${y2}`;
+      const [c1, c2] = [(x1 - swing).toFixed(1), (x2 - swing).toFixed(1)], lift = row * (isSelf ? 0.2 : 0.75);
+      m.path = `M${x1.toFixed(1)} ${y1}C${c1} ${y1 - lift} ${c2} ${y2 + lift} ${x2.toFixed(1)} ${y2}`;
     });
 }
 

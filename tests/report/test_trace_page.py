@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from colorsys import hls_to_rgb
 from io import BytesIO
 from itertools import pairwise
 
@@ -345,3 +346,13 @@ def test_the_picture(count):
     colours = {pixel for _, pixel in picture.getcolors(1 << 24)}
     coloured = [c for c in colours if max(c) - min(c) > 90]
     assert bool(coloured) == (count > 0)
+
+
+@pytest.mark.parametrize(("layers", "heads", "tokens"), [(4, 4, 3), (30, 32, 3), (30, 32, 100)])
+def test_the_picture_says_which_colour_is_which_head(layers, heads, tokens):
+    result = trace_of(model_trace(300, tokens, layers=layers, heads=heads), tokens=[" end"] * tokens)
+    picture = Image.open(BytesIO(trace_png(result)))
+    legend = picture.crop((0, 52 + max(14, min(44, 640 // layers)) * layers + 96, *picture.size))  # below the labels
+    colours = {colour for _, colour in legend.getcolors(1 << 24)}
+    hues = [tuple(round(255 * part) for part in hls_to_rgb(head / heads, 0.42, 0.68)) for head in range(heads)]
+    assert set(hues) <= colours

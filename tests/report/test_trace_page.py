@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from colorsys import hls_to_rgb
-from io import BytesIO
 from itertools import pairwise
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from attnprune.circuit.record import Opening, Writer
 from attnprune.report.trace_page import render_page
-from attnprune.report.trace_picture import trace_png
-from attnprune.report.traces import said, summary
+from attnprune.report.traces import summary
 from tests.helpers.pages import HOSTILE, Outline, in_browser
 from tests.helpers.traces import model_trace, trace_of
 
@@ -283,16 +278,6 @@ def test_what_a_value_raises_is_seen_at_400_pixels(open_trace):
     assert max(ends) <= page.js("document.getElementById('list').getBoundingClientRect().right")
 
 
-def test_a_cut_text_has_whole_escapes():
-    result = trace_of(model_trace(5, 3), tokens=["\u202e" * 5, "\x1b" * 5, "end"])
-    whole = r"\u202e" * 5 + r"\x1b" * 5 + "end"
-    assert said(result, len(whole)) == whole
-    for limit in range(1, len(whole)):
-        line = said(result, limit)
-        assert len(line) <= limit
-        assert re.fullmatch(r"…(\\u202e)*(\\x1b)*(end|nd|d|)", line)
-
-
 @in_browser
 def test_an_empty_set(open_trace):
     page = open_trace(trace_of(model_trace(0, 10)))
@@ -317,42 +302,3 @@ def test_hostile_text_without_a_browser():
 
     assert tags(HOSTILE) == tags("harmless")
     assert not {"\x1b", "\u202e", "\x00"} & set(render_page(trace_of(model_trace(5, 3), tokens=[CONTROL] * 3)))
-
-
-@pytest.mark.parametrize("width", [80, 140])
-def test_the_table_fits_and_drives_no_terminal(width):
-    tokens = [CONTROL, " Mary" * 9, "\u202eend"] + [CONTROL, "[/]猫"] * 48 + ["[red]When[/red]"]
-    models = [model_trace(40, 100, token="[/]\x1b[2J"), model_trace(40, 100, "x" * 90, "dense", layers=30, heads=32)]
-    console = Console(width=width, record=True, force_terminal=False, highlight=False, soft_wrap=True)
-    with console.capture() as captured:
-        for line in summary(trace_of(*models, tokens=tokens)):
-            console.print(line) if not isinstance(line, str) else console.print(line, markup=False)
-    lines = captured.get().splitlines()
-    assert max(map(len, lines)) <= width
-    assert any(line.startswith("share kept: 1 - KL") for line in lines)
-    assert not {"\x1b", "\u202e", "\x00"} & set(captured.get())
-    assert "[red]When[/red]"[:12] in captured.get()
-    assert "+20 more" in captured.get()
-    for cell in ("weight", "effect", "share kept", "random sets", "0.910"):
-        assert cell in captured.get()
-
-
-@pytest.mark.parametrize("count", [0, 3, 300])
-def test_the_picture(count):
-    tokens = ["When", CONTROL, "猫", " end"] * 25
-    picture = Image.open(BytesIO(trace_png(trace_of(model_trace(count, 100, layers=30, heads=9), tokens=tokens))))
-    assert picture.format == "PNG"
-    assert picture.width > 1000
-    colours = {pixel for _, pixel in picture.getcolors(1 << 24)}
-    coloured = [c for c in colours if max(c) - min(c) > 90]
-    assert bool(coloured) == (count > 0)
-
-
-@pytest.mark.parametrize(("layers", "heads", "tokens"), [(4, 4, 3), (30, 32, 3), (30, 32, 100)])
-def test_the_picture_says_which_colour_is_which_head(layers, heads, tokens):
-    result = trace_of(model_trace(300, tokens, layers=layers, heads=heads), tokens=[" end"] * tokens)
-    picture = Image.open(BytesIO(trace_png(result)))
-    legend = picture.crop((0, 52 + max(14, min(44, 640 // layers)) * layers + 96, *picture.size))  # below the labels
-    colours = {colour for _, colour in legend.getcolors(1 << 24)}
-    hues = [tuple(round(255 * part) for part in hls_to_rgb(head / heads, 0.42, 0.68)) for head in range(heads)]
-    assert set(hues) <= colours

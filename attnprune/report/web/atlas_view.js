@@ -102,8 +102,8 @@ function told(model, h) {
 
 function kinds(box, h) {
   const readings = h.edges ? [["open edges", h.edges], ["mass", h.mass]] : [["mass", h.mass]];
-  const wide = make(box, "div", { class: "wide" });
-  const table = make(wide, "table", { class: "kinds" }), head = make(make(table, "thead"), "tr"), body = make(table, "tbody");
+  const table = make(make(box, "div", { class: "wide" }), "table", { class: "kinds" });
+  const head = make(make(table, "thead"), "tr"), body = make(table, "tbody");
   make(head, "th", {}, "kind");
   for (const [name] of readings) {
     make(head, "th", {}, name);
@@ -128,7 +128,7 @@ function distances(box, r, what) {
   make(box, "h3", {}, `Distance in tokens, share of the ${what}`);
   const frame = make(box, "div", { class: "distances" }), width = clamp(frame.clientWidth, 200, 700), bottom = 66;
   const step = width / r.distances.length, most = Math.max(...r.distances);
-  const height = step < 7 * `${data.edges.at(-2)}-${data.edges.at(-1) - 1}`.length ? 96 : 84; // long names take two lines
+  const height = step < 7 * `${data.edges.at(-2)}-${data.edges.at(-1) - 1}`.length ? 96 : 84; // two lines
   const svg = make(frame, "svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
   r.distances.forEach((share, i) => {
     const [low, high] = [data.edges[i], data.edges[i + 1] - 1], size = (bottom - 14) * (share / most);
@@ -136,7 +136,8 @@ function distances(box, r, what) {
     const name = low === high ? `${low}` : `${low}-${high}`;
     make(bar, "title", {}, `${name}: ${percent(share)}`);
     const at = { x: (i + 0.5) * step, "text-anchor": "middle" };
-    const fits = low === high || step >= 7 * name.length, label = make(svg, "text", { ...at, y: 79 }, fits ? name : `${low}-`);
+    const fits = low === high || step >= 7 * name.length;
+    const label = make(svg, "text", { ...at, y: 79 }, fits ? name : `${low}-`);
     if (!fits) make(label, "tspan", { x: at.x, dy: 12 }, high);
     if (share >= 0.005) make(svg, "text", { ...at, y: bottom - size - 3 }, `${Math.round(100 * share)} %`);
   });

@@ -25,7 +25,8 @@ function place(model) {
   }
   for (const group of groups.values())
     group.forEach((m, i) => {
-      const isSelf = m.key === m.query, swing = isSelf ? (Math.min(column * 0.8, 24) * (i + 2)) / (group.length + 1) : 0;
+      const isSelf = m.key === m.query;
+      const swing = isSelf ? (Math.min(column * 0.8, 24) * (i + 2)) / (group.length + 1) : 0;
       const step = isSelf ? 0 : Math.min(5, (column * 0.7) / group.length), off = (i - (group.length - 1) / 2) * step;
       const [x1, y1, x2, y2] = [x(m.key) + off, y(m.layer), x(m.query) + off, y(m.layer + 1)];
       const [c1, c2] = [(x1 - swing).toFixed(1), (x2 - swing).toFixed(1)], lift = row * (isSelf ? 0.2 : 0.75);
@@ -189,7 +190,8 @@ function chart() {
   for (const share of floor < 0 ? [1, 0.5, 0, floor] : [0, 0.5, 1]) {
     const label = lowest < -1 && share === floor ? "≤ -1" : +share.toFixed(2);
     make(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: py(share), y2: py(share) });
-    if (share >= 0 || py(share) - py(0) >= 11) make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, label);
+    if (share < 0 && py(share) - py(0) < 11) continue; // no room for its text
+    make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, label);
   }
   ticks(svg, 1, most, px, bottom, width);
   for (const m of [...models].sort((a) => (a === state.model ? 1 : -1))) {

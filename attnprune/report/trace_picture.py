@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SMOOTH = 2  # drawn so many times larger, then scaled down
 _LEFT, _TOP, _BOTTOM = 44, 52, 96
+_ENTRY, _LINE_HEIGHT = 70, 18  # of the legend
 _INK, _DIM, _LINE = (29, 33, 38), (93, 102, 112), (226, 228, 230)
 
 Point = tuple[float, float]
@@ -27,7 +28,10 @@ def trace_png(result: Trace) -> bytes:
 
     model, count = result.models[0], len(result.tokens)
     column, row = max(17, min(72, 1200 // count)), max(14, min(44, 640 // model.layers))
-    width, height = max(_LEFT + column * count + 30, 420), _TOP + row * model.layers + _BOTTOM
+    width = max(_LEFT + column * count + 30, 420)
+    heads, per_line = sorted({message.head for message in model.messages}), (width - 16) // _ENTRY
+    legend = _TOP + row * model.layers + _BOTTOM
+    height = legend + math.ceil(len(heads) / per_line) * _LINE_HEIGHT
     image = Image.new("RGB", (width * _SMOOTH, height * _SMOOTH), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12 * _SMOOTH)
 
@@ -45,11 +49,15 @@ def trace_png(result: Trace) -> bytes:
         draw.text((x - 8 * _SMOOTH, y), str(layer), _DIM, font, anchor="rm")
     for message in reversed(model.messages):
         points = _curve(place(message.key, message.layer), place(message.query, message.layer + 1))
-        draw.line(points, _colour(message, model), round(_SMOOTH * _width(message, model)), joint="curve")
+        draw.line(points, _colour(message.head, model), round(_SMOOTH * _width(message, model)), joint="curve")
     for position, token in enumerate(result.tokens):
         x, y = place(position, 0)
         label = _slanted(shown(token.text, 14), font)
         image.paste(_INK, (round(x - label.width + 6 * _SMOOTH), round(y + 6 * _SMOOTH)), label)
+    for index, head in enumerate(heads):
+        x, y = 8 + index % per_line * _ENTRY, legend + index // per_line * _LINE_HEIGHT
+        draw.rectangle([_SMOOTH * at for at in (x, y, x + 9, y + 9)], _colour(head, model))
+        draw.text((_SMOOTH * (x + 14), _SMOOTH * (y + 5)), f"head {head}", _DIM, font, anchor="lm")
     raw = BytesIO()
     image.resize((width, height), Image.Resampling.LANCZOS).save(raw, "PNG", optimize=True)
     return raw.getvalue()
@@ -67,8 +75,8 @@ def _curve(start: Point, end: Point, steps: int = 24) -> list[Point]:
     return points
 
 
-def _colour(message: Message, model: ModelTrace) -> tuple[int, int, int]:
-    red, green, blue = hls_to_rgb(message.head / model.heads, 0.42, 0.68)
+def _colour(head: int, model: ModelTrace) -> tuple[int, int, int]:
+    red, green, blue = hls_to_rgb(head / model.heads, 0.42, 0.68)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

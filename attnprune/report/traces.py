@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ROWS = 20  # messages of a table
 NARROW = 14  # characters of a token
 WORST = -10  # share of a prediction that is still printed as a number
+_PART = "\N{REPLACEMENT CHARACTER}"  # what a token says that has only some bytes of a character
 
 
 def shown(token: str, limit: int | None = None) -> str:
@@ -28,11 +30,34 @@ def shown(token: str, limit: int | None = None) -> str:
 
 def said(result: Trace, limit: int) -> str:
     """The end of the text up to the traced token, on one line."""
-    text = "".join(token.text for token in result.tokens)
+    text = _text(result)
     if len(printable(text)) <= limit:
         return printable(text)
     start = next(start for start in range(len(text) + 1) if len(printable(text[start:])) < limit)
     return "…" + printable(text[start:])  # whole characters, with their escapes
+
+
+def _text(result: Trace) -> str:
+    """The text up to the traced token; tokens with parts of a character do not have it, the whole text does."""
+    joined = "".join(token.text for token in result.tokens)
+    for mark in ("", result.tokens[0].text):  # a mark of the beginning is not in the text
+        if (found := _found(joined[len(mark) :], result.text)) is not None:
+            return mark + found
+    return joined
+
+
+def _found(joined: str, whole: str) -> str | None:
+    """What tokens are of a text, from its beginning; None: unknown. n replacement characters are 1 to n of its own."""
+    ends = {0}  # where what was read so far may end
+    for part in re.findall(f"{_PART}+|[^{_PART}]+", joined):
+        if part[0] == _PART:
+            ends = {end + step for end in ends for step in range(1, len(part) + 1) if end + step <= len(whole)}
+        else:
+            ends = {end + len(part) for end in ends if whole.startswith(part, end)}
+    if len(whole) in ends:
+        return whole
+    is_cut = joined.endswith(_PART)  # the last character may not be all there
+    return whole[: min(ends)] if ends and not is_cut else None
 
 
 def summary(result: Trace) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from rich.console import Console
 
@@ -126,6 +128,44 @@ def test_nothing_is_wider_than_the_window(open_atlas, width, layers, heads):
     assert page.js(f"{wide}.every(b => b.left >= 0 && b.right <= {width})")
     tops = page.js("[...document.querySelectorAll('article')].map(a => a.getBoundingClientRect().top)")
     assert (tops[0] == tops[1]) == (width == 1280)
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_head_with_long_numbers_fits(open_atlas, width):
+    model = model_atlas(30, 9)
+    for head in model["heads"]:
+        for reading in (head["edges"], head["mass"]):
+            reading["kinds"] = {name: {"share": 0.00365, "control": 0.00109} for name in reading["kinds"]}
+    page = open_atlas(atlas_of(model))
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    page.js("new Promise(requestAnimationFrame)")
+    assert page.js("document.documentElement.scrollWidth") <= width
+    assert page.js("(b => b.scrollWidth <= b.clientWidth)(document.querySelector('.kinds').parentNode)")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("count", [1, 2])
+def test_distances_are_named_whole_and_drawn_in_the_size_of_text(open_atlas, width, count):
+    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    models = [model_atlas(), model_atlas(name="some/base", kind="dense", seed=1)][:count]
+    for head in (head for model in models for head in model["heads"]):
+        for reading in filter(None, (head["edges"], head["mass"])):
+            reading["distances"] = [0.1] * 10
+    result = atlas_of(*models)
+    result.offset_edges = edges
+    page = open_atlas(result)
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    page.js("new Promise(requestAnimationFrame)")
+    texts = "[...document.querySelectorAll('article svg')].map(s => [...s.querySelectorAll('text')])"
+    names = ["0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-511"]
+    for index in range(count):
+        labels = f"{texts}[{index}].filter(t => t.getAttribute('y') === '79')"
+        assert page.js(f"{labels}.map(t => t.textContent)") == names
+        boxes = page.js(f"{labels}.map(t => t.getBoundingClientRect()).map(b => [b.left, b.right])")
+        assert all(left[1] < right[0] for left, right in pairwise(boxes))
+        assert page.js(f"(m => m.a)({labels}[0].getScreenCTM())") == pytest.approx(1, abs=0.05)
 
 
 @in_browser

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from io import BytesIO
 from itertools import pairwise
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from attnprune.circuit.record import Opening, Writer
 from attnprune.report.trace_page import render_page
-from attnprune.report.trace_picture import trace_png
-from attnprune.report.traces import said, summary
+from attnprune.report.traces import summary
 from tests.helpers.pages import HOSTILE, Outline, in_browser
 from tests.helpers.traces import model_trace, trace_of
 
@@ -225,14 +221,61 @@ def test_the_axis_of_the_curve_has_marks(open_trace, count, marks):
     assert boxes[-1][1] <= 300
 
 
-def test_a_cut_text_has_whole_escapes():
-    result = trace_of(model_trace(5, 3), tokens=["\u202e" * 5, "\x1b" * 5, "end"])
-    whole = r"\u202e" * 5 + r"\x1b" * 5 + "end"
-    assert said(result, len(whole)) == whole
-    for limit in range(1, len(whole)):
-        line = said(result, limit)
-        assert len(line) <= limit
-        assert re.fullmatch(r"…(\\u202e)*(\\x1b)*(end|nd|d|)", line)
+@in_browser
+@pytest.mark.parametrize(
+    ("lowest", "labels"), [(-0.02, ["1", "0.5", "0"]), (-0.374, ["1", "0.5", "0", "-0.37"]),
+                           (-1.0, ["1", "0.5", "0", "-1"]), (-3808.0, ["1", "0.5", "0", "≤ -1"])]
+)  # fmt: skip
+@pytest.mark.parametrize("which", [0, 1])
+def test_negative_shares_are_drawn_below_0(open_trace, two_models, lowest, labels, which):
+    two_models.models[which].curve[2].share = lowest
+    page = open_trace(two_models)
+    found = page.js("[...document.querySelectorAll('#chart text')].map(t => [t.textContent, +t.getAttribute('y')])")
+    height = dict(found[: len(labels)])
+    assert [text for text, _ in found[: len(labels)]] == labels
+    assert found[len(labels)][0] == "1"  # of the counts
+    group = f"document.querySelectorAll('#chart g')[{1 - which}]"  # the shown model lies on top
+    points = page.js(f"[...{group}.querySelector('polyline').points].map(p => p.y + 4)")
+    unit = height["0"] - height["1"]
+    for y, measured in zip(points, two_models.models[which].curve, strict=True):
+        assert y == pytest.approx(height["0"] - unit * max(measured.share, -1), abs=0.1)
+    assert page.js(f"{group}.querySelectorAll('circle').length") == len(points) - (lowest < -1)
+    assert page.js(f"[...{group}.querySelectorAll('.beyond')].map(m => m.textContent)") == ["-3808.000"] * (lowest < -1)
+
+
+@in_browser
+@pytest.mark.parametrize("count", [1, 4])
+def test_messages_to_oneself_swing_off_the_line_of_the_traced_token(open_trace, count):
+    model = model_trace(count, 60)
+    for message in model["messages"]:
+        message |= {"layer": 2, "query": 59, "key": 59}
+    page = open_trace(trace_of(model, tokens=[f" word{i}" for i in range(60)]))
+    line = page.js("document.querySelector('#graph .traced').getBoundingClientRect().x")
+    halves = [middle(page, f"document.querySelectorAll('.message')[{i}]")[0] for i in range(count)]
+    assert all(line - half > 4 for half in halves)
+    assert all(abs(a - b) > 1 for a, b in pairwise(sorted(halves)))
+
+
+@in_browser
+def test_few_layers_are_spread_over_the_card(open_trace):
+    page = open_trace(trace_of(model_trace(5, 10, layers=4)))
+    box = page.js("(b => [b.height, b.width])(document.querySelector('#graph svg').getBoundingClientRect())")
+    card = page.js("document.querySelector('#stage section').getBoundingClientRect().height")
+    assert box[0] > 0.75 * card
+
+
+@in_browser
+def test_what_a_value_raises_is_seen_at_400_pixels(open_trace):
+    tokens = [" incomprehensibilities"] * 10
+    page = open_trace(trace_of(model_trace(150, 10, layers=30, heads=16, token=" incomprehensible"), tokens=tokens))
+    page.call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=False)
+    page.js("new Promise(requestAnimationFrame)")
+    assert page.js("document.documentElement.scrollWidth") == 400
+    assert page.js("(b => b.scrollWidth <= b.clientWidth)(document.getElementById('list'))")
+    cells = "[...document.querySelectorAll('#list tr > *')]"
+    assert page.js(f"{cells}.every(c => c.scrollWidth <= c.clientWidth)")
+    ends = page.js("[...document.querySelectorAll('#list tr > :last-child')].map(c => c.getBoundingClientRect().right)")
+    assert max(ends) <= page.js("document.getElementById('list').getBoundingClientRect().right")
 
 
 @in_browser
@@ -259,32 +302,3 @@ def test_hostile_text_without_a_browser():
 
     assert tags(HOSTILE) == tags("harmless")
     assert not {"\x1b", "\u202e", "\x00"} & set(render_page(trace_of(model_trace(5, 3), tokens=[CONTROL] * 3)))
-
-
-@pytest.mark.parametrize("width", [80, 140])
-def test_the_table_fits_and_drives_no_terminal(width):
-    tokens = [CONTROL, " Mary" * 9, "\u202eend"] + [CONTROL, "[/]猫"] * 48 + ["[red]When[/red]"]
-    models = [model_trace(40, 100, token="[/]\x1b[2J"), model_trace(40, 100, "x" * 90, "dense", layers=30, heads=32)]
-    console = Console(width=width, record=True, force_terminal=False, highlight=False, soft_wrap=True)
-    with console.capture() as captured:
-        for line in summary(trace_of(*models, tokens=tokens)):
-            console.print(line) if not isinstance(line, str) else console.print(line, markup=False)
-    lines = captured.get().splitlines()
-    assert max(map(len, lines)) <= width
-    assert any(line.startswith("share kept: 1 - KL") for line in lines)
-    assert not {"\x1b", "\u202e", "\x00"} & set(captured.get())
-    assert "[red]When[/red]"[:12] in captured.get()
-    assert "+20 more" in captured.get()
-    for cell in ("weight", "effect", "share kept", "random sets", "0.910"):
-        assert cell in captured.get()
-
-
-@pytest.mark.parametrize("count", [0, 3, 300])
-def test_the_picture(count):
-    tokens = ["When", CONTROL, "猫", " end"] * 25
-    picture = Image.open(BytesIO(trace_png(trace_of(model_trace(count, 100, layers=30, heads=9), tokens=tokens))))
-    assert picture.format == "PNG"
-    assert picture.width > 1000
-    colours = {pixel for _, pixel in picture.getcolors(1 << 24)}
-    coloured = [c for c in colours if max(c) - min(c) > 90]
-    assert bool(coloured) == (count > 0)

@@ -73,9 +73,15 @@ function drawKey() {
 }
 
 // ---- Dossiers
-function dossier(model) {
+function dossiers() {
+  const box = byId("dossiers");
+  box.replaceChildren();
+  const cards = models.map(() => make(box, "article", { class: "card" })); // all of them: charts ask for their width
+  models.forEach((model, i) => dossier(model, cards[i]));
+}
+
+function dossier(model, box) {
   const h = model.heads.find((x) => same(x)), r = reading(h);
-  const box = make(byId("dossiers"), "article", { class: "card" });
   make(box, "h2", {}, `${nameOf(h)} ${model.kind}`);
   const tags = make(box, "p");
   for (const label of r.labels)
@@ -96,7 +102,8 @@ function told(model, h) {
 
 function kinds(box, h) {
   const readings = h.edges ? [["open edges", h.edges], ["mass", h.mass]] : [["mass", h.mass]];
-  const table = make(box, "table", { class: "kinds" }), head = make(make(table, "thead"), "tr"), body = make(table, "tbody");
+  const table = make(make(box, "div", { class: "wide" }), "table", { class: "kinds" });
+  const head = make(make(table, "thead"), "tr"), body = make(table, "tbody");
   make(head, "th", {}, "kind");
   for (const [name] of readings) {
     make(head, "th", {}, name);
@@ -119,15 +126,19 @@ function kinds(box, h) {
 
 function distances(box, r, what) {
   make(box, "h3", {}, `Distance in tokens, share of the ${what}`);
-  const width = 460, height = 84, bottom = 66, step = width / r.distances.length, most = Math.max(...r.distances);
-  const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
+  const frame = make(box, "div", { class: "distances" }), width = clamp(frame.clientWidth, 200, 700), bottom = 66;
+  const step = width / r.distances.length, most = Math.max(...r.distances);
+  const height = step < 7 * `${data.edges.at(-2)}-${data.edges.at(-1) - 1}`.length ? 96 : 84; // two lines
+  const svg = make(frame, "svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
   r.distances.forEach((share, i) => {
     const [low, high] = [data.edges[i], data.edges[i + 1] - 1], size = (bottom - 14) * (share / most);
     const bar = make(svg, "rect", { class: "bar", x: i * step + 2, y: bottom - size, width: step - 4, height: size });
     const name = low === high ? `${low}` : `${low}-${high}`;
     make(bar, "title", {}, `${name}: ${percent(share)}`);
     const at = { x: (i + 0.5) * step, "text-anchor": "middle" };
-    make(svg, "text", { ...at, y: height - 5 }, step < 7 * name.length ? `${low}-` : name);
+    const fits = low === high || step >= 7 * name.length;
+    const label = make(svg, "text", { ...at, y: 79 }, fits ? name : `${low}-`);
+    if (!fits) make(label, "tspan", { x: at.x, dy: 12 }, high);
     if (share >= 0.005) make(svg, "text", { ...at, y: bottom - size - 3 }, `${Math.round(100 * share)} %`);
   });
 }
@@ -209,8 +220,7 @@ function fill() {
 // ---- State
 function choose({ layer, head }) {
   Object.assign(state, { layer, head });
-  byId("dossiers").replaceChildren();
-  models.forEach(dossier);
+  dossiers();
   mark();
   fill();
 }
@@ -256,7 +266,7 @@ byId("grids").addEventListener("pointermove", (event) => {
 byId("grids").addEventListener("pointerleave", (event) => showTip(event, null));
 byId("grids").addEventListener("click", (event) => { const at = found(event.target); if (at) choose(at.h); });
 byId("grids").addEventListener("keydown", walk);
-addEventListener("resize", () => { drawGrids(); mark(); });
+addEventListener("resize", () => { drawGrids(); dossiers(); mark(); });
 drawGrids();
 drawKey();
 choose(first.kind === "sparse" ? first.heads.reduce((a, b) => (b.open > a.open ? b : a)) : first.heads.reduce((a, b) =>

@@ -10,13 +10,13 @@ const short = (x) => Math.abs(x) >= 0.001 || x === 0 ? x.toFixed(3) : x.toExpone
 
 function layout(model) {
   const room = byId("scroll").clientWidth - LEFT - 34;
-  const column = clamp(room / tokens.length, 17, 96), row = clamp(600 / model.layers, 15, 54);
+  const column = clamp(room / tokens.length, 17, 96), row = clamp(600 / model.layers, 15, 130);
   const slanted = column < 8 * Math.max(...tokens.map((t) => t.length)) + 4;
   const width = LEFT + column * tokens.length + 34, height = TOP + row * model.layers + (slanted ? BOTTOM : 26);
   return { column, row, slanted, width, height, x: (i) => LEFT + column * (i + 0.5), y: (l) => TOP + row * (model.layers - l) };
 }
 
-// Messages with the same ends lie beside each other.
+// Messages with the same ends lie beside each other; one from a token to itself swings out, off the token's own line.
 function place(model) {
   const { column, row, x, y } = model.lay, groups = new Map();
   for (const m of model.messages) {
@@ -25,9 +25,12 @@ function place(model) {
   }
   for (const group of groups.values())
     group.forEach((m, i) => {
-      const step = Math.min(5, (column * 0.7) / group.length), off = (i - (group.length - 1) / 2) * step;
+      const isSelf = m.key === m.query;
+      const swing = isSelf ? (Math.min(column * 0.8, 24) * (i + 2)) / (group.length + 1) : 0;
+      const step = isSelf ? 0 : Math.min(5, (column * 0.7) / group.length), off = (i - (group.length - 1) / 2) * step;
       const [x1, y1, x2, y2] = [x(m.key) + off, y(m.layer), x(m.query) + off, y(m.layer + 1)];
-      m.path = `M${x1.toFixed(1)} ${y1}C${x1.toFixed(1)} ${y1 - row * 0.75} ${x2.toFixed(1)} ${y2 + row * 0.75} ${x2.toFixed(1)} ${y2}`;
+      const [c1, c2] = [(x1 - swing).toFixed(1), (x2 - swing).toFixed(1)], lift = row * (isSelf ? 0.2 : 0.75);
+      m.path = `M${x1.toFixed(1)} ${y1}C${c1} ${y1 - lift} ${c2} ${y2 + lift} ${x2.toFixed(1)} ${y2}`;
     });
 }
 
@@ -174,23 +177,31 @@ function counts() {
     `of ${(model.layers * model.heads).toLocaleString()}`);
 }
 
+// A set can be worse than none: the axis reaches down to the lowest share of either model, to -1 at most.
 function chart() {
-  const box = byId("chart"), width = 300, height = 150, left = 30, bottom = 128, top = 8;
+  const box = byId("chart"), width = 300, height = 150, left = 34, bottom = 128, top = 8;
   const most = Math.max(2, ...models.map((m) => m.messages.length));
+  const lowest = Math.min(0, ...models.flatMap((m) => m.curve.map((p) => p.share))), floor = Math.max(lowest, -1);
   const px = (size) => left + ((width - left - 8) * Math.log(Math.max(size, 1))) / Math.log(most);
-  const py = (share) => bottom - (bottom - top) * clamp(share, 0, 1);
+  const py = (share) => bottom - ((bottom - top) * (clamp(share, floor, 1) - floor)) / (1 - floor);
   box.replaceChildren();
   const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   make(svg, "title", {}, "Share of the prediction kept by the first messages of the list alone");
-  for (const share of [0, 0.5, 1]) {
+  for (const share of floor < 0 ? [1, 0.5, 0, floor] : [0, 0.5, 1]) {
+    const label = lowest < -1 && share === floor ? "≤ -1" : +share.toFixed(2);
     make(svg, "line", { class: "axis", x1: left, x2: width - 8, y1: py(share), y2: py(share) });
-    make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, share);
+    if (share < 0 && py(share) - py(0) < 11) continue; // no room for its text
+    make(svg, "text", { x: left - 5, y: py(share) + 4, "text-anchor": "end" }, label);
   }
   ticks(svg, 1, most, px, bottom, width);
   for (const m of [...models].sort((a) => (a === state.model ? 1 : -1))) {
     const g = make(svg, "g", { class: m === state.model ? "now" : "" });
     make(g, "polyline", { points: m.curve.map((p) => `${px(p.size)},${py(p.share)}`).join(" ") });
-    for (const p of m.curve) make(g, "circle", { cx: px(p.size), cy: py(p.share), r: 2 });
+    for (const p of m.curve) {
+      const [x, y] = [px(p.size), py(p.share)];
+      if (p.share >= -1) make(g, "circle", { cx: x, cy: y, r: 2 });
+      else make(make(g, "path", { class: "beyond", d: `M${x - 4} ${y - 5}h8l-4 7z` }), "title", {}, p.share.toFixed(3));
+    }
   }
   if (models.length > 1)
     make(svg, "text", { x: left + 6, y: top + 14 }, "dotted: the other model");

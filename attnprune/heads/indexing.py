@@ -82,7 +82,8 @@ def index(
         text_field: column of the text.
         device: auto, cpu or cuda, for models given by name.
         watch: told the stage and how far it is.
-        on_note: told of a text with characters that the tokenizer does not know. Default: a Python warning.
+        on_note: told of a text with characters that the tokenizer does not know, which `notes` of the index says too.
+            Default: a Python warning.
 
     Returns:
         The index, opened.
@@ -100,9 +101,9 @@ def index(
     with sources_of(data, text_field) as sources:
         named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
         blocks = blocks_of(named, sources, tokens, seq_len, text_field)
-    for note in unknown_notes(blocks.sources):
-        on_note(note)
     record = _record(named, blocks, command)
+    for note in record.notes:
+        on_note(note)
     if is_new:
         ids = blocks.input_ids.unique().tolist()
         texts = {token: named.tokenizer.decode([token]) for token in ids}
@@ -118,7 +119,7 @@ def _record(named: Named, blocks: Blocks, command: str) -> pieces.Record:
     return pieces.Record(
         command=command, model=named.name, model_sha256=_identity(named.model), data=blocks.name,
         data_sha256=blocks.fingerprint, blocks=len(blocks), seq_len=blocks.seq_len, layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
+        heads=config.num_attention_heads, notes=unknown_notes(blocks.sources),
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Record(Strict):
     layers: int
     heads: int = Field(description="per layer")
     kinds: list[str] = Field(default=list(INDEXED), description="of the column `kinds`, from the least bit")
+    notes: list[str] = Field(default=[], description="what to know of the text")
 
 
 Columns = dict[str, np.ndarray]

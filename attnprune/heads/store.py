@@ -98,6 +98,11 @@ class Index(Shown):
         blocks = f"{self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens"
         return f"Index({str(self.path)!r}: {blocks})"
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the text: characters that the tokenizer does not know."""
+        return self.record.notes
+
     @checked()
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """The answer of DuckDB to one SELECT: tables `edges`, `blocks` (block, tokens) and `vocabulary` (token, text).

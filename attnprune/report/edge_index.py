@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnprune.errors import printable
+from attnprune.report.tables import filled
 from attnprune.units import counted, percent, size
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def as_data(index: Index, filters: Mapping[str, Any], by: By, top: int) -> dict[
         "blocks_in_all": index.record.blocks, "total": index.total(), "passing": index.total(**filters),
         **{name: getattr(index, name)(by=by, limit=top, **filters) for name, fixed in TABLES.items()
            if filters.get(fixed) is None},
-        "contexts": index.contexts(limit=top, **filters),
+        "contexts": index.contexts(limit=top, **filters), "notes": index.notes,
     }  # fmt: skip
 
 
@@ -52,12 +53,13 @@ def render(data: Mapping[str, Any]) -> list[Any]:
     ]
     if data["blocks"] < data["blocks_in_all"]:
         lines.append(f"not finished: {data['blocks']:,} of {data['blocks_in_all']:,} blocks so far")
+    notes = [filled(f"note: {printable(note)}") for note in data["notes"]]
     if not passing["count"]:
-        return lines
+        return lines + notes
     for name in TABLES:
         if name in data:
             lines += ["", _table(name, data[name], passing)]
-    return [*lines, "", _contexts(data["contexts"]), "«key» is read by ⟦query⟧; weight: P_ij A_ij"]
+    return [*lines, "", _contexts(data["contexts"]), "«key» is read by ⟦query⟧; weight: P_ij A_ij", *notes]
 
 
 def _table(name: str, rows: list[Row], passing: Row) -> Table:

@@ -229,6 +229,16 @@ def test_an_index_says_what_it_is(made, monkeypatch):
     assert "open edges" in html
 
 
+def test_what_is_to_know_of_the_text_stays_with_the_index(planted, made, tmp_path):
+    assert made.notes == []
+    text, told = tmp_path / "text.txt", []
+    text.write_text("12?" * 40)
+    found = index("demo", text, out=tmp_path / "new", tokens=64, seq_len=8, on_note=told.append)
+    assert told == ["text.txt: 21 of 64 tokens stand for characters that the tokenizer does not know"]
+    assert found.notes == open_index(found.path).notes == told
+    assert "note: text.txt: 21 of 64" in found._repr_html_()
+
+
 def test_an_index_is_only_read(made, tmp_path):
     """Neither the index nor any other file can be changed, and no other file read."""
     piece, other = pieces.pieces_of(made.path)[0], tmp_path / "other.csv"

@@ -95,7 +95,7 @@ def index(
     """
     folder = Path(out)
     duckdb()
-    is_new = not (folder / pieces.RECORD).exists()
+    is_new, was_there = not (folder / pieces.RECORD).exists(), folder.exists()
     if is_new:
         check_new_folder(folder)
     with sources_of(data, text_field) as sources:
@@ -110,7 +110,12 @@ def index(
         pieces.begin(folder, record, blocks.input_ids.numpy(), texts)
     with locked(folder):
         _check_same(folder, record)
-        _go_on(folder, named, blocks, watch)
+        try:
+            _go_on(folder, named, blocks, watch)
+        except Exception:  # not of an interruption, after which the same call goes on
+            if is_new and not pieces.pieces_of(folder):
+                pieces.discard(folder, keep_folder=was_there)
+            raise
     return open_index(folder)
 
 

@@ -69,6 +69,14 @@ def begin(folder: Path, record: Record, ids: np.ndarray, vocabulary: dict[int, s
     )
 
 
+def discard(folder: Path, *, keep_folder: bool) -> None:
+    """Remove what `begin` wrote; the folder itself too, unless it is to stay as the empty one that it was."""
+    for name in (RECORD, BLOCKS, VOCABULARY):
+        (folder / name).unlink(missing_ok=True)
+    if not keep_folder:
+        folder.rmdir()
+
+
 def read_record(folder: Path) -> Record:
     """What an index was made of.
 

@@ -11,6 +11,7 @@ import torch
 
 from attnprune import close_heads, index, open_gates, open_index
 from attnprune.attention.interface import gates_of
+from attnprune.errors import AttnPruneError
 from attnprune.heads import pieces
 from attnprune.heads.counting import COUNTED
 from attnprune.sidecar.edges import open_edges
@@ -150,6 +151,34 @@ def test_an_interrupted_build_goes_on_to_the_same_files(planted, animals, tmp_pa
     assert halfway.items() <= after.items()
     assert told[0] == ("blocks", 0 if stop < 2 else stop - stop % 2, BLOCKS)
     build(planted, animals, tmp_path / "index", watch=lambda *seen: pytest.fail("it is finished"))
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_build_that_fails_leaves_nothing_that_holds_no_edges(animals, tmp_path, was_there):
+    out, broken = tmp_path / "index", plant_heads(gated=True)
+    with torch.no_grad():
+        broken.model.transformer.wpe.weight.fill_(torch.nan)
+    if was_there:
+        out.mkdir()
+    with pytest.raises(AttnPruneError):
+        build(broken, animals, out)
+    assert out.exists() == was_there
+    assert not was_there or listing(out) == {}
+
+
+def test_a_build_that_fails_later_keeps_its_edges(planted, animals, tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 1)
+
+    def watch(_, done, of):
+        if done == 2:
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        build(planted, animals, tmp_path / "index", watch=watch)
+    before = listing(tmp_path / "index")
+    assert open_index(tmp_path / "index").blocks == 2
+    refused(lambda: build(planted, animals, tmp_path / "index", tokens=LENGTH), "another number of tokens")
+    assert listing(tmp_path / "index") == before
 
 
 def test_another_model_text_or_length_is_refused(planted, made, animals, tmp_path):

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnprune.data.sources import is_local
+from attnprune.data.sources import WHAT_DATA_IS, is_local
 from attnprune.errors import InputError, printable
 from attnprune.files import temporary_folder, write_atomic
 
 IN_MEMORY = "texts-in-memory.jsonl"  # how results name text that lay nowhere else
-_TEXTS_HINT = "text itself is a list of strings: data=[text]"
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def named(data: Any) -> list[str] | None:
     for name in map(str, names):
         if not name or (any(map(str.isspace, name)) and not _is_there(name)):  # no Hub data set has spaces
             shown = repr(printable(name, 60))
-            raise InputError(f"data {shown}: a str names a file or data set, and there is none", hint=_TEXTS_HINT)
+            raise InputError(f"data {shown}: a str names a file or data set, and there is none", hint=WHAT_DATA_IS)
     return [str(name) for name in names]
 
 

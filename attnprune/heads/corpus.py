@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnprune.data.blocks import Blocks, mix
-from attnprune.data.sources import check_distinct
+from attnprune.data.sources import WHAT_DATA_IS, check_distinct
 from attnprune.data.texts import addition_task, read_blocks
 from attnprune.data.vocabulary import check_tokens
 from attnprune.errors import InputError
@@ -22,6 +22,21 @@ MAX_TOKENS = 1024  # of a block: all its pairs are held at once, for one layer
 
 Watch = Callable[[str, int, int], None]
 """Told what is going on: (stage, done, of)."""
+
+
+def check_sources(sources: list[str]) -> None:
+    """Refuse names that mean something else here than in training, before a model is read.
+
+    Raises:
+        InputError: naming the source.
+    """
+    if "self" in sources:
+        raise InputError(
+            "data self: is text that a model writes to be trained or evaluated on, for sparsify and eval only",
+            hint=WHAT_DATA_IS,
+        )
+    if "task" in sources and len(sources) > 1:
+        raise InputError("data task: is the bundled model's own text, beside which there is no other")
 
 
 def blocks_of(named: Named, sources: list[str], tokens: int, seq_len: int, text_field: str) -> Blocks:

@@ -21,7 +21,7 @@ from attnprune.data.given import sources_of
 from attnprune.errors import InputError, checked
 from attnprune.files import check_new_folder, locked
 from attnprune.heads import pieces
-from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
+from attnprune.heads.corpus import Watch, blocks_of, check_sources, delimiters_of
 from attnprune.heads.counting import each_block
 from attnprune.heads.store import Index, duckdb, open_index
 from attnprune.sidecar.identity import config_values, fingerprint_of
@@ -99,6 +99,7 @@ def index(
     if is_new:
         check_new_folder(folder)
     with sources_of(data, text_field) as sources:
+        check_sources(sources)
         named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
         blocks = blocks_of(named, sources, tokens, seq_len, text_field)
     record = _record(named, blocks, command)

@@ -40,10 +40,15 @@ def check_sources(sources: list[str]) -> None:
 
 
 def blocks_of(named: Named, sources: list[str], tokens: int, seq_len: int, text_field: str) -> Blocks:
-    """The text as blocks of equal length."""
+    """The text as blocks of equal length.
+
+    Raises:
+        InputError: a block longer than the context or than `tokens` allow, no such text, a token the model lacks.
+    """
     if sources == ["task"]:
         blocks = addition_task(named.tokenizer)[1]
-        blocks = blocks.take(torch.arange(min(len(blocks), max(1, tokens // blocks.seq_len))))
+        _check_room(tokens, blocks.seq_len, 1)
+        blocks = blocks.take(torch.arange(min(len(blocks), tokens // blocks.seq_len)))
     else:
         context = bases.context_length(named.model) or MAX_TOKENS
         longest = min(context, MAX_TOKENS)
@@ -52,10 +57,19 @@ def blocks_of(named: Named, sources: list[str], tokens: int, seq_len: int, text_
             raise InputError(f"a block of {seq_len} tokens is more than {limit}")
         check_distinct(sources)
         measured = 0 if named.sidecar is None else named.sidecar.manifest.result.seq_len
-        length, share = seq_len or min(measured or 512, longest), max(1, tokens // len(sources))
+        length = seq_len or min(measured or 512, longest)
+        _check_room(tokens, length, len(sources))
+        share = tokens // len(sources)
         blocks = mix([read_blocks(source, text_field, named.tokenizer, length, share) for source in sources])
     check_tokens(blocks.input_ids, named.tokenizer, named.model.config.vocab_size, blocks.name)
     return replace(blocks, labels=blocks.input_ids)
+
+
+def _check_room(tokens: int, length: int, texts: int) -> None:
+    """Raises InputError: a block of each text has more than `tokens`."""
+    if tokens < length * texts:
+        each = "" if texts == 1 else f" of each of {texts} texts"
+        raise InputError(f"{tokens} tokens: are fewer than a block of {length}{each}")
 
 
 def delimiters_of(ids: Tensor, tokenizer: Any) -> Tensor:

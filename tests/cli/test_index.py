@@ -77,6 +77,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place):
         (["index", "demo", "--data", "task"], "--out"),
         (["index", "demo", "--data", "task", "-o", "full"], "full: exists and is not empty"),
         (["index", "demo", "--data", "task", "--tokens", "100", "-o", "found"], "another number of tokens (200)"),
+        (["index", "demo", "--data", "task", "--tokens", "5", "-o", "new"], "5 tokens: are fewer than a block of 10"),
         (["index", "nowhere/at/all", "--data", "text.txt", "-o", "new"], "nowhere/at/all: "),
         (["edges", "full"], "full: is no index of edges"),
         (["edges", "found", "--head", "3"], "--head 3: is not LAYER.HEAD"),

@@ -170,6 +170,14 @@ def test_bad_input_is_one_line(tmp_path):
     refused(lambda: atlas(str(base), ()), "data: a tuple names")
     refused(lambda: atlas(str(base), text, seq_len=65), "a block of 65 tokens is more than the model's context of 64")
     refused(lambda: atlas(str(base), text, tokens=0), "tokens 0: ")
+    refused(lambda: atlas(str(base), text, tokens=31, seq_len=32), "31 tokens: are fewer than a block of 32")
+    second = save_text(tmp_path / "second.txt")
+    refused(
+        lambda: atlas(str(base), (text, second), tokens=63, seq_len=32), "fewer than a block of 32 of each of 2 texts"
+    )
+    assert atlas(str(base), (text, second), tokens=64, seq_len=32).tokens == 64
+    refused(lambda: atlas("demo", "task", tokens=9), "9 tokens: are fewer than a block of 10")
+    assert atlas("demo", "task", tokens=10).tokens == 10
     refused(lambda: atlas(str(base), text, base=str(other)), "is a dense model itself")
     refused(lambda: atlas(str(base), (text, text)), "named twice")
     refused(lambda: atlas(sidecar, text, base=str(other)))

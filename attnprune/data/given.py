@@ -74,7 +74,9 @@ def save_texts(data: Any, file: Path, field: str | None) -> Path:
     elif isinstance(data, list) and all(isinstance(one, str) for one in data):
         if any(len(one) < 1024 and Path(one).suffix and Path(one).exists() for one in data[:1]):
             raise InputError(f"data: a list is the text itself; {data[0]!r} is a file", hint="a tuple names sources")
-        field = field or "text"
+        if field not in (None, "text"):
+            raise InputError(f"text_field {printable(field, 60)}: names a column, and a list of strings has none")
+        field = "text"
         rows = [{field: one} for one in data]
     elif isinstance(data, list):
         kind = next(type(one).__name__ for one in data if not isinstance(one, str))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
+import operator
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -108,6 +109,17 @@ class InterruptedRunError(AttnPruneError):
     def __init__(self, message: str, signal_number: int, hint: str | None = None):
         super().__init__(message, hint)
         self.exit_code = 128 + signal_number
+
+
+def whole(value: Any) -> int:
+    """A whole number as Python's.
+
+    Raises:
+        TypeError: something else, True and False among it.
+    """
+    if isinstance(value, bool):
+        raise TypeError("a bool is no number here")
+    return operator.index(value)
 
 
 def _is_whole(value: Any) -> bool:

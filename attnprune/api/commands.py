@@ -78,7 +78,8 @@ def evaluate(
                 device=device, allow_base_mismatch=allow_base_mismatch, device_map=device_map, **options,
             )  # fmt: skip
         else:
-            by_name_only = {"base": base, "revision": revision, "device_map": device_map}
+            elsewhere = None if device == "cpu" else device
+            by_name_only = {"base": base, "revision": revision, "device": elsewhere, "device_map": device_map}
             for name in (name for name, value in by_name_only.items() if value is not None):
                 raise InputError(f"{name}: is for models given by name")
             _, model, tokenizer, *_ = in_memory(model, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnprune.attention.interface import UNPACK, Gate, gates_forced_open, gates_of
-from attnprune.errors import InputError
+from attnprune.errors import InputError, whole
 
 Recorder = Callable[[slice, slice, Tensor], None]
 """Gets (queries, keys, is_open [B, H, Q, K]) of each part of a layer's attention."""
@@ -134,7 +133,7 @@ def _pairs(gates: list[Gate], heads: Any) -> list[tuple[int, int]]:
 def _head(gates: list[Gate], pair: Any) -> tuple[int, int]:
     """A (layer, head) that the model has."""
     try:
-        layer, head = map(operator.index, pair)
+        layer, head = map(whole, pair)
     except (TypeError, ValueError):
         raise InputError(f"close_heads: {pair!r} is not (layer, head)") from None
     if not 0 <= layer < len(gates):

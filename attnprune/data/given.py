@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attnprune.data.sources import is_local
+from attnprune.data.sources import WHAT_DATA_IS, is_local
 from attnprune.errors import InputError, printable
 from attnprune.files import temporary_folder, write_atomic
 
 IN_MEMORY = "texts-in-memory.jsonl"  # how results name text that lay nowhere else
-_TEXTS_HINT = "text itself is a list of strings: data=[text]"
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def named(data: Any) -> list[str] | None:
     for name in map(str, names):
         if not name or (any(map(str.isspace, name)) and not _is_there(name)):  # no Hub data set has spaces
             shown = repr(printable(name, 60))
-            raise InputError(f"data {shown}: a str names a file or data set, and there is none", hint=_TEXTS_HINT)
+            raise InputError(f"data {shown}: a str names a file or data set, and there is none", hint=WHAT_DATA_IS)
     return [str(name) for name in names]
 
 
@@ -75,7 +74,9 @@ def save_texts(data: Any, file: Path, field: str | None) -> Path:
     elif isinstance(data, list) and all(isinstance(one, str) for one in data):
         if any(len(one) < 1024 and Path(one).suffix and Path(one).exists() for one in data[:1]):
             raise InputError(f"data: a list is the text itself; {data[0]!r} is a file", hint="a tuple names sources")
-        field = field or "text"
+        if field not in (None, "text"):
+            raise InputError(f"text_field {printable(field, 60)}: names a column, and a list of strings has none")
+        field = "text"
         rows = [{field: one} for one in data]
     elif isinstance(data, list):
         kind = next(type(one).__name__ for one in data if not isinstance(one, str))

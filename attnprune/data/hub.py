@@ -61,6 +61,18 @@ class Rows:
             raise _explained(error, source, name, subset, part or "train") from error
 
 
+def can_be_named(source: str) -> bool:
+    """Whether the Hub's rules allow the name in `name[:config[:split]]`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(_parts(source)[0])
+    except HFValidationError:
+        return False
+    return True
+
+
 def version(source: str) -> str:
     """The commit that a data set is at.
 
@@ -95,7 +107,7 @@ def _explained(error: Exception, source: str, name: str, subset: str, part: str)
         return InputError(f"{source}: {cause}", hint=there)
     return AttnPruneError(
         f"{source}: cannot read this data set from the Hub: {type(error).__name__}: {cause}",
-        hint="give a local file with --data FILE.txt, or --data self to train on the model's own text",
+        hint="give a local file with --data FILE.txt; sparsify and eval take --data self too, the model's own text",
     )
 
 

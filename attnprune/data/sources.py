@@ -18,6 +18,9 @@ from attnprune.errors import InputError
 from attnprune.files import unusable
 
 _READABLE = "a .txt, .md, .jsonl or .parquet file (also with .gz, .xz or .zst)"
+WHAT_DATA_IS = (
+    "data names a file, folder, pattern or Hub data set; in Python a list of strings is the text itself: data=[text]"
+)
 _MAX_EMPTY_ROWS = 200_000  # in a row; a few bytes can hold billions
 
 
@@ -94,9 +97,22 @@ def documents(
         InputError: a file is missing, empty, binary, not of a known kind, or has no such field; no text at all.
         AttnPruneError: the Hub data set cannot be reached.
     """
-    if not is_local(source) and (source.startswith((".", "/", "~")) or source.endswith("/") or _is_file_name(source)):
-        raise InputError(f"{source}: no such file")
+    check_name(source)
     return Documents(source, text_field, tokenizer, start)
+
+
+def check_name(source: str) -> None:
+    """Refuse what is no local source and cannot be a Hub data set either, before the Hub is asked for it.
+
+    Raises:
+        InputError: naming it.
+    """
+    if is_local(source):
+        return
+    if source.startswith((".", "/", "~")) or source.endswith("/") or _is_file_name(source):
+        raise InputError(f"{source}: no such file")
+    if not hub.can_be_named(source):
+        raise InputError(f"{source}: no such file, and no data set can have this name", hint=WHAT_DATA_IS)
 
 
 def _is_file_name(source: str) -> bool:

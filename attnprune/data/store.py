@@ -18,7 +18,7 @@ import torch
 
 from attnprune.data import hub
 from attnprune.data.blocks import Source, StoredBlocks, check_long_enough, rows_of
-from attnprune.data.sources import documents, is_local, local_files, source_name
+from attnprune.data.sources import check_name, documents, is_local, local_files, source_name
 from attnprune.data.vocabulary import count_unknown
 from attnprune.files import held, unusable, write_atomic
 
@@ -50,6 +50,7 @@ def stored_blocks(
         InputError: as `documents`, too little text for one block; or the cache cannot be written.
         AttnPruneError: as `documents`.
     """
+    check_name(source)
     made_from = [STORES, _version(source), text_field, _fingerprint(tokenizer), seq_len, max_tokens]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     tokens, facts = cache / f"tokens-{key}.i32", cache / f"tokens-{key}.json"

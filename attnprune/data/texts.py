@@ -97,7 +97,7 @@ def read_blocks(source: str, text_field: str, tokenizer: Any, seq_len: int, max_
         InputError: no such text, none in it, or blocks of less than two tokens.
     """
     if seq_len < 2:
-        raise InputError(f"--seq-len {seq_len}: a block needs two tokens, one to read and one that reads it")
+        raise InputError(f"a block of {seq_len}: needs two tokens, one to read and one that reads it")
     texts = documents(source, text_field, tokenizer)
     blocks = pack(texts, tokenizer, seq_len, max_tokens, source_name(source))
     unknown = count_unknown(blocks.input_ids, tokenizer)

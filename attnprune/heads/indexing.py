@@ -21,7 +21,7 @@ from attnprune.data.given import sources_of
 from attnprune.errors import InputError, checked
 from attnprune.files import check_new_folder, locked
 from attnprune.heads import pieces
-from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
+from attnprune.heads.corpus import Watch, blocks_of, check_sources, delimiters_of
 from attnprune.heads.counting import each_block
 from attnprune.heads.store import Index, duckdb, open_index
 from attnprune.sidecar.identity import config_values, fingerprint_of
@@ -82,7 +82,8 @@ def index(
         text_field: column of the text.
         device: auto, cpu or cuda, for models given by name.
         watch: told the stage and how far it is.
-        on_note: told of a text with characters that the tokenizer does not know. Default: a Python warning.
+        on_note: told of a text with characters that the tokenizer does not know, which `notes` of the index says too.
+            Default: a Python warning.
 
     Returns:
         The index, opened.
@@ -94,22 +95,28 @@ def index(
     """
     folder = Path(out)
     duckdb()
-    is_new = not (folder / pieces.RECORD).exists()
+    is_new, was_there = not (folder / pieces.RECORD).exists(), folder.exists()
     if is_new:
         check_new_folder(folder)
     with sources_of(data, text_field) as sources:
+        check_sources(sources)
         named = next(models_of(model, tokenizer, base, device, dense=False, notes=[]))
         blocks = blocks_of(named, sources, tokens, seq_len, text_field)
-    for note in unknown_notes(blocks.sources):
-        on_note(note)
     record = _record(named, blocks, command)
+    for note in record.notes:
+        on_note(note)
     if is_new:
         ids = blocks.input_ids.unique().tolist()
         texts = {token: named.tokenizer.decode([token]) for token in ids}
         pieces.begin(folder, record, blocks.input_ids.numpy(), texts)
     with locked(folder):
         _check_same(folder, record)
-        _go_on(folder, named, blocks, watch)
+        try:
+            _go_on(folder, named, blocks, watch)
+        except Exception:  # not of an interruption, after which the same call goes on
+            if is_new and not pieces.pieces_of(folder):
+                pieces.discard(folder, keep_folder=was_there)
+            raise
     return open_index(folder)
 
 
@@ -118,7 +125,7 @@ def _record(named: Named, blocks: Blocks, command: str) -> pieces.Record:
     return pieces.Record(
         command=command, model=named.name, model_sha256=_identity(named.model), data=blocks.name,
         data_sha256=blocks.fingerprint, blocks=len(blocks), seq_len=blocks.seq_len, layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
+        heads=config.num_attention_heads, notes=unknown_notes(blocks.sources),
     )  # fmt: skip
 
 

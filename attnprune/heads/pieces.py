@@ -47,6 +47,7 @@ class Record(Strict):
     layers: int
     heads: int = Field(description="per layer")
     kinds: list[str] = Field(default=list(INDEXED), description="of the column `kinds`, from the least bit")
+    notes: list[str] = Field(default=[], description="what to know of the text")
 
 
 Columns = dict[str, np.ndarray]
@@ -66,6 +67,14 @@ def begin(folder: Path, record: Record, ids: np.ndarray, vocabulary: dict[int, s
         folder,
         {BLOCKS: _parquet(blocks), VOCABULARY: _parquet(words), RECORD: record.model_dump_json(indent=1) + "\n"},
     )
+
+
+def discard(folder: Path, *, keep_folder: bool) -> None:
+    """Remove what `begin` wrote; the folder itself too, unless it is to stay as the empty one that it was."""
+    for name in (RECORD, BLOCKS, VOCABULARY):
+        (folder / name).unlink(missing_ok=True)
+    if not keep_folder:
+        folder.rmdir()
 
 
 def read_record(folder: Path) -> Record:

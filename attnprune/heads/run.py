@@ -14,7 +14,7 @@ from attnprune.circuit.search.splits import pattern_visible
 from attnprune.data.blocks import Blocks, unknown_notes
 from attnprune.data.given import sources_of
 from attnprune.errors import checked
-from attnprune.heads.corpus import Watch, blocks_of, delimiters_of
+from attnprune.heads.corpus import Watch, blocks_of, check_sources, delimiters_of
 from attnprune.heads.counting import COUNTED, LayerCounts, Strongest, Tally, count
 from attnprune.heads.directions import written
 from attnprune.heads.result import Atlas, Direction, Example, Head, ModelAtlas, Reading, Share, Text, labels, windows
@@ -63,6 +63,7 @@ def atlas(
     notes: list[str] = []
     blocks, found = None, []
     with sources_of(data, text_field) as sources:
+        check_sources(sources)
         for named in models_of(model, tokenizer, base, device, dense, notes):
             if blocks is None:
                 blocks = blocks_of(named, sources, tokens, seq_len, text_field)

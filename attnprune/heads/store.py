@@ -7,14 +7,13 @@ DuckDB reads the Parquet pieces where they are. Every answer is a list of rows, 
 from __future__ import annotations
 
 import glob
-import operator
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnprune.errors import InputError, checked, first_line, printable, shown
+from attnprune.errors import InputError, checked, first_line, printable, shown, whole
 from attnprune.heads import pieces
 from attnprune.heads.result import windows
 from attnprune.late import Shown
@@ -97,6 +96,11 @@ class Index(Shown):
     def __repr__(self) -> str:
         blocks = f"{self.blocks} of {self.record.blocks} blocks of {self.record.seq_len} tokens"
         return f"Index({str(self.path)!r}: {blocks})"
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the text: characters that the tokenizer does not know."""
+        return self.record.notes
 
     @checked()
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
@@ -233,13 +237,23 @@ class Index(Shown):
 
     def _head(self, pair: Any) -> list[int]:
         try:
-            layer, head = map(operator.index, pair)
+            layer, head = map(whole, pair)
         except (TypeError, ValueError):
             raise InputError(f"head {shown(pair)}: is not (layer, head)", hint="for example head=(3, 1)") from None
         for what, number, count in (("layer", layer, self.record.layers), ("head", head, self.record.heads)):
             if not 0 <= number < count:
                 raise InputError(f"{what} {number}: is not within 0 and {count - 1}")
         return [layer, head]
+
+    def _same(self, token: Any) -> list[int]:
+        """The tokens that a text or id names; none where it is neither."""
+        if isinstance(token, str):
+            return [number for number, text in self._texts.items() if text == token]
+        try:
+            wanted = whole(token)
+        except TypeError:
+            return []
+        return [wanted] if wanted in self._texts else []
 
     def _ids(self, column: str, tokens: Any) -> list[int]:
         """The ids of tokens (see `Tokens`); several may have one text."""
@@ -248,7 +262,7 @@ class Index(Shown):
         if not wanted:
             raise InputError(f"{column.partition('_')[0]}: names no token")
         for token in wanted:
-            same = [number for number, text in self._texts.items() if token in (number, text)]
+            same = self._same(token)
             if not same:
                 near = [text for text in self._texts.values() if text.strip() == str(token).strip()]
                 hint = f"it has {', '.join(map(repr, near[:3]))}" if near else None

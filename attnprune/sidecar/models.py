@@ -38,11 +38,13 @@ def models_of(
         notes: gets a line where a base cannot be found.
 
     Raises:
-        InputError: no such model, a tokenizer too few or too many, a base for a model that has none or another one.
+        InputError: no such model, a tokenizer too few or too many, a base for a model that has none or another one, a
+            device for a model in memory, which stays where it is.
     """
     if not isinstance(model, str | Path):
-        if base is not None:
-            raise InputError("base: is for models given by name")
+        for name, is_given in (("base", base is not None), ("device", device != "auto")):
+            if is_given:
+                raise InputError(f"{name}: is for models given by name")
         yield in_memory(model, tokenizer)
         return
     if tokenizer is not None:

@@ -92,6 +92,21 @@ def test_what_is_meant_is_said(tmp_path, monkeypatch):
     refused(lambda: ap.sparsify(ap.RunConfig(), dry_run=True), "leave out dry_run")
 
 
+def test_names_of_training_alone_are_refused_where_heads_are_looked_at(tmp_path, monkeypatch):
+    """Before a model is read, and without asking the Hub for a data set of this name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("few words")
+    before = left(tmp_path)
+    for read in (lambda data: ap.atlas("none", data), lambda data: ap.index("none", data, out="index")):
+        for wrong, part in (
+            ("self", "data self: is text that a model writes"),
+            (("text.txt", "self"), "data self: is text that a model writes"),
+            (("task", "text.txt"), "data task: is the bundled model's own text"),
+        ):
+            refused(lambda read=read, wrong=wrong: read(wrong), part)
+    assert left(tmp_path) == before
+
+
 def test_text_and_names_are_told_apart(tmp_path, monkeypatch):
     """A str is a name everywhere, a list of strings is text, a tuple is names."""
     monkeypatch.chdir(tmp_path)
@@ -117,5 +132,7 @@ def test_text_and_names_are_told_apart(tmp_path, monkeypatch):
         ):
             refused(lambda read=read, wrong=wrong: read(wrong), part)
         refused(lambda read=read: read("my text.txt"), "shorter than one block")
-    assert refused(lambda: ap.atlas(base, "just a text")).hint == "text itself is a list of strings: data=[text]"
+        refused(lambda read=read: read("#27+58=085"), "#27+58=085: no such file, and no data set can have this name")
+    for text in ("just a text", "#27+58=085"):
+        assert "a list of strings is the text itself: data=[text]" in refused(lambda t=text: ap.atlas(base, t)).hint
     assert left(tmp_path) == before

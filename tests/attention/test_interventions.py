@@ -123,6 +123,7 @@ def test_other_models_heads_and_ids_are_refused(gated, tiny_llama):
     refused(ap.close_heads(gated, [(3, 0)]).__enter__, "layer 3 is not within 0 and 2")
     refused(ap.close_heads(gated, [(0, 4)]).__enter__, "head 4 is not within 0 and 3")
     refused(ap.close_heads(gated, [(0, -1)]).__enter__, "head -1")
+    refused(ap.close_heads(gated, [(True, 1)]).__enter__, "(True, 1) is not (layer, head)")
     for pairs, part in (
         ([3], "3 is not (layer, head)"), (3, "3 is no list of"), ((1, 2), "1 is not (layer, head)"),
         ([(0, 1.5)], "(0, 1.5) is not"), (["01"], "'01' is not"), ([(0, 1, 2)], "(0, 1, 2) is not"),

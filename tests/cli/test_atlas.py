@@ -63,6 +63,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
         (["base", "--data", "text.txt", "-o", "full"], "full: exists and is not empty"),
         (["nowhere/at/all", "--data", "text.txt", "-o", "new"], "nowhere/at/all: "),
         (["base", "-o", "new"], "--data"),
+        (["base", "--data", "self", "-o", "new"], "data self: is text that a model writes"),
+        (["demo", "--data", "#27+58=085", "-o", "new"], "#27+58=085: no such file, and no data set can have this"),
     ]
     for arguments, message in cases:
         done = attnprune("atlas", *arguments, cwd=tmp_path)

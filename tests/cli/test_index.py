@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def test_what_is_stored(place):
     lines = (place / "stdout.txt").read_text().splitlines()
     assert lines[0] == "two-digit addition: 200 tokens in 20 blocks of 10"
     assert lines[1].startswith("17,600 open edges, 88 a token, ")
-    assert lines[2] == 'written to found; ask with: attnprune edges found --key " the"'
+    assert lines[2] == "written to found; ask with: attnprune edges found --key '#'"
+    asked = attnprune(*shlex.split(lines[2].partition("ask with: attnprune ")[2]), cwd=place)
+    assert asked.returncode == 0, asked.stderr
     record = json.loads((place / "found" / "index.json").read_text())
     assert record["command"] == "attnprune index demo --data task --tokens 200 -o found"
 
@@ -57,6 +60,16 @@ def test_tables(place):
     assert max(map(len, lines)) <= 80
 
 
+def test_a_table_says_how_many_rows_it_leaves_out(place):
+    cut = attnprune("edges", "found", "--key", "+", "--query", "=", cwd=place)  # of 16 heads
+    assert [line.strip() for line in cut.stdout.splitlines() if " more" in line] == ["+6 more"]
+    whole = attnprune("edges", "found", "--key", "+", "--query", "=", "--top", "16", cwd=place)
+    assert " more" not in whole.stdout
+    data = json.loads(attnprune("edges", "found", "--key", "+", "--json", cwd=place).stdout)
+    assert data["more"] == {"heads": 6, "queries": 2}
+    assert (len(data["heads"]), data["notes"]) == (10, [])
+
+
 def test_json_has_the_rows(place):
     done = attnprune("edges", "found", "--kind", "previous", "--by", "weight", "--json", cwd=place)
     data = json.loads(done.stdout)
@@ -77,6 +90,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place):
         (["index", "demo", "--data", "task"], "--out"),
         (["index", "demo", "--data", "task", "-o", "full"], "full: exists and is not empty"),
         (["index", "demo", "--data", "task", "--tokens", "100", "-o", "found"], "another number of tokens (200)"),
+        (["index", "demo", "--data", "task", "--tokens", "5", "-o", "new"], "5 tokens: are fewer than a block of 10"),
         (["index", "nowhere/at/all", "--data", "text.txt", "-o", "new"], "nowhere/at/all: "),
         (["edges", "full"], "full: is no index of edges"),
         (["edges", "found", "--head", "3"], "--head 3: is not LAYER.HEAD"),

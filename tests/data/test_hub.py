@@ -27,6 +27,12 @@ def test_a_folder_that_is_not_there_is_no_data_set():
     refused(lambda: documents("nosuch/"), "nosuch/: no such file")
 
 
+@pytest.mark.parametrize("source", ["#27+58=085", "a/b/c", "two  words", "x--y", "+:sub", "n" * 97])
+def test_a_name_that_the_hub_does_not_allow_is_bad_input(source):
+    hint = refused(lambda: documents(source), f"{source}: no such file, and no data set can have this name").hint
+    assert "names a file, folder, pattern or Hub data set" in hint
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no\nroute"), FileNotFoundError("x"), ValueError("bad"), OSError()])
 @pytest.mark.parametrize("rows_before", [0, 2])
 def test_any_hub_failure_is_one_error(monkeypatch, error, rows_before):

@@ -192,3 +192,11 @@ def test_a_token_beyond_the_vocabulary_is_named_by_its_block(text, tmp_path, mon
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=EOS))
     settings = run_config((tmp_path, text), tmp_path / "run")
     refused(lambda: texts.load_blocks(settings, model, byte_tokenizer(), "key"), "block 1000 of 1000")
+
+
+def test_a_name_that_nothing_can_have_is_refused_before_the_hub_is_asked(tmp_path):
+    for source in ("missing.txt", "#27+58=085"):
+        refused(
+            lambda s=source: stored_blocks(s, "text", byte_tokenizer(), 16, 10**7, tmp_path / "cache"), "no such file"
+        )
+    assert not (tmp_path / "cache").exists()

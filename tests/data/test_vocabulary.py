@@ -130,9 +130,7 @@ def test_prompts_and_answers_of_a_file_are_checked_with_their_line(base, tmp_pat
 
 
 def test_a_block_of_one_token_is_refused(base, texts):
-    refused(
-        lambda: evaluate_model(str(base), None, [str(texts[0])], seq_len=1), "--seq-len 1: a block needs two tokens"
-    )
+    refused(lambda: evaluate_model(str(base), None, [str(texts[0])], seq_len=1), "a block of 1: needs two tokens")
 
 
 def digits():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnprune import atlas
+from attnprune import atlas, evaluate, trace
 from attnprune.attention.interface import gates_of
 from attnprune.heads.corpus import is_delimiter
 from attnprune.heads.result import KINDS, Atlas, Share, labels
@@ -174,6 +174,15 @@ def test_bad_input_is_one_line(tmp_path):
     refused(lambda: atlas(str(base), ()), "data: a tuple names")
     refused(lambda: atlas(str(base), text, seq_len=65), "a block of 65 tokens is more than the model's context of 64")
     refused(lambda: atlas(str(base), text, tokens=0), "tokens 0: ")
+    refused(lambda: atlas(str(base), text, tokens=31, seq_len=32), "31 tokens: are fewer than a block of 32")
+    second = save_text(tmp_path / "second.txt")
+    refused(
+        lambda: atlas(str(base), (text, second), tokens=63, seq_len=32), "fewer than a block of 32 of each of 2 texts"
+    )
+    assert atlas(str(base), (text, second), tokens=64, seq_len=32).tokens == 64
+    refused(lambda: atlas(str(base), text, seq_len=1), "a block of 1: needs two tokens")
+    refused(lambda: atlas("demo", "task", tokens=9), "9 tokens: are fewer than a block of 10")
+    assert atlas("demo", "task", tokens=10).tokens == 10
     refused(lambda: atlas(str(base), text, base=str(other)), "is a dense model itself")
     refused(lambda: atlas(str(base), (text, text)), "named twice")
     refused(lambda: atlas(sidecar, text, base=str(other)))
@@ -181,6 +190,15 @@ def test_bad_input_is_one_line(tmp_path):
     refused(lambda: atlas(load(sidecar, str(base)).model, text), "needs its tokenizer")
     sparse, tokenizer = load(sidecar, str(base))
     refused(lambda: atlas(sparse, text, tokenizer=tokenizer, base=str(base)), "base: is for models given by name")
+    for read in (
+        lambda **given: atlas(sparse, text, tokenizer=tokenizer, **given),
+        lambda **given: trace(sparse, "few", tokenizer=tokenizer, **given),
+        lambda **given: evaluate(sparse, tokenizer, data=text, **given),
+    ):
+        refused(lambda read=read: read(device="foo"), "device: is for models given by name")
+    refused(
+        lambda: atlas(sparse, ["few words"], tokenizer=tokenizer, text_field="foo"), "text_field foo: names a column"
+    )
     refused(lambda: atlas("no/such/model", text), "no/such/model: ")
 
 

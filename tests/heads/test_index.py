@@ -11,6 +11,7 @@ import torch
 
 from attnprune import close_heads, index, open_gates, open_index
 from attnprune.attention.interface import gates_of
+from attnprune.errors import AttnPruneError
 from attnprune.heads import pieces
 from attnprune.heads.counting import COUNTED
 from attnprune.sidecar.edges import open_edges
@@ -152,6 +153,34 @@ def test_an_interrupted_build_goes_on_to_the_same_files(planted, animals, tmp_pa
     build(planted, animals, tmp_path / "index", watch=lambda *seen: pytest.fail("it is finished"))
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_build_that_fails_leaves_nothing_that_holds_no_edges(animals, tmp_path, was_there):
+    out, broken = tmp_path / "index", plant_heads(gated=True)
+    with torch.no_grad():
+        broken.model.transformer.wpe.weight.fill_(torch.nan)
+    if was_there:
+        out.mkdir()
+    with pytest.raises(AttnPruneError):
+        build(broken, animals, out)
+    assert out.exists() == was_there
+    assert not was_there or listing(out) == {}
+
+
+def test_a_build_that_fails_later_keeps_its_edges(planted, animals, tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 1)
+
+    def watch(_, done, of):
+        if done == 2:
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        build(planted, animals, tmp_path / "index", watch=watch)
+    before = listing(tmp_path / "index")
+    assert open_index(tmp_path / "index").blocks == 2
+    refused(lambda: build(planted, animals, tmp_path / "index", tokens=LENGTH), "another number of tokens")
+    assert listing(tmp_path / "index") == before
+
+
 def test_another_model_text_or_length_is_refused(planted, made, animals, tmp_path):
     before = listing(made.path)
     with torch.no_grad():
@@ -196,6 +225,10 @@ def test_filters_and_limits_of_another_kind_are_refused(made):
         ({"head": (0, 1.5)}, "head (0, 1.5): is not"),
         ({"head": (0, 1, 2)}, "head (0, 1, 2): is not"),
         ({"key": 1.5}, "key 1.5: is no token"),
+        ({"key": 5.0}, "key 5.0: is no token"),
+        ({"key": True}, "key True: is no token"),
+        ({"query": [0, False]}, "query False: is no token"),
+        ({"head": (True, 1)}, "head (True, 1): is not (layer, head)"),
         ({"key": []}, "key: names no token"),
         ({"query": [None]}, "query None: is no token"),
         ({"query": {"ant": 1}}, "query {'ant': 1}: is no token"),
@@ -227,6 +260,16 @@ def test_an_index_says_what_it_is(made, monkeypatch):
     assert html.startswith("<pre")
     assert "strongest edges" in html
     assert "open edges" in html
+
+
+def test_what_is_to_know_of_the_text_stays_with_the_index(planted, made, tmp_path):
+    assert made.notes == []
+    text, told = tmp_path / "text.txt", []
+    text.write_text("12?" * 40)
+    found = index("demo", text, out=tmp_path / "new", tokens=64, seq_len=8, on_note=told.append)
+    assert told == ["text.txt: 21 of 64 tokens stand for characters that the tokenizer does not know"]
+    assert found.notes == open_index(found.path).notes == told
+    assert "note: text.txt: 21 of 64" in found._repr_html_()
 
 
 def test_an_index_is_only_read(made, tmp_path):

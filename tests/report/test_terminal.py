@@ -169,10 +169,12 @@ def test_a_long_token_gives_way_and_no_number(width):
     contexts = [{"layer": 29, "head": 8, "block": 1_000, "weight": 0.5, "text": "«a» ⟦b⟧"}]
     passing = {"count": 123_456_789, "weight": 123_456_789.0}
     data = {"model": "m", "data": "d", "blocks": 1, "blocks_in_all": 1, "total": passing, "passing": passing,
-            "heads": rows, "keys": rows, "queries": rows, "contexts": contexts}  # fmt: skip
+            "heads": rows, "keys": rows, "queries": rows, "contexts": contexts, "notes": [],
+            "more": {"heads": 0, "keys": 0, "queries": 7}}  # fmt: skip
     console = Console(width=width, record=True, force_terminal=False)
     console.print(*edge_index.render(data), sep="\n")
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
     assert sum("123,456,789  100 %  123,456,789.0  100 %" in line for line in lines) == 3
     assert sum("xxx…" in line for line in lines) == 2
+    assert sum("+7 more" in line for line in lines) == 1

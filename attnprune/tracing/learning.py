@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from attnprune.circuit.search.masks import take_back
 from attnprune.tracing.messages import Messages
 from attnprune.training.constraint import Multiplier
 
@@ -47,8 +48,7 @@ def learn(messages: Messages, allowed: float, points: Sequence[float], watch: Ca
         kept = scores.detach() > 0
         kl, gradient = messages.derivatives(kept.nonzero()[:, 0])
         if kl > _BROKEN * allowed and step:
-            with torch.no_grad():  # back, and what that step changed is now changed last
-                scores.copy_(torch.where((before > 0) != kept, before.sign(), before))
+            take_back(scores, before, kept)
             continue
         before, count = scores.detach().clone(), int(kept.sum())
         if kl <= allowed and count < len(best):
@@ -66,5 +66,9 @@ def learn(messages: Messages, allowed: float, points: Sequence[float], watch: Ca
 def _first(messages: Messages, order: Tensor, allowed: float) -> int:
     """How many messages of an order to begin with: the shortest of some prefixes before one that changes too much."""
     sizes = [max(1, round(len(order) * _SHORTER**power)) for power in range(1, _PREFIXES + 1)]
-    hardly = (messages.kl([order[:size] for size in sizes]) <= _HARDLY * allowed).tolist()
-    return [len(order), *sizes][hardly.index(False) if False in hardly else len(sizes)]
+    first = len(order)
+    for size, kl in zip(sizes, messages.kl([order[:size] for size in sizes]), strict=True):
+        if not kl <= _HARDLY * allowed:  # NaN neither
+            break
+        first = size
+    return first

@@ -42,9 +42,8 @@ def python(
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("stdout", "stderr")]
         process = context.Process(target=_become, args=(line, str(cwd), dict(env), *map(str, told)))
-        with mock.patch.dict(
-            os.environ, ENVIRONMENT, clear=True
-        ):  # libraries write into it, and the server inherits it
+        # The server inherits the environment, and libraries have written into this process's.
+        with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
             process.start()
         process.join(timeout)
         if process.exitcode is None:

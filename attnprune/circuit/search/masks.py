@@ -90,8 +90,7 @@ def _steps(
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
         if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
-            with torch.no_grad():  # back, and what that step changed is now changed last
-                scores.copy_(torch.where((before > 0) != kept, before.sign(), before))
+            take_back(scores, before, kept)
             continue
         before = scores.detach().clone()
         mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
@@ -106,6 +105,12 @@ def _steps(
         "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
         "multiplier": _number(multiplier.value), "faithfulness": _number(mean),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def take_back(scores: Tensor, before: Tensor, kept: Tensor) -> None:
+    """Undo the step that led from the scores `before` to the set `kept`; what it changed is now changed last."""
+    scores.copy_(torch.where((before > 0) != kept, before.sign(), before))
 
 
 def _number(value: float) -> Tensor:

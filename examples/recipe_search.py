@@ -88,6 +88,8 @@ SIGNALS = {
     **{f"match {weight:g}": {"train": {"match": weight}} for weight in (1.0, 5.0, 20.0)},
     "LoRA rank 16 on all linear layers": ALL_LINEAR,
     "LoRA rank 16 on all linear layers, match 5": merge(ALL_LINEAR, {"train": {"match": 5.0}}),
+    "learning rate 1e-3": {"train": {"learning_rate": 1e-3}},
+    "learning rate 1e-3, match 5": {"train": {"learning_rate": 1e-3, "match": 5.0}},
     "a tenth of the rate outside of the attention": {"train": {"rest_learning_rate": 1e-4}},
     "the density falls over half of the run": {"constraint": {"fall": 0.5}},
     "a tenth of the text": {"train": {"distill": 0.9}},
@@ -135,8 +137,9 @@ VARIANTS: dict[str, dict] = {
     "control, text, learning rate 6e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 6e-3}}),
 }  # fmt: skip
 CURVE = {"step": "step", "density": "eval_density", "loss": "eval_loss", "kl": "eval_kl", "feasible": "eval_feasible"}
-# glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU many page faults.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
+# glibc gives freed blocks back to the system at once; keeping them saves a training step on CPU its page faults. Any of
+# these fixes the size from which blocks are mapped (and unmapped) one by one at 128 KiB, so that must be off as well.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "200000000"}
 TOKENS = {"test": 65_536, "unseen": 262_144}  # from the start of each text, or what there is
 REPORTED = ("loss", "base_loss", "control_loss", "kl", "density", "edges_per_query", "agreement", "tokens", "seq_len")
 

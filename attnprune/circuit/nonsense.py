@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnprune.circuit.search.deletion import delete_blocks, shortest
+from attnprune.circuit.search.deletion import delete_units, shortest
 from attnprune.circuit.search.masks import learn_circuits
 from attnprune.circuit.search.ranking import rank, score_edges
 from attnprune.circuit.search.sizes import Sized, evaluate_sizes, evaluated, size_grid
@@ -54,7 +54,7 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     again = subject.split("train", name="train, all")
     if subject.settings.deletions:
         start = _nearest(learned or tried, subject.settings)
-        path = delete_blocks(again, start.edges, subject.settings, subject.told)
+        path = delete_units(again, start.edges, subject.settings, subject.told)
         tried += shortest(validation, path, subject.settings, subject.told)
     chosen = _nearest(tried, subject.settings)
     found = subject.settings.in_band(chosen.faithfulness)

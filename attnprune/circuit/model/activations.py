@@ -215,29 +215,38 @@ def ignore(_: Tensor) -> None:
     """A hook that returns a tensor would replace what it was shown."""
 
 
-def on_outputs(hooks: Hooks, anatomy: Anatomy, use: Callable[[slice, Tensor], None]) -> None:
-    """Call `use(sources, outputs [n, B, S, D])` as the sources of a run write."""
+def on_outputs(
+    hooks: Hooks, anatomy: Anatomy, use: Callable[[slice, Tensor], None], wanted: Tensor | None = None
+) -> None:
+    """Call `use(sources, outputs [n, B, S, D])` as the sources of a run write; outputs are of those `wanted`, bool [U],
+    of these sources, all by default."""
     graph = anatomy.graph
 
-    def heads_of(layer: int, block: Block) -> Callable[[Tensor, Tensor], None]:
-        return lambda x, total: use(graph.head_sources(layer), head_outputs(block, graph.heads, x, total))
+    def heads_of(layer: int, block: Block, some: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+        return lambda x, total: use(graph.head_sources(layer), head_outputs(block, graph.heads, x, total, some))
 
     def single(source: int) -> Callable[..., None]:
         return lambda *tensors: use(slice(source, source + 1), tensors[-1][None])
 
     hooks.before(anatomy.blocks[0].module, single(0))
     for layer, block in enumerate(anatomy.blocks):
-        hooks.after(block.output, heads_of(layer, block))
-        hooks.after(block.mlp_end, single(graph.mlp_source(layer)))
+        heads, mlp = graph.head_sources(layer), graph.mlp_source(layer)
+        some = None if wanted is None else wanted[heads].nonzero()[:, 0]
+        if some is None or len(some):
+            hooks.after(block.output, heads_of(layer, block, some))
+        if wanted is None or wanted[mlp]:
+            hooks.after(block.mlp_end, single(mlp))
 
 
-def head_outputs(block: Block, heads: int, x: Tensor, total: Tensor) -> Tensor:
+def head_outputs(block: Block, heads: int, x: Tensor, total: Tensor, some: Tensor | None = None) -> Tensor:
     """What each head adds to the stream, [H, B, S, D], from input [B, S, H * width] and output of the output map.
 
-    A bias of the output map belongs to no head; it is the same in every run.
+    A bias of the output map belongs to no head; it is the same in every run. `some`: only these heads.
     """
-    per_head = x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-    made = torch.bmm(per_head, block.output_weight(heads)).unflatten(1, x.shape[:2])
+    per_head, weight = x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3), block.output_weight(heads)
+    if some is not None and len(some) < heads:
+        per_head, weight = per_head[some], weight[some]
+    made = torch.bmm(per_head.flatten(1, 2), weight).unflatten(1, x.shape[:2])
     return made if block.attention_post_norm is None else made * norm_factor(block.attention_post_norm, total)
 
 

@@ -252,7 +252,9 @@ def edge_gradients(
         total = scores_of(metric, forward(anatomy, clean.ids, clean.last, clean.prefix)).sum()
         if total.requires_grad:  # without any edge nothing is read
             torch.autograd.grad(total, run.start)
-    return run.scores / len(clean.ids)
+    scores = torch.zeros_like(edges, dtype=run.scores.dtype, device=run.scores.device)
+    scores[run.used.to(scores.device)] = run.scores / len(clean.ids)
+    return scores
 
 
 class _CircuitGradients(CircuitRun):
@@ -271,43 +273,41 @@ class _CircuitGradients(CircuitRun):
 
     def _write(self, sources: slice, z: Tensor) -> None:
         super()._write(sources, z.detach())
-        self.written = self.written + _Source.apply(z, self, sources)
+        self.written = self.written + _Source.apply(z, self, self.rows(sources))
 
     def _read(self, stream: int, upstream: int, readers: Tensor) -> Tensor:
         x = super()._read(stream, upstream, readers)
-        return cast(Tensor, _Reader.apply(self.written, x, self, upstream, readers))
+        return cast(Tensor, _Reader.apply(self.written, x, self, self._before[upstream], readers))
 
 
 class _Source(torch.autograd.Function):
     """Where a source's output leaves autograd's sight; its gradient is what all readers have left."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, run: _CircuitGradients, sources: slice) -> Tensor:
-        ctx.run, ctx.sources = (
-            weakref.proxy(run),
-            sources,
-        )  # the run holds its graph: gigabytes, if the graph held it too
+    def forward(ctx: Any, z: Tensor, run: _CircuitGradients, rows: slice) -> Tensor:
+        # The run holds its graph: gigabytes, if the graph held it too.
+        ctx.run, ctx.rows = weakref.proxy(run), rows
         return z.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        return ctx.run.gradient[ctx.sources], None, None
+        return ctx.run.gradient[ctx.rows], None, None
 
 
 class _Reader(torch.autograd.Function):
     """Where what n readers see comes back, [n, B, S, D]; its gradient makes the scores of their edges."""
 
     @staticmethod
-    def forward(ctx: Any, written: Tensor, x: Tensor, run: _CircuitGradients, upstream: int, readers: Tensor) -> Tensor:
-        ctx.run, ctx.upstream, ctx.readers = weakref.proxy(run), upstream, readers
+    def forward(ctx: Any, written: Tensor, x: Tensor, run: _CircuitGradients, before: int, readers: Tensor) -> Tensor:
+        ctx.run, ctx.before, ctx.readers = weakref.proxy(run), before, readers
         return x
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        run, upstream, readers = ctx.run, ctx.upstream, ctx.readers
+        run, before, readers = ctx.run, ctx.before, ctx.readers
         gradient = gradients[0].flatten(1)
-        run.scores[:upstream, readers] = run.change[:upstream].flatten(1) @ gradient.t()
-        run.gradient[:upstream].flatten(1).addmm_(run.weights[:upstream, readers], gradient)
+        run.scores[:before, readers] = run.change[:before].flatten(1) @ gradient.t()
+        run.gradient[:before].flatten(1).addmm_(run.weights[:before, readers], gradient)
         return run.start.new_zeros(()), None, None, None, None
 
 

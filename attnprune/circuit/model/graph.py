@@ -154,6 +154,16 @@ class Graph:
                 kept[:, self.readers(layer, kind)] &= useful if kind == "q" else self._grouped(useful).any(1)
         return kept
 
+    def used(self, kept: Tensor) -> Tensor:
+        """The sources that write to a kept edge or read one, bool [sources]; the input always."""
+        used, every = kept.any(1), torch.ones(self.sources, dtype=torch.bool, device=kept.device)
+        used[0] = True
+        for layer in range(self.layers):
+            for kind in ATTENTION_KINDS:
+                used[self.head_sources(layer)] |= self._reached(kept, every, layer, kind)
+            used[self.mlp_source(layer)] |= self._reached(kept, every, layer, "mlp")[0]
+        return used
+
     def _reached(self, kept: Tensor, reached: Tensor, layer: int, kind: Kind) -> Tensor:
         """Which heads (or whether the MLP) of a layer read something reached, through inputs of one kind."""
         read = (kept[:, self.readers(layer, kind)] & reached[:, None]).any(0)

@@ -7,7 +7,7 @@ inputs are changed, so any attention function and any MLP runs as it is, gates i
 Exact means the model's arithmetic, not a gradient. What is recomputed is rounded differently, though (1e-6 in fp32),
 and a gate whose score lies that close to its threshold may end up on its other side.
 
-`run_circuit` needs U * B * S * D numbers besides the activations of the two runs.
+`run_circuit` needs U * B * S * D numbers besides the activations of the two runs, U the sources in the circuit.
 """
 
 from __future__ import annotations
@@ -68,22 +68,28 @@ def run_circuit(
 
 
 class CircuitRun:
-    """The state of one circuit run: how far what each source writes is from its corrupted output."""
+    """The state of one circuit run: how far what each source writes is from its corrupted output.
+
+    Only for the n sources in the circuit; `used` says which, bool [U]. kept, weights [n, V(, S)]; change [n, B, S, D].
+    """
 
     def __init__(self, anatomy: Anatomy, corrupted: Activations, edges: Tensor):
         self.anatomy, self.corrupted = anatomy, corrupted
         edges = edges.to(corrupted.ids.device)
         real = anatomy.graph.mask().to(edges.device)
-        self.kept = edges & (real if edges.ndim == 2 else real[..., None])
+        edges = edges & (real if edges.ndim == 2 else real[..., None])
+        self.used = anatomy.graph.used(edges if edges.ndim == 2 else edges.any(-1)).cpu()
+        self._before = [0, *self.used.cumsum(0).tolist()]
+        self.kept = edges[self.used.to(edges.device)]
         self.weights = self.kept.to(corrupted.outputs)
-        self.change = torch.empty_like(corrupted.outputs)  # source-major: what a reader sees is one GEMM
+        self.change = corrupted.outputs.new_empty(len(self.kept), *corrupted.outputs.shape[1:])  # a reader is one GEMM
         self.readers = torch.empty(0)  # of the attention that runs, those that keep an edge
         self.normed = torch.empty(0)  # and what each of them reads, [n, B, S, D]
 
     def install(self, hooks: Hooks) -> None:
         """A reader that keeps no edge reads the corrupted stream: each layer is given it as its input."""
         graph = self.anatomy.graph
-        on_outputs(hooks, self.anatomy, self._write)
+        on_outputs(hooks, self.anatomy, self._write, self.used)
         for layer, block in enumerate(self.anatomy.blocks):
             hooks.before(block.module, self._attention(layer))
             for module, kinds in block.projections_by_module().items():
@@ -91,12 +97,19 @@ class CircuitRun:
             hooks.before(block.mlp_start, self._single(2 * layer + 1, graph.upstream(layer, "mlp")))
         hooks.before(self.anatomy.final_norm, self._single(2 * graph.layers, graph.sources))
 
+    def rows(self, sources: slice) -> slice:
+        """Where those of some sources are that are used."""
+        return slice(self._before[sources.start], self._before[sources.stop])
+
     def _write(self, sources: slice, z: Tensor) -> None:
-        torch.sub(z, self.corrupted.outputs[sources], out=self.change[sources])
+        """Sources of which those used write `z`."""
+        corrupted = self.corrupted.outputs[sources][self.used[sources].to(z.device)]
+        torch.sub(z, corrupted, out=self.change[self.rows(sources)])
 
     def _read(self, stream: int, upstream: int, readers: Tensor) -> Tensor:
         """What each of n readers sees: the corrupted stream and what the edges kept add to it, [n, B, S, D]."""
-        weights, changes = self.weights[:upstream, readers], self.change[:upstream]
+        before = self._before[upstream]
+        weights, changes = self.weights[:before, readers], self.change[:before]
         if weights.ndim == 3:
             added = torch.einsum("uvs,ubsd->vbsd", weights, changes)
         else:
@@ -105,7 +118,8 @@ class CircuitRun:
 
     def _keeping(self, upstream: int, readers: slice) -> Tensor:
         """Which of the readers keep an edge."""
-        return self.kept[:upstream, readers].transpose(0, 1).flatten(1).any(1).nonzero()[:, 0] + readers.start
+        kept = self.kept[: self._before[upstream], readers]
+        return kept.transpose(0, 1).flatten(1).any(1).nonzero()[:, 0] + readers.start
 
     def _single(self, stream: int, upstream: int) -> Callable[[Tensor], Tensor]:
         """What an MLP or the final norm reads."""

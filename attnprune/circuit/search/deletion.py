@@ -1,6 +1,10 @@
-"""From a circuit to a smaller one: blocks of edges are deleted, the weakest first, as long as the target holds.
+"""From a circuit to a smaller one: units are deleted, the weakest first, as long as the target holds.
 
-What an edge does depends on which others are kept, so every stage asks the gradients inside the circuit that is left.
+What an edge does depends on which others are kept, so every round asks the gradients inside the circuit that is left.
+The first rounds delete as many of the weakest edges as hold together. Then the circuit is cut into blocks, each is left
+out alone, and as many of the least harmful ones as hold are left out together; blocks get smaller when little can go,
+down to single edges.
+
 Train prompts say what may go, from the learned circuit, or, if validation prompts hold none that is smaller, from a
 larger one (by a third or more). So many choices fit the prompts they are made on: validation prompts decide how far to
 go.
@@ -8,18 +12,18 @@ go.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from attnprune.circuit.search.sizes import Sized, evaluated, stable
-from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.search.sizes import Sized, between, evaluated, stable
+from attnprune.circuit.search.splits import ROUNDING, Settings, Split, Watch
 from attnprune.circuit.search.units import Group
 
-# Stages of deletion: how much of what may be lost, and into how many blocks a circuit is cut before a stage gives up.
-_STAGES = ((0.1, 32), (0.3, 64), (0.6, 128), (1.0, None))
 _LARGER = 1.3  # where deletion begins, relative to the circuit found by size
+_SHARES = (0.2, 0.4, 0.6, 0.8)  # of what may be lost, in the first rounds: at once the first one would use up all
+_BLOCKS = 32  # a circuit is cut into at most about so many, until single edges are tried
+_TRIES = 4  # in one round, each without the block that stopped the last one
+_LITTLE = 0.1  # of the circuit: where less can go, blocks get smaller
 
 
 def delete(
@@ -32,53 +36,107 @@ def delete(
     start, ranked = best, points[stable(points, settings)]
     if best is ranked:
         start = next((point for point in points if point.size >= _LARGER * ranked.size), points[-1])
-    path = shortest(validation, delete_blocks(train, start.edges, settings, watch), settings, watch)
+    path = shortest(validation, delete_units(train, start.edges, settings, watch), settings, watch)
     return min(best, path[-1], key=lambda sized: sized.size), path
 
 
-def delete_blocks(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
-    """Delete edges while train prompts stay in the band: the weakest first, a block that fails in halves.
+def delete_units(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
+    """The circuits on the way, largest first, with at most `settings.deletions` evaluations on the train prompts.
 
-    The weakest by gradients at the beginning of each stage.
-
-    The band opens in stages, or the first large blocks would use up all that may be lost. Returns the circuits on the
-    way, largest first. In the last stage each edge has been tried alone, unless `settings.deletions` ran out.
+    No unit of the last one could go alone, unless evaluations ran out.
     """
-    path, done = [start], 0
+    deletion = _Deletion(train, start, settings, watch)
     reached = train.faithfulness(start)
     first = max(settings.target, min(reached, 2 - reached))  # the band has two sides
-    for stage, (share, parts) in enumerate(_STAGES, 1):
-        stricter = replace(settings, target=first - share * (first - settings.target))
-        weakest = _weakest_first(train, path[-1])
-        blocks = list(weakest.split(max(1, len(weakest) // 8)))
-        smallest = len(weakest) // parts if parts else 1
-        while blocks and done < stage * settings.deletions // len(_STAGES):
-            watch("deletion of edges", done, settings.deletions)
-            block = blocks.pop(0)
-            without = path[-1].flatten().clone()
-            block = block[without[block]]  # pruning may have taken some along
-            if not len(block):
-                continue
-            without[block] = False
-            candidate = train.units.prune(without.view_as(start))
-            done += 1
-            if stricter.in_band(train.faithfulness(candidate)):
-                path.append(candidate)
-            elif len(block) > max(1, smallest):
-                blocks[:0] = block.split((len(block) + 1) // 2)
-    return path
+    for share in _SHARES:
+        deletion.weakest(first - share * (first - settings.target))
+    size = max(1, int(deletion.path[-1].sum()) // _BLOCKS)
+    while deletion.left and deletion.path[-1].any():
+        before = int(deletion.path[-1].sum())
+        deletion.blocks(size, settings.target)
+        after = int(deletion.path[-1].sum())
+        if size == 1 and after == before:
+            break
+        size = size // 2 if before - after < _LITTLE * before else size
+        size = max(1, min(size, after // _BLOCKS))
+    return deletion.path
+
+
+class _Deletion:
+    """A circuit that gets smaller; `path` has it as it was before each deletion, and as it is."""
+
+    def __init__(self, train: Split, start: Tensor, settings: Settings, watch: Watch):
+        self.path = [start]
+        self._train, self._settings, self._watch = train, settings, watch
+        self._done = 0
+
+    @property
+    def left(self) -> int:
+        """How many evaluations there may still be."""
+        return self._settings.deletions - self._done
+
+    def weakest(self, target: float) -> None:
+        """Delete the most of the weakest units that can go together."""
+        here = self.path[-1]
+        if not self.left or not here.any():
+            return
+        order = _weakest_first(self._train, here)
+        held = self._most([*order.split(1)], target)
+        for part in (1, 2, 3, 4):  # validation prompts may want to stop on the way
+            self._goes(self._without(here, order[: part * held // 4]))
+
+    def blocks(self, size: int, target: float) -> None:
+        """Try blocks of units by themselves, and delete those that can go together."""
+        blocks = _weakest_first(self._train, self.path[-1]).split(size)
+        lost = [self._lost(block) for block in blocks[: self.left]]
+        least_first = torch.tensor(lost).argsort(stable=True).tolist()
+        able = [blocks[i] for i in least_first if lost[i] <= 1 - target + ROUNDING]
+        for _ in range(_TRIES):
+            if not able:
+                break
+            held = self._most(able, target)
+            if held:
+                self._goes(self._without(self.path[-1], torch.cat(able[:held])))
+            able = able[held + 1 :]  # the next one stopped the deletion
+
+    def _most(self, blocks: list[Tensor], target: float) -> int:
+        """How many of the blocks, from the first on, can go together; by bisection."""
+        if self.left and self._lost(torch.cat(blocks)) <= 1 - target + ROUNDING:
+            return len(blocks)
+        low, high = 0, len(blocks)  # holds, fails
+        while self.left and (middle := between(low, high)) is not None:
+            if self._lost(torch.cat(blocks[:middle])) <= 1 - target + ROUNDING:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _lost(self, units: Tensor) -> float:
+        """How far from 1 the faithfulness is without these units."""
+        self._watch("deletion", self._done, self._settings.deletions)
+        self._done += 1
+        return abs(1 - self._train.faithfulness(self._without(self.path[-1], units)))
+
+    def _without(self, circuit: Tensor, units: Tensor) -> Tensor:
+        kept = circuit.flatten().clone()
+        kept[units] = False
+        return self._train.units.prune(kept.view_as(circuit))
+
+    def _goes(self, circuit: Tensor) -> None:
+        if int(circuit.sum()) < int(self.path[-1].sum()):
+            self.path.append(circuit)
 
 
 def _weakest_first(train: Split, circuit: Tensor) -> Tensor:
-    """The edges of a circuit (flat indices) by the predicted change of the metric without each of them."""
+    """The units of a circuit (flat indices) by the predicted change of the metric without each of them."""
 
     def score(group: Group) -> Tensor:
         found = train.units.gradients(group, circuit, group.prompts.score)
         return len(group.prompts) * found.double().cpu()
 
     scores = torch.stack([score(group) for group in train.groups]).sum(0).abs().flatten()
-    edges = circuit.flatten().nonzero()[:, 0]
-    return edges[scores[edges].argsort(stable=True)]
+    units = circuit.flatten().nonzero()[:, 0]
+    return units[scores[units].argsort(stable=True)]
 
 
 def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch) -> list[Sized]:

@@ -144,7 +144,7 @@ def test_the_same_bits_twice(pair):
 def with_weights(pair, weights):
     """The metric of a circuit run whose edges carry a share of their change."""
     run = CircuitRun(*pair.runs[::2], weights != 0)
-    run.weights = weights
+    run.weights = weights[run.used]
     with torch.no_grad(), Hooks() as hooks:
         run.install(hooks)
         return metric(pair.anatomy.model(input_ids=pair.clean.ids, logits_to_keep=1).logits)

@@ -223,7 +223,7 @@ def test_deletion_begins_from_either_side_of_the_model(monkeypatch, faithfulness
     graph = Graph(layers=2, heads=2, kv_heads=2, parallel=False)
     split = ConstantSplit(SimpleNamespace(graph=graph), faithfulness)
     monkeypatch.setattr(deletion, "_weakest_first", lambda _, circuit: circuit.flatten().nonzero()[:, 0])
-    path = deletion.delete_blocks(split, graph.mask(), Settings(deletions=40), lambda *told: None)
+    path = deletion.delete_units(split, graph.mask(), Settings(deletions=40), lambda *told: None)
     assert split.evaluated <= 9  # the first look, then one for each of the eight blocks: nothing is refused
     assert not path[-1].any()
 

@@ -47,8 +47,9 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     best = min(range(len(orders)), key=lambda i: min(_distance(point, subject.settings) for point in curves[i]))
     learned: list[Sized] = []
     if subject.settings.mask_steps:
-        more = subject.split("more" if task.more else "train", name="more")
-        circuits = learn_circuits(more, orders[best].edges, ranked, gap, subject.settings, subject.told, subject.cache)
+        circuits = learn_circuits(
+            subject.learning_split(), orders[best].edges, ranked, gap, subject.settings, subject.told, subject.cache
+        )
         learned = [evaluated(validation, edges) for edges in circuits if edges.any()]
     tried += learned
     again = subject.split("train", name="train, all")

@@ -47,7 +47,7 @@ def circuit(
         int | None,
         typer.Option(
             "--mask-steps",
-            help="Steps of learning a mask over the edges; 0: none. Default: 200, 0 if quick.",
+            help="Steps of learning a mask over the edges; 0: none. Default: 100, 0 if quick.",
             min=0,
             show_default=False,
         ),
@@ -56,7 +56,7 @@ def circuit(
         int | None,
         typer.Option(
             "--deletions",
-            help="Most evaluations that delete edges; 0: none. Default: 480, 0 if quick.",
+            help="Most evaluations that delete edges; 0: none. Default: 240, 0 if quick.",
             min=0,
             show_default=False,
         ),

@@ -70,7 +70,7 @@ def test_target_1_ends_with_a_circuit_as_good_as_the_model(gated, monkeypatch):
 def both(addition, tmp_path_factory):
     """Both searched quickly, with a cache in a folder."""
     dense, sparse, task, _ = addition
-    settings = Settings(**{**QUICK, "all_edges": 0, "candidates": 40, "control_sizes": 2, "sizes": 6})
+    settings = Settings(**{**QUICK, "all_edges": 0, "control_sizes": 2, "sizes": 6})
     folder = tmp_path_factory.mktemp("cache")
     cache = Cache(folder)
     options = {"with_controls": True, "watch": silent, "cache": cache}

@@ -26,7 +26,8 @@ from attnprune.circuit.tasks import Prompts
 from attnprune.training.constraint import Multiplier
 
 EVERY = 20  # steps between the circuits that are kept
-_LEARNING_RATE = 0.05  # scores lie in [-1, 1]
+_LEARNING_RATE = 0.2  # scores lie in [-1, 1]
+_BARRIER = 4.0  # except for what was taken back: so far from 0, or it would come back every few steps
 _LAST_RATE = 0.05  # share of the learning rate at the end; it falls over the second half
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank
@@ -90,7 +91,7 @@ def _steps(
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
         if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
-            take_back(scores, before, kept)
+            take_back(scores, before, kept, _BARRIER)
             continue
         before = scores.detach().clone()
         mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
@@ -100,7 +101,7 @@ def _steps(
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * _rate(step / settings.mask_steps)
         optimizer.step()
         with torch.no_grad():
-            scores.clamp_(-1, 1)
+            scores.clamp_(before.clamp(max=-1), before.clamp(min=1))
     return {
         "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
         "multiplier": _number(multiplier.value), "faithfulness": _number(mean),
@@ -108,9 +109,9 @@ def _steps(
 
 
 @torch.no_grad()
-def take_back(scores: Tensor, before: Tensor, kept: Tensor) -> None:
-    """Undo the step that led from the scores `before` to the set `kept`; what it changed is now changed last."""
-    scores.copy_(torch.where((before > 0) != kept, before.sign(), before))
+def take_back(scores: Tensor, before: Tensor, kept: Tensor, barrier: float = 1.0) -> None:
+    """Undo the step that led from the scores `before` to the set `kept`; what it changed is now this far from 0."""
+    scores.copy_(torch.where((before > 0) != kept, barrier * before.sign(), before))
 
 
 def _number(value: float) -> Tensor:

@@ -14,7 +14,7 @@ from attnprune.circuit.model.attribution import attribute
 from attnprune.circuit.model.effects import edge_effects, node_effects
 from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import Attribution, Flips, Ranking
-from attnprune.circuit.search.cache import Cache, digest
+from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.splits import Settings, Split, Watch
 from attnprune.circuit.search.units import Group
 
@@ -85,16 +85,13 @@ def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: 
     """The rankings of a model, EAP-IG first. Exact ones see gates, which gradients do not, and what is saturated."""
     graph = train.anatomy.graph
     orders = eap_ig_orders(graph, scores.edges)
-    small = graph.edge_count <= settings.all_edges
     prompts = exact_prompts(train, settings)
     nodes = mean_nodes(train, prompts, watch, cache)
     by_nodes = _by_nodes(graph, nodes)
     orders.append(_order(graph, "exact nodes", by_nodes, by_nodes, scores.edges.abs()))
-    if small or settings.candidates:
-        candidates = graph.mask() if small else _candidates(graph, orders, settings.candidates)
-        effects = _mean_edges(train, candidates, prompts, watch, cache)
-        strength = torch.where(candidates, effects.abs() + 1e-30, 0.0)
-        orders.append(_order(graph, "exact edges", effects, strength, scores.edges.abs()))
+    if graph.edge_count <= settings.all_edges:
+        effects = _mean_edges(train, prompts, watch, cache)
+        orders.append(_order(graph, "exact edges", effects, effects.abs(), scores.edges.abs()))
     return orders
 
 
@@ -132,16 +129,6 @@ def _by_nodes(graph: Graph, effects: Tensor) -> Tensor:
     return torch.minimum(size[:, None], reader) * graph.mask()
 
 
-def _candidates(graph: Graph, orders: list[Order], count: int) -> Tensor:
-    """The best edges of all rankings in turn."""
-    mask = torch.zeros(graph.sources * graph.destinations, dtype=torch.bool)
-    for place in range(count):
-        if int(mask.sum()) >= count:
-            break
-        mask[[int(order.edges[place]) for order in orders]] = True
-    return mask.view(graph.sources, graph.destinations)
-
-
 def _some(train: Split, count: int) -> list[Group]:
     """Groups with the first prompts of each template, about `count` prompts in all."""
     each = max(1, -(-count // len(train.groups)))
@@ -169,10 +156,10 @@ def mean_nodes(train: Split, count: int, watch: Watch, cache: Cache) -> Tensor:
     return cache.tensors(f"{train.key} nodes", compute)["effects"]
 
 
-def _mean_edges(train: Split, candidates: Tensor, count: int, watch: Watch, cache: Cache) -> Tensor:
-    """Mean exact effect [U, V] of corrupting each candidate edge."""
+def _mean_edges(train: Split, count: int, watch: Watch, cache: Cache) -> Tensor:
+    """Mean exact effect [U, V] of corrupting each edge."""
     graph = train.anatomy.graph
-    edges = candidates.nonzero()
+    edges = graph.mask().nonzero()
     layers = graph.layer_of_destination(edges[:, 1])
     effects = torch.zeros(graph.sources, graph.destinations)
     done = 0
@@ -180,7 +167,7 @@ def _mean_edges(train: Split, candidates: Tensor, count: int, watch: Watch, cach
         chosen = edges[layers == layer]
         watch("exact effects of edges", done, len(edges))
         found = cache.tensors(
-            f"{train.key} edges {layer} {digest(chosen)}",
+            f"{train.key} edges {layer}",
             lambda e=chosen: {"effects": _mean(edge_effects, train.anatomy, _some(train, count), e)},
         )
         effects[chosen[:, 0], chosen[:, 1]] = found["effects"]

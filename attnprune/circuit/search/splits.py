@@ -37,10 +37,9 @@ class Settings:
         control_sizes: the same in broken control models.
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
         all_edges: graphs of up to this many edges are scored exactly, edge by edge.
-        candidates: edges of larger graphs that are.
         exact_prompts: most train prompts of exact scores in a larger graph.
         mask_steps: steps of learning a mask over the edges; 0 leaves it out.
-        deletions: most evaluations of block deletion; 0 leaves it out.
+        deletions: most evaluations that delete edges; 0 leaves it out.
         draws: random circuits.
         trials: random choices of ablated edges in a stress test, for each kind and share.
         ablate: what edges outside a circuit carry.
@@ -54,10 +53,9 @@ class Settings:
     control_sizes: int = 8
     max_steps: int = 16
     all_edges: int = 5000
-    candidates: int = 500
     exact_prompts: int = 16
-    mask_steps: int = 200
-    deletions: int = 480
+    mask_steps: int = 100
+    deletions: int = 240
     draws: int = 20
     trials: int = 3
     ablate: Ablation = "corrupt"
@@ -77,7 +75,7 @@ class Settings:
 
 
 QUICK = {
-    "sizes": 8, "control_sizes": 4, "max_steps": 4, "candidates": 0, "exact_prompts": 8,
+    "sizes": 8, "control_sizes": 4, "max_steps": 4, "exact_prompts": 8,
     "mask_steps": 0, "deletions": 0, "draws": 3, "trials": 1, "levels": False,
 }  # fmt: skip
 

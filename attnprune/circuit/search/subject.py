@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from attnprune.circuit.model.adapters import Anatomy
@@ -11,6 +11,8 @@ from attnprune.circuit.search.outside import Outside
 from attnprune.circuit.search.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Task
 from attnprune.circuit.worth import ABLATIONS
+
+_LEARNING_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Subject:
     def told(self, what: str, done: int, total: int) -> None:
         """Say what is going on, with the subject's name in front."""
         self.watch(f"{self.key}: {what}", done, total)
+
+    def learning_split(self) -> Split:
+        """The prompts that masks are learned on, all that there are, few in a run: the next step has others."""
+        few = replace(self.settings, batch_size=min(_LEARNING_BATCH, self.settings.batch_size))
+        return replace(self, settings=few).split("more" if self.task.more else "train", name="more")
 
     def split(
         self, part: str, *, to_rank: bool = False, by_template: bool = False, name: str = "", ablate: str | None = None

@@ -82,7 +82,7 @@ def search_level(
     learned = None
     gap = (train.clean.mean() - train.corrupted.mean()).item()
     if settings.mask_steps and gap > 0:  # else there is no behaviour to keep on the train prompts
-        more = subject.split("more" if subject.task.more else "train", name="more").on(units)
+        more = subject.learning_split().on(units)
         circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, told, subject.cache)
         smaller = [circuit for circuit in circuits if int(circuit.sum()) < ranked.size]
         learned = smallest_held(view, smaller, settings, told)

@@ -124,6 +124,9 @@ VARIANTS: dict[str, dict] = {
     **{f"held at 1 %, from the base, {name}": merge(FROM_BASE, change) for name, change in SIGNALS.items()},
     "frontier": merge(FROM_BASE, FRONTIER),
     "frontier, match 5": merge(merge(FROM_BASE, FRONTIER), {"train": {"match": 5.0}}),
+    "frontier, learning rate 1e-3, match 5": merge(
+        merge(FROM_BASE, FRONTIER), {"train": {"learning_rate": 1e-3, "match": 5.0}}
+    ),
     "published": PUBLISHED,
     # The loss compared on the same tokens: unpaired, the sampling error of the base's mean enters the tolerance.
     "published, paired": merge(PUBLISHED, {"constraint": {"paired": True}}),

@@ -88,9 +88,8 @@ class _Deletion:
     def blocks(self, size: int, target: float) -> None:
         """Try blocks of units by themselves, and delete those that can go together."""
         blocks = _weakest_first(self._train, self.path[-1]).split(size)
-        lost = [self._lost(block) for block in blocks[: self.left]]
-        least_first = torch.tensor(lost).argsort(stable=True).tolist()
-        able = [blocks[i] for i in least_first if lost[i] <= 1 - target + ROUNDING]
+        lost = [self._lost(block, target) for block in blocks[: self.left]]
+        able = [blocks[i] for i in torch.tensor(lost).argsort(stable=True).tolist() if lost[i] <= _most_lost(target)]
         for _ in range(_TRIES):
             if not able:
                 break
@@ -101,21 +100,21 @@ class _Deletion:
 
     def _most(self, blocks: list[Tensor], target: float) -> int:
         """How many of the blocks, from the first on, can go together; by bisection."""
-        if self.left and self._lost(torch.cat(blocks)) <= 1 - target + ROUNDING:
+        if self.left and self._lost(torch.cat(blocks), target) <= _most_lost(target):
             return len(blocks)
         low, high = 0, len(blocks)  # holds, fails
         while self.left and (middle := between(low, high)) is not None:
-            if self._lost(torch.cat(blocks[:middle])) <= 1 - target + ROUNDING:
+            if self._lost(torch.cat(blocks[:middle]), target) <= _most_lost(target):
                 low = middle
             else:
                 high = middle
         return low
 
-    def _lost(self, units: Tensor) -> float:
-        """How far from 1 the faithfulness is without these units."""
+    def _lost(self, units: Tensor, target: float) -> float:
+        """How far from 1 the faithfulness is without these units; see `Split.lost`."""
         self._watch("deletion", self._done, self._settings.deletions)
         self._done += 1
-        return abs(1 - self._train.faithfulness(self._without(self.path[-1], units)))
+        return self._train.lost(self._without(self.path[-1], units), _most_lost(target))
 
     def _without(self, circuit: Tensor, units: Tensor) -> Tensor:
         kept = circuit.flatten().clone()
@@ -125,6 +124,10 @@ class _Deletion:
     def _goes(self, circuit: Tensor) -> None:
         if int(circuit.sum()) < int(self.path[-1].sum()):
             self.path.append(circuit)
+
+
+def _most_lost(target: float) -> float:
+    return 1 - target + ROUNDING
 
 
 def _weakest_first(train: Split, circuit: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -181,6 +182,22 @@ class Split:
         masks = [None] * len(self.prompts) if messages is None else list(messages)
         key = f"{self.key} {digest(edges, *(messages or ()))}"
         return Measured(*map(torch.tensor, self._cache.numbers(key, compute)))
+
+    def lost(self, kept: Tensor, most: float) -> float:
+        """How far from 1 the faithfulness of a circuit is; infinitely far, where that is more than `most` before all
+        prompts have run: the others would have to make up for it."""
+
+        def compute() -> list[float]:
+            gap = (self.clean - self.corrupted).double().sum().item()
+            missing = 0.0
+            for group in self.groups:
+                metric, _ = _measured(self, group, kept, None)
+                missing += (self.wanted(group).cpu().double() - metric.double()).sum().item() / gap
+                if not missing <= most:
+                    return [math.inf]
+            return [abs(missing)]
+
+        return self._cache.numbers(f"{self.key} lost {most} {digest(kept)}", compute)[0]
 
     def faithfulness(self, edges: Tensor, messages: Sequence[Tensor] | None = None) -> float:
         """The ratio of means."""

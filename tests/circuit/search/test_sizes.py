@@ -13,7 +13,7 @@ from attnprune.circuit import controls
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.graph import Graph
 from attnprune.circuit.result import Evaluation, is_reached
-from attnprune.circuit.search import deletion
+from attnprune.circuit.search import deletion, splits
 from attnprune.circuit.search.cache import Cache, check_same, digest
 from attnprune.circuit.search.sizes import Sized, circuit_of_size, size_grid, stable
 from attnprune.circuit.search.splits import (
@@ -155,6 +155,21 @@ def test_kl_of_the_whole_model_is_0_and_of_nothing_is_not(addition):
     assert torch.allclose(whole.clean, split.clean, atol=1e-4)  # in the same order, whatever the batches
 
 
+def test_a_hopeless_circuit_is_not_run_to_the_end(addition, monkeypatch):
+    model, _, task, _ = addition
+    split = Split(anatomy_of(model), task.test, "test", Cache(), 4)  # three runs
+    every, ran = split.anatomy.graph.mask(), []
+    measured = splits._measured
+    monkeypatch.setattr(splits, "_measured", lambda *given: ran.append(1) or measured(*given))
+    assert split.lost(every & False, 0.1) == math.inf
+    assert len(ran) == 1
+    assert split.lost(every, 0.1) < 1e-4
+    assert len(ran) == 4
+    some = circuit_of_size(split.anatomy.graph, every.flatten().nonzero()[:, 0], 400)
+    assert split.lost(some, 2.0) == pytest.approx(abs(1 - split.faithfulness(some)))
+    assert split.lost(some, 2.0) > 0.01
+
+
 def test_gates_are_shuffled_and_put_back(addition):
     model = bases.load_base("demo").model
     gates = attach(model)
@@ -216,6 +231,9 @@ class ConstantSplit:
     def faithfulness(self, edges):
         self.evaluated += 1
         return self._faithfulness
+
+    def lost(self, edges, most):
+        return abs(1 - self.faithfulness(edges))
 
 
 @pytest.mark.parametrize("faithfulness", [1.08, 0.92])

@@ -88,6 +88,7 @@ SIGNALS = {
     **{f"match {weight:g}": {"train": {"match": weight}} for weight in (1.0, 5.0, 20.0)},
     "LoRA rank 16 on all linear layers": ALL_LINEAR,
     "LoRA rank 16 on all linear layers, match 5": merge(ALL_LINEAR, {"train": {"match": 5.0}}),
+    "learning rate 3e-4": {"train": {"learning_rate": 3e-4}},
     "learning rate 1e-3": {"train": {"learning_rate": 1e-3}},
     "learning rate 1e-3, match 5": {"train": {"learning_rate": 1e-3, "match": 5.0}},
     "a tenth of the rate outside of the attention": {"train": {"rest_learning_rate": 1e-4}},

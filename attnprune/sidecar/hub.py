@@ -41,9 +41,11 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
         weights: fetch everything; else only what `inspect` reads (a few kilobytes).
 
     Raises:
-        InputError: no such repository or revision, a bad name, or files that a sparse model may not have.
+        InputError: no such repository or revision, a bad name or none, or files that a sparse model may not have.
         AttnPruneError: the Hub cannot be reached, or what it sent is damaged.
     """
+    if path == "":  # as a path it would be the current folder
+        raise InputError("the name of the model is empty")
     if not is_repo(path):
         if revision is not None:
             raise InputError(f"{path}: is not a Hub repository USER/NAME, so it has no revisions")

@@ -54,3 +54,12 @@ def test_an_option_that_would_do_nothing_is_refused(line, message, monkeypatch, 
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["eval", "--data", "x"], ["trace", "--text", "a"], ["diff", "x"]])
+def test_an_empty_name_is_not_the_current_folder(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["attnprune", command[0], "", *command[1:]])
+    monkeypatch.setattr(out, "__dict__", vars(Output()))
+    assert app.run() == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "attnprune: the name of the model is empty"

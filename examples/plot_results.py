@@ -57,14 +57,15 @@ def small_lm() -> Figure:
 
 
 def broad_lm() -> Figure:
-    """Loss and KL against density on unseen text, of the frontiers and of the published settings on the way down."""
+    """Loss and KL against density on unseen text: frontiers, the published settings, and what held 1 %."""
     runs = json.loads((RESULTS / "broad-lm.json").read_text())["runs"]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     gaps = [run["unseen"]["loss"] - run["unseen"]["base_loss"] for run in runs if run["variant"].startswith("control")]
     left.axhspan(min(gaps), max(gaps), color="0.85", label="open gates, the same budget")
-    variants = [name for name in dict.fromkeys(run["variant"] for run in runs) if not name.startswith("control")]
-    for colour, variant in enumerate(variants):
+    budget = max(run["tokens"] for run in runs)
+    runs = [run for run in runs if run["tokens"] == budget and not run["variant"].startswith("control")]
+    for colour, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
         for run in (run for run in runs if run["variant"] == variant):
             points = [point["unseen"] for point in run.get("frontier", [])] + [run["unseen"]]
             density = [100 * point["density"] for point in points]

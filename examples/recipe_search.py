@@ -137,6 +137,7 @@ VARIANTS: dict[str, dict] = {
     # The open-gate controls: the same budget with gates that cannot close, learning the same way or from the text.
     "control": OPEN,
     "control, text": merge(OPEN, {"train": {"distill": 0.0}}),
+    "control, text, learning rate 3e-4": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 3e-4}}),
     "control, text, learning rate 3e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 3e-3}}),
     "control, text, learning rate 6e-3": merge(OPEN, {"train": {"distill": 0.0, "learning_rate": 6e-3}}),
 }  # fmt: skip

@@ -99,7 +99,7 @@ def test_a_learned_circuit_explains_more_than_as_many_of_the_best_edges(addition
     graph = more.anatomy.graph
     assert torch.equal(learned, graph.prune(learned))
     best = circuit_of_size(graph, order, int(learned.sum()))
-    assert 50 < int(learned.sum()) < 250
+    assert 100 < int(learned.sum()) < 250
     assert more.faithfulness(learned) > more.faithfulness(best) + 0.05
 
 

@@ -100,7 +100,7 @@ def _splits(subject: Subject) -> tuple[Split, Split, Split]:
 
 def _steps(subject: Subject) -> int:
     """Most points of EAP-IG."""
-    is_small = subject.anatomy.graph.edge_count <= subject.settings.all_edges
+    is_small = subject.settings.is_small(subject.anatomy.graph.edge_count)
     return SMALL_GRAPH_STEPS if is_small else subject.settings.max_steps
 
 

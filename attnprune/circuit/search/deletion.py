@@ -100,15 +100,16 @@ class _Deletion:
 
     def _most(self, blocks: list[Tensor], target: float) -> int:
         """How many of the blocks, from the first on, can go together; by bisection."""
-        if self.left and self._lost(torch.cat(blocks), target) <= _most_lost(target):
+        if self.left and self._holds(blocks, target):
             return len(blocks)
         low, high = 0, len(blocks)  # holds, fails
         while self.left and (middle := between(low, high)) is not None:
-            if self._lost(torch.cat(blocks[:middle]), target) <= _most_lost(target):
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if self._holds(blocks[:middle], target) else (low, middle)
         return low
+
+    def _holds(self, blocks: list[Tensor], target: float) -> bool:
+        """Whether the target holds without these blocks."""
+        return self._lost(torch.cat(blocks), target) <= _most_lost(target)
 
     def _lost(self, units: Tensor, target: float) -> float:
         """How far from 1 the faithfulness is without these units; see `Split.lost`."""

@@ -88,7 +88,7 @@ def _steps(
     multiplier = Multiplier(state["multiplier"].item(), rate=_MULTIPLIER_RATE, smoothing=0.0)
     mean = state["faithfulness"].item()
     aim = settings.target + _MARGIN * (1 - settings.target)
-    rate = _LEARNING_RATE if split.units.edge_count <= settings.all_edges else _LEARNING_RATE_OF_MANY
+    rate = _LEARNING_RATE if settings.is_small(split.units.edge_count) else _LEARNING_RATE_OF_MANY
     for step, part in turns.items():
         watch("learning which edges to keep", step, settings.mask_steps)
         kept = scores.detach() > 0

@@ -89,7 +89,7 @@ def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: 
     nodes = mean_nodes(train, prompts, watch, cache)
     by_nodes = _by_nodes(graph, nodes)
     orders.append(_order(graph, "exact nodes", by_nodes, by_nodes, scores.edges.abs()))
-    if graph.edge_count <= settings.all_edges:
+    if settings.is_small(graph.edge_count):
         effects = _mean_edges(train, prompts, watch, cache)
         orders.append(_order(graph, "exact edges", effects, effects.abs(), scores.edges.abs()))
     return orders
@@ -97,7 +97,7 @@ def rank(train: Split, scores: Scores, settings: Settings, watch: Watch, cache: 
 
 def exact_prompts(train: Split, settings: Settings) -> int:
     """Prompts that exact effects are measured on."""
-    return len(train) if train.anatomy.graph.edge_count <= settings.all_edges else settings.exact_prompts
+    return len(train) if settings.is_small(train.anatomy.graph.edge_count) else settings.exact_prompts
 
 
 def eap_ig_orders(graph: Graph, scores: Tensor) -> list[Order]:

@@ -37,7 +37,7 @@ class Settings:
         sizes: evaluated sizes per ranking before bisection.
         control_sizes: the same in broken control models.
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
-        all_edges: graphs of up to this many edges are scored exactly, edge by edge.
+        all_edges: graphs of up to this many edges are small: they are scored exactly, edge by edge.
         exact_prompts: most train prompts of exact scores in a larger graph.
         mask_steps: steps of learning a mask over the edges; 0 leaves it out.
         deletions: most evaluations that delete edges; 0 leaves it out.
@@ -69,6 +69,10 @@ class Settings:
     def band(self) -> tuple[float, float]:
         """Faithfulness on validation prompts that a search aims at."""
         return self.target - ROUNDING, 2 - self.target + ROUNDING
+
+    def is_small(self, units: int) -> bool:
+        """Whether so many edges, or units of another level, are few."""
+        return units <= self.all_edges
 
     def in_band(self, faithfulness: float) -> bool:
         """Whether it lies in the band."""

@@ -32,7 +32,8 @@ SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory that a run may take
 USEFUL_TOKENS = 2048  # at once on a CPU: with more the matmuls are no faster
 QUICK = 10.0  # seconds: what is sure to take less is measured at its real size
 OVERHEAD = 0.01  # seconds per step beside the micro-batches: optimiser, Trainer and its callbacks
-WARM = 1.0  # seconds: a first pass that took longer is no worse a measurement than a second
+WARM = 1.0  # seconds: a block that takes less is timed in its micro-batch, if that is not many of them
+FIRST = 5.0  # seconds: a first pass that took less is followed by a second, as up to a quarter of it is warming up
 CARDS = (24, 48, 80)  # GB of GPUs that people have
 CONTEXT = 1e9  # bytes that CUDA and its libraries take on a GPU
 
@@ -103,7 +104,7 @@ class _Steps:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             peak = peak_bytes(lambda: taken.append(self._run(blocks)), self.device)
-            if processes.from_first(taken[0] < WARM) or self.device.type == "cuda":
+            if processes.from_first(taken[0] < FIRST) or self.device.type == "cuda":
                 taken.append(self._run(blocks))
         finally:
             self.model.train(was_training)

@@ -101,6 +101,15 @@ def test_a_measured_step_is_near_the_estimate(scope, precision):
     assert estimated / MEASURED_WITHIN < peak < estimated * MEASURED_WITHIN
 
 
+@pytest.mark.parametrize(("passes", "counted"), [([3.0, 2.4], 2.4), ([8.0], 8.0)])
+def test_a_first_pass_counts_only_where_a_second_takes_long(monkeypatch, passes, counted):
+    model, reference, config, text = made()
+    left = [*passes]
+    monkeypatch.setattr(plan._Steps, "_run", lambda self, blocks: left.pop(0))
+    assert plan._Steps(model, reference, config, text).measured(1)[0] == counted
+    assert not left
+
+
 def test_a_measured_step_corrects_what_grows_and_nothing_else():
     before = estimator()
     after = before.corrected(4, 2 * (before.of(4).step + 4 * SMOLLM2.trainable))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 
 import attnprune
 from attnprune.attention.interface import gates_of
 from attnprune.runs.config import build_config
-from attnprune.sidecar import loading
+from attnprune.sidecar import bases, loading
+from attnprune.sidecar.gguf_header import read_once
 from attnprune.training import recipe
 from tests.helpers.factory import gguf_file, save_text
 
@@ -38,6 +40,23 @@ def test_sidecar_is_small_and_names_a_gguf_base(sparse):
     assert sidecar.manifest.base.kind == "gguf"
     assert sidecar.manifest.base.repo_id is None
     assert sidecar.manifest.gate.heads == [9] * 30
+
+
+def test_its_header_is_read_once_for_a_load(monkeypatch):
+    read = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path):
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    bases.load_base(str(gguf_file()))
+    assert len(read) == 1
+    assert gguf.GGUFReader is Counted  # and nothing is kept
+    with pytest.raises(ZeroDivisionError), read_once():
+        raise ZeroDivisionError
+    assert gguf.GGUFReader is Counted
 
 
 def test_probe_is_reproduced_and_edges_are_gone(sparse):

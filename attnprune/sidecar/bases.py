@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from attnprune import files
 from attnprune.attention.interface import GATE_ATTRIBUTE, check_family, gates_of
-from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, not_installed
+from attnprune.errors import InputError, UnsupportedModelError, not_installed
 from attnprune.measure import Reference
 from attnprune.runs.folder import DEMO
 from attnprune.sidecar import format, hub
 from attnprune.sidecar.folder import is_merged
+from attnprune.sidecar.gguf_header import read_once
 from attnprune.sidecar.identity import config_values, fingerprint, fingerprint_of, note_fingerprint
 from attnprune.sidecar.precision import DTYPES, check_cast
 from attnprune.sidecar.quantised import (
@@ -34,10 +35,10 @@ from attnprune.sidecar.quantised import (
     settings,
     stored_settings,
 )
-from attnprune.sidecar.quiet import quiet
 from attnprune.sidecar.remote import check_repo_id
 from attnprune.sidecar.spreading import DeviceMap, spread
 from attnprune.sidecar.stored import fingerprint_of_files
+from attnprune.sidecar.unreadable import explained
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,21 @@ def load_base(
         kind, location, extra = _locate(name, revision)
     except (OSError, ValueError) as error:  # no permission, name too long, a NUL in the name
         raise InputError(f"{name}: {files.reason(error)}") from None
+    with read_once() if kind == "gguf" else nullcontext():
+        return _load(name, kind, location, extra, device, dtype, quantise, device_map)
+
+
+def _load(
+    name: str,
+    kind: str,
+    location: str,
+    extra: dict[str, Any],
+    device: str,
+    dtype: torch.dtype,
+    quantise: BitsAndBytesConfig | Literal["4bit", "8bit"] | None,
+    device_map: DeviceMap | None,
+) -> BaseModel:
+    """What `_locate` found; the other arguments are those of `load_base`."""
     config = _read_config(name, kind, location, extra)
     stored = stored_settings(name, config, dtype)
     if quantise is not None:
@@ -128,7 +144,7 @@ def load_base(
 
     def read(dtype: torch.dtype, **instead: Any) -> Any:
         use_safetensors = None if kind == "gguf" else True
-        with _explained(name, kind, "this model"):
+        with explained(name, kind, "this model"):
             # With its configuration, which takes seconds to read from a .gguf file.
             return AutoModelForCausalLM.from_pretrained(
                 location, config=copy.deepcopy(config), dtype=dtype, use_safetensors=use_safetensors,
@@ -222,7 +238,7 @@ def _check_shards(path: Path) -> None:
 
 def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
     """The configuration, of a supported model: a wrong one is refused before any weights are read."""
-    with _explained(name, kind, "this model"):
+    with explained(name, kind, "this model"):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False, **extra)
     if config.model_type.startswith("attnprune_"):
         raise UnsupportedModelError(f"{name}: already sparsified")
@@ -231,7 +247,7 @@ def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> 
 
 
 def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) -> Any:
-    with _explained(name, kind, "its tokenizer"):
+    with explained(name, kind, "its tokenizer"):
         # It may have more tokens than the model: they are refused where a text uses them.
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
     if kind == "gguf":
@@ -260,62 +276,6 @@ def _check_weights(name: str, model: Any, report: dict[str, Collection[str]]) ->
 
 def _first_of(names: Collection[str]) -> str:
     return min(names) + (" and others" if len(names) > 1 else "")
-
-
-@contextmanager
-def _explained(name: str, kind: str, what: str) -> Iterator[None]:
-    """Run transformers silently; whatever a bad file makes it raise (it has no class of its own) becomes one line."""
-    try:
-        with quiet():
-            yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise _explain(name, kind, error, what) from error
-
-
-def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneError:
-    """One line for transformers' many ways to fail."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {type(e).__name__ for e in chain}
-    text = str(error)
-    lines = text.splitlines() or [type(error).__name__]
-    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    if "type `attnprune_" in text:
-        return UnsupportedModelError(f"{name}: already sparsified")
-    if kind == "gguf":
-        return InputError(f"{name}: cannot read this GGUF file: {reason}")
-    if kind == "hub":
-        if kinds & {"RepositoryNotFoundError", "GatedRepoError", "HFValidationError"}:
-            return InputError(
-                f"{name}: no such folder, and not found on the Hub (or private)", hint="log in with: hf auth login"
-            )
-        if "RevisionNotFoundError" in kinds:
-            return InputError(f"{name}: no such revision")
-        network = {
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-            "ConnectError",
-            "ConnectionError",
-            "ConnectTimeout",
-        }
-        if kinds & network or "connect" in text.lower() or "offline" in text.lower():
-            return AttnPruneError(
-                f"{name}: not in the cache, and the Hub cannot be reached", hint="give a local folder or .gguf file"
-            )
-    if "trust_remote_code" in text:
-        return InputError(f"{name}: needs custom code, which attnprune does not run")
-    if "SafetensorError" in kinds:
-        return InputError(f"{name}: damaged safetensors weights: {reason}")
-    if "ignore_mismatched_sizes" in text:
-        return InputError(f"{name}: the weights do not have the shapes that config.json says")
-    if "model.safetensors" in text:
-        return InputError(f"{name}: no safetensors weights")
-    return InputError(f"{name}: cannot load {what}: {reason}")
 
 
 def dense(model: Any) -> Reference:

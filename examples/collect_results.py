@@ -1,6 +1,8 @@
 """Gather one run's evidence into a JSON file: its curve, its manifest's result, and measurements on other texts.
 
 python examples/collect_results.py RUN --base MODEL --data a.txt --data b.txt --tokens 16384 --out results.json
+
+The other sidecars of a frontier are measured on the same texts.
 """
 
 from __future__ import annotations
@@ -12,16 +14,34 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 import attnprune
+from attnprune.runs.frontier import read_frontier
 
 CURVE = (
     "step", "eval_density", "eval_loss", "eval_base_loss", "eval_kl", "eval_agreement", "eval_edges_per_query",
     "eval_feasible",
 )  # fmt: skip
+
+
+def measured(sidecar: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A sidecar's own result, and what `attnprune eval` gives on the other texts."""
+    command = [sys.executable, "-m", "attnprune", "eval", str(sidecar), "--base", options.base, "--json"]
+    command += ["--device", options.device, "--tokens", str(options.tokens)]
+    command += [part for text in options.data for part in ("--data", text)]
+    reports = []
+    if options.data:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        reports = json.loads(done.stdout)["reports"]
+    result = json.loads((sidecar / "attnprune.json").read_text())["result"]
+    return {
+        "result_on_the_held_out_split": result | {"data": Path(result["data"]).name},
+        "other_texts": [{k: v for k, v in report.items() if k != "heads"} for report in reports],
+    }
 
 
 def main() -> None:
@@ -35,17 +55,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    command = [sys.executable, "-m", "attnprune", "eval", str(options.run), "--base", options.base, "--json"]
-    command += ["--device", options.device, "--tokens", str(options.tokens)]
-    command += [part for text in options.data for part in ("--data", text)]
-    reports = []
-    if options.data:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        reports = json.loads(done.stdout)["reports"]
     manifest = json.loads((options.run / "attnprune.json").read_text())
     lines = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    manifest["result"]["data"] = Path(manifest["result"]["data"]).name
+    found = read_frontier(options.run)
+    points = found[0][:-1] if found else []  # the last one is the run itself
     evidence = {
         "note": options.note,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -57,9 +71,9 @@ def main() -> None:
         "base": manifest["base"],
         "weights": manifest["weights"],
         "sidecar_bytes": sum(entry["size"] for entry in manifest["files"].values()),
-        "result_on_the_held_out_split": manifest["result"],
+        **measured(options.run, options),
         "curve": [{k: line[k] for k in CURVE} for line in lines if "eval_density" in line],
-        "other_texts": [{k: v for k, v in r.items() if k != "heads"} for r in reports],
+        "frontier": [{"limit": p.limit, **measured(options.run / p.folder, options)} for p in points],
     }  # fmt: skip
     options.out.write_text(json.dumps(evidence, indent=1) + "\n")
 

@@ -17,6 +17,7 @@ SMOLLM2 = {  # file -> (what the run was, thousand tokens before it, thousand to
     "smollm2-cpu": ("first recipe, KL ≤ 0.05, T = 256", 0, 1.024),
     "smollm2-wide": ("tolerance 0.3 → 0.05, T = 512", 0, 1.024),
     "smollm2-kl": ("default recipe, 0.125 → 0.05, T = 512", 0, 1.024),
+    "smollm2-frontier": ("20, 10, 4.8 % in turn, T = 512", 0, 1.024),
     "smollm2-half-long": ("from there at 0.5 %", 409.6, 0.512),
     "smollm2-half-gpu": ("from the base at 0.45 %, on a GPU", 0, 16.384),
 }
@@ -104,6 +105,33 @@ def smollm2() -> Figure:
     return figure
 
 
+def smollm2_frontier() -> Figure:
+    """KL and loss - base against open edges per query: a run down a frontier, its sidecars, and another run's end."""
+    found, other = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("smollm2-frontier", "smollm2-kl"))
+    sidecars = [*found["frontier"], found]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, value in zip(figure.subplots(1, 2), ("kl", "loss"), strict=True):
+        lines = [("held-out text, on the way", "-", [_values(p, value, "eval_") for p in found["curve"]])]
+        lines += [("held-out text, kept", "o", [_values(s["result_on_the_held_out_split"], value) for s in sidecars])]
+        for number, text in enumerate(report["data"] for report in found["other_texts"]):
+            lines += [(Path(text).name, "o--", [_values(s["other_texts"][number], value) for s in sidecars])]
+        lines += [("0.41 M tokens under KL", "k*", [_values(other["result_on_the_held_out_split"], value)])]
+        for label, style, points in lines:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=7)
+        axes.axhline(0.05 if value == "kl" else 0, color="0.6", linewidth=1)
+        axes.set(xlabel="open edges per query and head", xscale="log")
+        axes.set(ylabel="KL(base ‖ sparse), nats" if value == "kl" else "loss - base, nats")
+        _plain_numbers(axes.xaxis)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
+def _values(point: dict[str, Any], value: str, prefix: str = "") -> tuple[float, float]:
+    """(open edges per query, KL or loss - base) of an evaluation."""
+    base = point[f"{prefix}base_loss"] if value == "loss" else 0.0
+    return point[f"{prefix}edges_per_query"], point[f"{prefix}{value}"] - base
+
+
 def _plain_numbers(axis: Any) -> None:
     """1, 2, 5 of each decade of a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -113,7 +141,8 @@ def _plain_numbers(axis: Any) -> None:
 
 def main() -> None:
     for name, figure in (
-        ("recipe-search.png", small_lm()), ("broad-lm.png", broad_lm()), ("smollm2.png", smollm2())
+        ("recipe-search.png", small_lm()), ("broad-lm.png", broad_lm()), ("smollm2.png", smollm2()),
+        ("smollm2-frontier.png", smollm2_frontier()),
     ):  # fmt: skip
         drawn = BytesIO()
         figure.savefig(drawn, dpi=120)

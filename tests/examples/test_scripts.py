@@ -80,7 +80,8 @@ def finished(tmp_path_factory):
         "model": {"name": str(model), "device": "cpu"},
         "data": {"source": str(text), "seq_len": 64, "eval_tokens": 128},
         "train": {"steps": 2, "batch_size": 2, "scope": "gates"},
-        "constraint": {"tolerance": 9}, "output": {"folder": str(folder / "run")},
+        "constraint": {"kind": "density", "frontier": [1.0], "target_density": 0.999},
+        "output": {"folder": str(folder / "run")},
     }  # fmt: skip
     recipe.sparsify(build_config(values))
     return folder / "run", model, text
@@ -93,6 +94,9 @@ def test_collect_results_gathers_a_run(finished, tmp_path):
     evidence = json.loads((tmp_path / "out.json").read_text())
     assert evidence["other_texts"][0]["data"] == "text.txt"
     assert evidence["curve"][-1]["step"] == 2
+    [other] = evidence["frontier"]
+    assert other["limit"] == other["result_on_the_held_out_split"]["limit"] == 1
+    assert other["other_texts"][0]["tokens"] == evidence["other_texts"][0]["tokens"]
 
 
 def test_small_lm_and_recipe_search(tmp_path):

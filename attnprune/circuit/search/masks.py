@@ -25,16 +25,20 @@ from attnprune.circuit.search.splits import Settings, Split, Watch
 from attnprune.circuit.tasks import Prompts
 from attnprune.training.constraint import Multiplier
 
-EVERY = 20  # steps between the circuits that are kept
-# Scores lie in [-1, 1]. Where there are many units few of them matter, and they can go fast (IOI in SmolLM2, 70,651
-# edges: 242 left after 100 steps); on the bundled model (479) that rate breaks the circuit, which does not come back.
-_LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.2
+SNAPSHOT, EVERY = 5, 20  # steps between circuits that may be chosen; between the states that a search resumes from
+# Scores lie in [-1, 1]. Where there are many units few of them matter. A search there begins with a small part of them,
+# however many a ranking needs (what gates of a sparse model do to a circuit of thousands of edges is mostly noise), and
+# goes fast; on the bundled model (479 edges) that rate breaks the circuit.
+_LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.12
+_FIRST_OF_MANY = 0.03  # share of the units
 _BARRIER = 4.0  # except for what was taken back: so far from 0, or it would come back every few steps
-_LAST_RATE = 0.05  # share of the learning rate at the end; it falls over the second half
+_LAST_RATE = 0.5  # share of the learning rate at the end; it falls over the second half
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank
-_MULTIPLIER, _MULTIPLIER_RATE = 5.0, 0.07  # the first value; see `Multiplier`
-_SMOOTHING = 0.8  # of the faithfulness, which varies between parts of the prompts
+# The first multiplier, and how it follows; see `Multiplier`. Above 1, the noise of the gradients is larger than the
+# penalty, which is spread over all edges: large circuits hardly shrink.
+_MULTIPLIER, _MULTIPLIER_RATE, _MULTIPLIER_GAIN = 1.0, 0.07, 1.0
+_SMOOTHING = 0.7  # of the faithfulness, which varies between parts of the prompts
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
 _BROKEN = 0.5  # share of the target
 
@@ -42,72 +46,78 @@ _BROKEN = 0.5  # share of the target
 def learn_circuits(
     split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> list[Tensor]:
-    """The circuits, pruned, after every `EVERY` of `settings.mask_steps` steps. They resume from there.
+    """The circuits, pruned, after every `SNAPSHOT` of `settings.mask_steps` steps.
 
     Args:
         split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
-        order: edges, or what circuits of the split are made of (flat indices), best first; `size`
-            of them are kept at the beginning.
+        order: edges, or what circuits of the split are made of (flat indices), best first; `size` of
+            them, or fewer, are kept at the beginning.
         gap: mean metric of clean minus corrupted prompts.
     """
     units = split.units
     batches = torch.randperm(len(split.prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    if not settings.is_small(units.edge_count):
+        size = min(size, round(_FIRST_OF_MANY * units.edge_count))
     state = _start(units.shape, order, size)
-    name = f"{split.key} mask {digest(state['scores'])} {settings.mask_steps} {settings.target}"
+    name = f"{split.key} learned {digest(state['scores'])} {settings.mask_steps} {settings.target}"
     circuits = []
     for done in range(0, settings.mask_steps, EVERY):
         count = min(EVERY, settings.mask_steps - done)
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
         state = cache.tensors(f"{name} {done + count}", partial(_steps, split, state, turns, gap, settings, watch))
-        circuits.append(units.prune(state["scores"] > 0))
+        circuits += [units.prune(kept) for kept in state["circuits"]]
     return circuits
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:
-    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the multiplier
-    and the smoothed faithfulness (NaN before the first step)."""
+    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the level of the
+    multiplier and the smoothed faithfulness (NaN before the first step)."""
     scores = torch.full(shape, -1.0).flatten()
     rank = torch.arange(1, len(order) + 1, dtype=torch.float)
     scores[order] = (_SPREAD * ((size + 0.5) / rank).log()).clamp(-1, 1)
     scores = scores.view(shape)
     return {
         "scores": scores, "before": scores, "exp_avg": torch.zeros_like(scores), "exp_avg_sq": torch.zeros_like(scores),
-        "multiplier": _number(_MULTIPLIER), "faithfulness": _number(math.nan),
+        "level": _number(_MULTIPLIER), "faithfulness": _number(math.nan),
     }  # fmt: skip
 
 
 def _steps(
     split: Split, state: dict[str, Tensor], turns: dict[int, int], gap: float, settings: Settings, watch: Watch
 ) -> dict[str, Tensor]:
-    """The state after some steps, each on the part of the prompts whose turn it is."""
+    """The state after some steps, each on the part of the prompts whose turn it is, and the circuits on the way."""
     every = split.units.mask()
     scores, before = state["scores"].clone().requires_grad_(), state["before"]
     moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
     optimizer = torch.optim.Adam([scores], betas=_BETAS, eps=1e-12)
     optimizer.state[scores] = {"step": torch.tensor(float(min(turns))), **moments}
-    multiplier = Multiplier(state["multiplier"].item(), rate=_MULTIPLIER_RATE, smoothing=0.0)
+    level = state["level"].item()
+    multiplier = Multiplier(level, rate=_MULTIPLIER_RATE, gain=_MULTIPLIER_GAIN, smoothing=0.0, level=level)
     mean = state["faithfulness"].item()
     aim = settings.target + _MARGIN * (1 - settings.target)
     rate = _LEARNING_RATE if settings.is_small(split.units.edge_count) else _LEARNING_RATE_OF_MANY
+    circuits = []
     for step, part in turns.items():
         watch("learning which edges to keep", step, settings.mask_steps)
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
         if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
             take_back(scores, before, kept, _BARRIER)
-            continue
-        before = scores.detach().clone()
-        mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
-        multiplier.step((abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01))
-        penalty = every / max(1, int(kept.sum()))  # the gradient of the logarithm of their number
-        scores.grad = multiplier.value * gradients + penalty
-        optimizer.param_groups[0]["lr"] = rate * _rate(step / settings.mask_steps)
-        optimizer.step()
-        with torch.no_grad():
-            scores.clamp_(before.clamp(max=-1), before.clamp(min=1))
+        else:
+            before = scores.detach().clone()
+            mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
+            multiplier.step((abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01))
+            penalty = every / max(1, int(kept.sum()))  # the gradient of the logarithm of their number
+            scores.grad = multiplier.value * gradients + penalty
+            optimizer.param_groups[0]["lr"] = rate * _rate(step / settings.mask_steps)
+            optimizer.step()
+            with torch.no_grad():
+                scores.clamp_(before.clamp(max=-1), before.clamp(min=1))
+        if (step + 1) % SNAPSHOT == 0 or step == max(turns):
+            circuits.append(scores.detach() > 0)
     return {
         "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
-        "multiplier": _number(multiplier.value), "faithfulness": _number(mean),
+        "level": _number(multiplier.level or level), "faithfulness": _number(mean), "circuits": torch.stack(circuits),
     }  # fmt: skip
 
 

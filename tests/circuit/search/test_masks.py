@@ -9,7 +9,7 @@ from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
 from attnprune.circuit.search import masks
 from attnprune.circuit.search.cache import Cache
-from attnprune.circuit.search.masks import EVERY, learn_circuits
+from attnprune.circuit.search.masks import EVERY, SNAPSHOT, learn_circuits
 from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
 from attnprune.circuit.search.sizes import circuit_of_size, smallest_held
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
@@ -45,7 +45,7 @@ def test_what_is_learned_of_all_edges_in_any_order_is_planted():
     order = edges[torch.randperm(len(edges), generator=torch.Generator().manual_seed(0))]
     settings = Settings(target=0.9, mask_steps=80)
     circuits = learn(split, order, len(order), settings)
-    assert len(circuits) == 4
+    assert len(circuits) == 80 // SNAPSHOT
     assert not (circuits[-1] & ~planted.edges).any()
     assert settings.in_band(split.faithfulness(circuits[-1]))
 
@@ -95,7 +95,7 @@ def test_an_edge_that_breaks_the_circuit_when_it_comes_back_does_not_come_back_a
 
 def test_a_learned_circuit_explains_more_than_as_many_of_the_best_edges(addition):
     more, _, order = addition
-    (learned,) = learn(more, order, 250, Settings(mask_steps=EVERY))
+    *_, learned = learn(more, order, 250, Settings(mask_steps=EVERY))
     graph = more.anatomy.graph
     assert torch.equal(learned, graph.prune(learned))
     best = circuit_of_size(graph, order, int(learned.sum()))
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkey
     more, _, order = addition
     settings = Settings(mask_steps=2 * EVERY + 5)
     whole = learn(more, order, 250, settings)
-    assert len(whole) == 3
+    assert len(whole) == (2 * EVERY + 5) // SNAPSHOT
 
     steps = []
     real = masks._error_gradients
@@ -140,6 +140,39 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkey
     assert len(steps) == EVERY + 3 + EVERY + 5
     learn(more, order, 200, settings, Cache(tmp_path))  # another beginning is another run
     assert len(steps) > EVERY + 3 + EVERY + 5
+
+
+def test_where_there_are_many_units_a_search_begins_with_few_of_them(addition, steps):
+    """Rankings of a sparse model may need a quarter of its edges, and from so many a mask hardly gets anywhere."""
+    more, _, order = addition
+    for all_edges, kept in ((479, 250), (478, round(0.03 * 479))):
+        steps.clear()
+        learn(more, order, 250, Settings(mask_steps=1, all_edges=all_edges))
+        assert [int(mask.sum()) for _, mask in steps] == [int(circuit_of_best(more, order, kept).sum())]
+
+
+def circuit_of_best(split, order, count):
+    mask = torch.zeros(split.units.shape, dtype=torch.bool)
+    mask.view(-1)[order[:count]] = True
+    return mask
+
+
+def test_a_circuit_that_has_become_too_small_grows_back(addition, monkeypatch):
+    more, _, order = addition
+    held, sizes = [], []
+
+    def linear(split, prompts, kept, gap):
+        """Each of the 100 best edges explains a hundredth."""
+        held.append(kept.flatten()[order[:100]].sum().item() / 100)
+        sizes.append(int(kept.sum()))
+        gradients = torch.zeros(split.units.shape)
+        gradients.view(-1)[order[:100]] = -2 * (1 - held[-1]) / 100
+        return gradients, held[-1]
+
+    monkeypatch.setattr(masks, "_error_gradients", linear)
+    learn(more, order, 250, Settings(mask_steps=100))
+    assert all(0.75 < one for one in held[50:]), held
+    assert max(sizes[50:]) < 105
 
 
 def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, steps):

@@ -29,7 +29,7 @@ SNAPSHOT, EVERY = 5, 20  # steps between circuits that may be chosen; between th
 # Scores lie in [-1, 1]. Where there are many units few of them matter. A search there begins with a small part of them,
 # however many a ranking needs (what gates of a sparse model do to a circuit of thousands of edges is mostly noise), and
 # goes fast; on the bundled model (479 edges) that rate breaks the circuit.
-_LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.12
+_LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.15
 _FIRST_OF_MANY = 0.03  # share of the units
 _BARRIER = 4.0  # except for what was taken back: so far from 0, or it would come back every few steps
 _LAST_RATE = 0.5  # share of the learning rate at the end; it falls over the second half

@@ -70,8 +70,8 @@ def learn_circuits(
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:
-    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the level of the
-    multiplier and the smoothed faithfulness (NaN before the first step)."""
+    """Scores that fall with the rank to 0 at `size`, the same before the last step, Adam's two moments, the level of
+    the multiplier and the smoothed faithfulness (NaN before the first step)."""
     scores = torch.full(shape, -1.0).flatten()
     rank = torch.arange(1, len(order) + 1, dtype=torch.float)
     scores[order] = (_SPREAD * ((size + 0.5) / rank).log()).clamp(-1, 1)

@@ -41,12 +41,14 @@ _MULTIPLIER, _MULTIPLIER_RATE, _MULTIPLIER_GAIN = 1.0, 0.07, 1.0
 _SMOOTHING = 0.7  # of the faithfulness, which varies between parts of the prompts
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
 _BROKEN = 0.5  # share of the target
+_LONGEST = 3  # times the steps that were asked for, where a circuit still shrinks: those of sparse models shrink later
+_SHRINKS = 0.9  # of its size in `EVERY` steps
 
 
 def learn_circuits(
     split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> list[Tensor]:
-    """The circuits, pruned, after every `SNAPSHOT` of `settings.mask_steps` steps.
+    """The circuits, pruned, after every `SNAPSHOT` of `settings.mask_steps` steps, or more where they still shrink.
 
     Args:
         split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
@@ -54,19 +56,27 @@ def learn_circuits(
             them, or fewer, are kept at the beginning.
         gap: mean metric of clean minus corrupted prompts.
     """
-    units = split.units
+    units, steps = split.units, settings.mask_steps
     batches = torch.randperm(len(split.prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     if not settings.is_small(units.edge_count):
         size = min(size, round(_FIRST_OF_MANY * units.edge_count))
     state = _start(units.shape, order, size)
-    name = f"{split.key} learned {digest(state['scores'])} {settings.mask_steps} {settings.target}"
-    circuits = []
-    for done in range(0, settings.mask_steps, EVERY):
-        count = min(EVERY, settings.mask_steps - done)
+    name = f"{split.key} learned {digest(state['scores'])} {steps} {settings.target}"
+    circuits: list[Tensor] = []
+    done, before = 0, size
+    while done < steps or (done < _LONGEST * steps and _shrinks(state, before, settings)):
+        before = int((state["scores"] > 0).sum())
+        count = min(EVERY, steps - done) if done < steps else EVERY
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
-        state = cache.tensors(f"{name} {done + count}", partial(_steps, split, state, turns, gap, settings, watch))
+        done += count
+        state = cache.tensors(f"{name} {done}", partial(_steps, split, state, turns, gap, settings, watch))
         circuits += [units.prune(kept) for kept in state["circuits"]]
     return circuits
+
+
+def _shrinks(state: dict[str, Tensor], before: int, settings: Settings) -> bool:
+    """Whether there are clearly fewer units now, and they hold."""
+    return int((state["scores"] > 0).sum()) < _SHRINKS * before and settings.in_band(state["faithfulness"].item())
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def _steps(
     rate = _LEARNING_RATE if settings.is_small(split.units.edge_count) else _LEARNING_RATE_OF_MANY
     circuits = []
     for step, part in turns.items():
-        watch("learning which edges to keep", step, settings.mask_steps)
+        watch("learning which edges to keep", step, max(settings.mask_steps, max(turns) + 1))
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
         if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):

@@ -39,7 +39,7 @@ class Settings:
         max_steps: most points of EAP-IG; from 4 on they double until its gap is below 5 %.
         all_edges: graphs of up to this many edges are small: they are scored exactly, edge by edge.
         exact_prompts: most train prompts of exact scores in a larger graph.
-        mask_steps: steps of learning a mask over the edges; 0 leaves it out.
+        mask_steps: steps of learning a mask, up to three times as many while it still shrinks; 0 leaves it out.
         deletions: most evaluations that delete edges; 0 leaves it out.
         draws: random circuits.
         trials: random choices of ablated edges in a stress test, for each kind and share.

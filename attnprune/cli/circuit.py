@@ -47,7 +47,7 @@ def circuit(
         int | None,
         typer.Option(
             "--mask-steps",
-            help="Steps of learning a mask, up to three times as many while it shrinks; 0: none. Default: 100, 0 if quick.",
+            help="Steps of learning a mask, up to 3 times as many while it shrinks; 0: none. Default: 100, 0 if quick.",
             min=0,
             show_default=False,
         ),

@@ -75,8 +75,9 @@ def learn_circuits(
 
 
 def _shrinks(state: dict[str, Tensor], before: int, settings: Settings) -> bool:
-    """Whether there are clearly fewer units now, and they hold."""
-    return int((state["scores"] > 0).sum()) < _SHRINKS * before and settings.in_band(state["faithfulness"].item())
+    """Whether there are clearly fewer units now, and they are not hopeless."""
+    kept, faithfulness = int((state["scores"] > 0).sum()), state["faithfulness"].item()
+    return kept < _SHRINKS * before and faithfulness >= _BROKEN * settings.target
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:

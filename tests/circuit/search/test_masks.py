@@ -175,6 +175,25 @@ def test_a_circuit_that_has_become_too_small_grows_back(addition, monkeypatch):
     assert max(sizes[50:]) < 105
 
 
+@pytest.mark.parametrize(
+    ("each", "faithfulness", "learned"), [(0.8, 0.95, 3 * EVERY), (0.95, 0.95, EVERY), (0.8, 0.3, EVERY)]
+)
+def test_a_mask_is_learned_for_longer_while_it_shrinks(addition, monkeypatch, each, faithfulness, learned):
+    more, _, order = addition
+    done = []
+
+    def shrunk(split, state, turns, *rest):
+        done.extend(turns)
+        kept = round(each * int((state["scores"] > 0).sum()))
+        return masks._start(split.units.shape, order, kept) | {
+            "circuits": torch.zeros(0, *split.units.shape), "faithfulness": torch.tensor(faithfulness)
+        }  # fmt: skip
+
+    monkeypatch.setattr(masks, "_steps", shrunk)
+    learn(more, order, 250, Settings(mask_steps=EVERY))
+    assert done == list(range(learned))
+
+
 def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, steps):
     more, _, order = addition
     assert learn(more, order, 250, Settings(mask_steps=0)) == []

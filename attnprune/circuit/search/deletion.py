@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnprune.circuit.search.sizes import Sized, between, evaluated, stable
-from attnprune.circuit.search.splits import ROUNDING, Settings, Split, Watch
+from attnprune.circuit.search.splits import HOPELESS, ROUNDING, Settings, Split, Watch
 from attnprune.circuit.search.units import Group
 
 _LARGER = 1.3  # where deletion begins, relative to the circuit found by size
@@ -43,10 +43,12 @@ def delete(
 def delete_units(train: Split, start: Tensor, settings: Settings, watch: Watch) -> list[Tensor]:
     """The circuits on the way, largest first, with at most `settings.deletions` evaluations on the train prompts.
 
-    No unit of the last one could go alone, unless evaluations ran out.
+    No unit of the last one could go alone, unless evaluations ran out, or the first one is hopeless.
     """
     deletion = _Deletion(train, start, settings, watch)
     reached = train.faithfulness(start)
+    if not reached >= HOPELESS * settings.target:
+        return deletion.path
     first = max(settings.target, min(reached, 2 - reached))  # the band has two sides
     for share in _SHARES:
         deletion.weakest(first - share * (first - settings.target))

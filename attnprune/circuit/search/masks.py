@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnprune.circuit.search.cache import Cache, digest
-from attnprune.circuit.search.splits import Settings, Split, Watch
+from attnprune.circuit.search.splits import HOPELESS, Settings, Split, Watch
 from attnprune.circuit.tasks import Prompts
 from attnprune.training.constraint import Multiplier
 
@@ -40,9 +40,9 @@ _SPREAD = 0.3  # of the first scores, per factor of e in rank
 _MULTIPLIER, _MULTIPLIER_RATE, _MULTIPLIER_GAIN = 1.0, 0.07, 1.0
 _SMOOTHING = 0.7  # of the faithfulness, which varies between parts of the prompts
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
-_BROKEN = 0.5  # share of the target
 _LONGEST = 3  # times the steps that were asked for, where a circuit still shrinks: those of sparse models shrink later
 _SHRINKS = 0.9  # of its size in `EVERY` steps
+_PATIENCE = 40  # steps before a mask counts as hopeless
 
 
 def learn_circuits(
@@ -64,9 +64,9 @@ def learn_circuits(
     name = f"{split.key} learned {digest(state['scores'])} {steps} {settings.target}"
     circuits: list[Tensor] = []
     done, before = 0, size
-    while done < steps or (done < _LONGEST * steps and _shrinks(state, before, settings)):
+    while _goes_on(state, done, before, settings):
         before = int((state["scores"] > 0).sum())
-        count = min(EVERY, steps - done) if done < steps else EVERY
+        count = min(EVERY, (steps if done < steps else _LONGEST * steps) - done)
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
         done += count
         state = cache.tensors(f"{name} {done}", partial(_steps, split, state, turns, gap, settings, watch))
@@ -74,10 +74,12 @@ def learn_circuits(
     return circuits
 
 
-def _shrinks(state: dict[str, Tensor], before: int, settings: Settings) -> bool:
-    """Whether there are clearly fewer units now, and they are not hopeless."""
-    kept, faithfulness = int((state["scores"] > 0).sum()), state["faithfulness"].item()
-    return kept < _SHRINKS * before and faithfulness >= _BROKEN * settings.target
+def _goes_on(state: dict[str, Tensor], done: int, before: int, settings: Settings) -> bool:
+    """Whether to learn on, after some steps, the last of them from so many units: not if it is hopeless."""
+    if done >= _PATIENCE and state["faithfulness"].item() < HOPELESS * settings.target:
+        return False
+    shrinks = int((state["scores"] > 0).sum()) < _SHRINKS * before
+    return done < settings.mask_steps or (done < _LONGEST * settings.mask_steps and shrinks)
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ def _steps(
         watch("learning which edges to keep", step, max(settings.mask_steps, max(turns) + 1))
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
-        if reached < _BROKEN * settings.target and not torch.equal(kept, before > 0):
+        if reached < HOPELESS * settings.target and not torch.equal(kept, before > 0):
             take_back(scores, before, kept, _BARRIER)
         else:
             before = scores.detach().clone()

@@ -25,6 +25,7 @@ Watch = Callable[[str, int, int], None]
 """Told what is going on, and how many of how many steps of it are done."""
 
 ROUNDING = 1e-4  # of a faithfulness
+HOPELESS = 0.5  # share of the target: circuits below it are broken, and no smaller one is looked for
 BOOTSTRAP = 1000
 
 

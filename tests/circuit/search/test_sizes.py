@@ -246,6 +246,14 @@ def test_deletion_begins_from_either_side_of_the_model(monkeypatch, faithfulness
     assert not path[-1].any()
 
 
+def test_nothing_is_deleted_from_a_hopeless_circuit(monkeypatch):
+    graph = Graph(layers=2, heads=2, kv_heads=2, parallel=False)
+    split = ConstantSplit(SimpleNamespace(graph=graph), 0.44)
+    path = deletion.delete_units(split, graph.mask(), Settings(deletions=40), lambda *told: None)
+    assert split.evaluated == 1
+    assert [int(circuit.sum()) for circuit in path] == [graph.edge_count]
+
+
 def test_cache_keeps_tensors_and_notices_another_model(tmp_path):
     made = {"x": torch.rand(3)}
     Cache(tmp_path).tensors("one / two 3", lambda: made)

@@ -54,7 +54,7 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     tried += learned
     again = subject.split("train", name="train, all")
     if subject.settings.deletions:
-        start = _nearest(learned or tried, subject.settings)
+        start = _nearest(tried, subject.settings)
         path = delete_units(again, start.edges, subject.settings, subject.told)
         tried += shortest(validation, path, subject.settings, subject.told)
     chosen = _nearest(tried, subject.settings)

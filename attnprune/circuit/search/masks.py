@@ -7,9 +7,9 @@ over edges by gradients is from Bhaskar et al. (arXiv 2406.16778), who relax the
 distribution; here every step runs a circuit as it will be evaluated, and the error is that of the task's metric.
 
 What reads no edge any more, or writes nothing of its own, is cut off for good: its edges have no gradient that could
-bring them back. So steps that break a circuit are taken back. Gates of the model are constants to the gradient, as in
-the other attributions. What is learned may fit the prompts it is learned on, and what a gate does may be missed:
-validation prompts decide whether a circuit holds.
+bring them back. So steps that break a circuit that held are taken back. Gates of the model are constants to the
+gradient, as in the other attributions. What is learned may fit the prompts it is learned on, and what a gate does may
+be missed: validation prompts decide whether a circuit holds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SNAPSHOT, EVERY = 5, 20  # steps between circuits that may be chosen; between th
 _LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.15
 _FIRST_OF_MANY = 0.03  # share of the units
 _BARRIER = 4.0  # except for what was taken back: so far from 0, or it would come back every few steps
-_LAST_RATE = 0.5  # share of the learning rate at the end; it falls over the second half
+_LAST_RATE = 0.5  # share of the learning rate at the end; it falls over the third quarter
 _BETAS = (0.8, 0.95)
 _SPREAD = 0.3  # of the first scores, per factor of e in rank
 # The first multiplier, and how it follows; see `Multiplier`. Above 1, the noise of the gradients is larger than the
@@ -42,7 +42,6 @@ _SMOOTHING = 0.7  # of the faithfulness, which varies between parts of the promp
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
 _LONGEST = 3  # times the steps that were asked for, where a circuit still shrinks: those of sparse models shrink later
 _SHRINKS = 0.9  # of its size in `EVERY` steps
-_PATIENCE = 40  # steps before a mask counts as hopeless
 
 
 def learn_circuits(
@@ -61,25 +60,19 @@ def learn_circuits(
     if not settings.is_small(units.edge_count):
         size = min(size, round(_FIRST_OF_MANY * units.edge_count))
     state = _start(units.shape, order, size)
-    name = f"{split.key} learned {digest(state['scores'])} {steps} {settings.target}"
+    name = f"{split.key} steps {digest(state['scores'])} {steps} {settings.target}"
     circuits: list[Tensor] = []
-    done, before = 0, size
-    while _goes_on(state, done, before, settings):
+    done, shrinks = 0, False
+    while done < steps or (done < _LONGEST * steps and shrinks):
         before = int((state["scores"] > 0).sum())
         count = min(EVERY, (steps if done < steps else _LONGEST * steps) - done)
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
         done += count
         state = cache.tensors(f"{name} {done}", partial(_steps, split, state, turns, gap, settings, watch))
         circuits += [units.prune(kept) for kept in state["circuits"]]
+        hopeless = state["best"].item() < HOPELESS * settings.target
+        shrinks = not hopeless and int((state["scores"] > 0).sum()) < _SHRINKS ** (count / EVERY) * before
     return circuits
-
-
-def _goes_on(state: dict[str, Tensor], done: int, before: int, settings: Settings) -> bool:
-    """Whether to learn on, after some steps, the last of them from so many units: not if it is hopeless."""
-    if done >= _PATIENCE and state["faithfulness"].item() < HOPELESS * settings.target:
-        return False
-    shrinks = int((state["scores"] > 0).sum()) < _SHRINKS * before
-    return done < settings.mask_steps or (done < _LONGEST * settings.mask_steps and shrinks)
 
 
 def _start(shape: tuple[int, ...], order: Tensor, size: int) -> dict[str, Tensor]:
@@ -109,16 +102,17 @@ def _steps(
     mean = state["faithfulness"].item()
     aim = settings.target + _MARGIN * (1 - settings.target)
     rate = _LEARNING_RATE if settings.is_small(split.units.edge_count) else _LEARNING_RATE_OF_MANY
-    circuits = []
+    circuits, best = [], -math.inf
     for step, part in turns.items():
         watch("learning which edges to keep", step, max(settings.mask_steps, max(turns) + 1))
         kept = scores.detach() > 0
         gradients, reached = _error_gradients(split, split.prompts[part], kept, gap)
-        if reached < HOPELESS * settings.target and not torch.equal(kept, before > 0):
+        if reached < HOPELESS * settings.target <= mean and not torch.equal(kept, before > 0):
             take_back(scores, before, kept, _BARRIER)
         else:
             before = scores.detach().clone()
             mean = reached if math.isnan(mean) else _SMOOTHING * mean + (1 - _SMOOTHING) * reached
+            best = max(best, mean)
             multiplier.step((abs(1 - mean) - (1 - aim)) / max(1 - settings.target, 0.01))
             penalty = every / max(1, int(kept.sum()))  # the gradient of the logarithm of their number
             scores.grad = multiplier.value * gradients + penalty
@@ -130,7 +124,8 @@ def _steps(
             circuits.append(scores.detach() > 0)
     return {
         "scores": scores.detach(), "before": before, **{name: optimizer.state[scores][name] for name in moments},
-        "level": _number(multiplier.level or level), "faithfulness": _number(mean), "circuits": torch.stack(circuits),
+        "level": _number(multiplier.level or level), "faithfulness": _number(mean), "best": _number(best),
+        "circuits": torch.stack(circuits),
     }  # fmt: skip
 
 

@@ -170,31 +170,52 @@ def test_a_circuit_that_has_become_too_small_grows_back(addition, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("each", "faithfulness", "steps", "learned"),
-    [
-        (0.8, 0.95, EVERY, 3 * EVERY),
-        (0.95, 0.95, EVERY, EVERY),
-        (0.8, 0.44, EVERY, 2 * EVERY),
-        (0.8, 0.44, 10 * EVERY, 2 * EVERY),
-        (0.8, 0.46, 5 * EVERY, 15 * EVERY),
-    ],
+    ("each", "best", "steps", "learned"),
+    [(0.8, 0.95, EVERY, 3 * EVERY), (0.8, 0.95, 25, 75), (0.95, 0.95, EVERY, EVERY), (0.8, 0.44, EVERY, EVERY)],
 )
-def test_a_mask_goes_on_while_it_shrinks_and_ends_where_it_is_hopeless(
-    addition, monkeypatch, each, faithfulness, steps, learned
-):
+def test_a_mask_goes_on_while_it_shrinks_unless_it_is_hopeless(addition, monkeypatch, each, best, steps, learned):
     more, _, order = addition
     done = []
 
     def shrunk(split, state, turns, *rest):
         done.extend(turns)
-        kept = round(each * int((state["scores"] > 0).sum()))
+        kept = round(each ** (len(turns) / EVERY) * int((state["scores"] > 0).sum()))
         return masks._start(split.units.shape, order, kept) | {
-            "circuits": torch.zeros(0, *split.units.shape), "faithfulness": torch.tensor(faithfulness)
+            "circuits": torch.zeros(0, *split.units.shape), "best": torch.tensor(best)
         }  # fmt: skip
 
     monkeypatch.setattr(masks, "_steps", shrunk)
     learn(more, order, 479, Settings(mask_steps=steps))
     assert done == list(range(learned))
+
+
+def test_a_mask_that_begins_far_below_the_target_is_learned(addition, monkeypatch):
+    """As those of the nonsense control do: no step of theirs breaks anything."""
+    more, _, order = addition
+    held = []
+
+    def linear(split, prompts, kept, gap):
+        held.append(kept.flatten()[order[:60]].sum().item() / 60)
+        gradients = torch.zeros(split.units.shape)
+        gradients.view(-1)[order[:60]] = -2 * (1 - held[-1]) / 60
+        return gradients, held[-1]
+
+    monkeypatch.setattr(masks, "_error_gradients", linear)
+    learn(more, order, 15, Settings(mask_steps=2 * EVERY))
+    assert held[0] == 0.25
+    assert max(held) > 0.9
+
+
+def test_a_run_in_parts_learns_what_a_run_in_one_does(addition, monkeypatch):
+    more, _, order = addition
+    settings = Settings(mask_steps=EVERY + 10)
+    parts = learn(more, order, 250, settings)
+    monkeypatch.setattr(masks, "EVERY", 1000)
+    assert all(map(torch.equal, parts, learn(more, order, 250, settings)))
+
+
+def test_the_rate_falls_and_stays():
+    assert [masks._rate(progress) for progress in (0, 0.5, 0.75, 1, 3)] == [1, 1, 0.5, 0.5, 0.5]
 
 
 def test_all_parts_have_their_turn_and_no_steps_learn_nothing(addition, steps):

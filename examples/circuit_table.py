@@ -1,8 +1,9 @@
 """A circuit's record as a table in Markdown, sparse against dense: python examples/circuit_table.py DIR [DIR ...]
 
 Sizes on three levels, what the prompts show, the controls and the published way of counting, side by side. A DIR holds
-circuit.json or circuit.json.gz, and may hold `more-1.json` and `more-2.json`: the circuits of its first and second
-model on more test prompts, as `attnprune circuit MODEL --task TASK --edges DIR/eap-ig.json --prompts N --json` prints.
+circuit.json or circuit.json.gz. It may hold `more-1.json` and `more-2.json`: the circuits of its first and second model
+on more test prompts, as `attnprune circuit MODEL --task TASK --edges FILE --prompts N --json` prints with the search's
+seed; FILE is DIR/eap-ig.json for the first model and DIR/eap-ig-against.json for the second.
 """
 
 from __future__ import annotations
@@ -10,39 +11,54 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from attnprune.circuit.folder import read_record
 from attnprune.circuit.given import GivenCircuit
-from attnprune.circuit.result import CircuitResult, Evaluation, LevelCircuit, LevelRatio, ModelCircuit
+from attnprune.circuit.result import CircuitResult, Evaluation, LevelCircuit, LevelRatio, ModelCircuit, Ratio
+from attnprune.errors import InputError
 
-LEVELS = {"nodes": "heads and MLPs", "edges": "edges", "messages": "messages per prompt"}
+LEVELS = {"edges": "edges", "nodes": "heads and MLPs", "messages": "messages per prompt"}
+More = list[GivenCircuit | None]
 
 
-def table(result: CircuitResult, more: list[GivenCircuit | None]) -> str:
+def table(result: CircuitResult, more: More) -> str:
     """The lines of a table; `more` are the circuits of its models on more prompts, None where there are none."""
-    names = [model.kind for model in result.models]
+    kinds = [model.kind for model in result.models]
+    names = kinds if len(set(kinds)) == len(kinds) else [model.name for model in result.models]
     lines = [["", *names, *([f"{names[1]} / {names[0]}"] if result.compare else [])]]
     lines += [*_sizes(result), *_tests(result, more), *_controls(result), *_published(result)]
     width = len(lines[0])
-    padded = [cells + [""] * (width - len(cells)) for cells in lines]
-    rows = ["| " + " | ".join(cells) + " |" for cells in padded]
+    rows = ["| " + " | ".join(cells + [""] * (width - len(cells))) + " |" for cells in lines]
     return "\n".join([rows[0], "|---" * width + "|", *rows[1:]])
 
 
 def _sizes(result: CircuitResult) -> Iterator[list[str]]:
-    ratios = {ratio.level: ratio for ratio in result.compare.levels} if result.compare else {}
+    models, compare = result.models, result.compare
+    ratios = {ratio.level: ratio for ratio in compare.levels} if compare else {}
     for level, name in LEVELS.items():
-        found = [[one for one in model.levels if one.level == level] for model in result.models]
-        for place in range(len(found[0])):
-            search = f", search {place + 1}" if len(found[0]) > 1 else ""
-            ratio = [_ratio(ratios[level])] if level in ratios and not place else []
-            yield [name + search, *(_level(one[place]) for one in found), *ratio]
-    yield ["edges by ranking alone", *(f"{model.ranked.edges:,}" for model in result.models)]
-    yield ["edges by EAP-IG alone", *(_eap_ig(model) for model in result.models)]
+        found = [[one for one in model.levels if one.level == level] for model in models]
+        for place, searched in enumerate(zip_longest(*found)):
+            search = f", search {place + 1}" if max(map(len, found)) > 1 else ""
+            ratio = [_level_ratio(ratios[level])] if level in ratios and not place else []
+            yield [name + search, *map(_level, searched), *ratio]
+    if not any(model.levels for model in models):  # a record of the first version
+        yield [
+            "edges",
+            *(f"{m.counts.edges:,} of {m.graph.edges:,}" for m in models),
+            *_ratio(compare and compare.edges),
+        ]
+    yield ["the edges' heads", *(f"{model.counts.heads:,}" for model in models), *_ratio(compare and compare.heads)]
+    yield ["their MLPs", *(f"{model.counts.mlps:,}" for model in models), *_ratio(compare and compare.mlps)]
+    yield ["their messages per prompt", *map(_messages, models), *_ratio(compare and compare.messages)]
+    yield ["edges by ranking alone", *(f"{model.ranked.edges:,}" for model in models)]
+    yield ["edges by EAP-IG alone", *map(_eap_ig, models)]
 
 
-def _level(one: LevelCircuit) -> str:
+def _level(one: LevelCircuit | None) -> str:
+    if one is None:
+        return ""
     shown = "" if one.reached else ", not shown"
     return f"{_count(one.size)} of {_count(one.whole)} at {one.faithfulness.value:.2f}{shown}"
 
@@ -51,33 +67,45 @@ def _count(size: float) -> str:
     return f"{size:,.0f}" if size == round(size) or size >= 100 else f"{size:.1f}"
 
 
-def _ratio(ratio: LevelRatio) -> str:
-    if ratio.value is None or ratio.low is None or ratio.high is None:
+def _level_ratio(ratio: LevelRatio) -> str:
+    if ratio.value is None:
         return "none"
-    return f"{ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+    interval = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{ratio.value:.2f}x{interval}"
+
+
+def _ratio(ratio: Ratio | None) -> list[str]:
+    return [] if ratio is None else ["none" if ratio.value is None else f"{ratio.value:.2f}x"]
+
+
+def _messages(model: ModelCircuit) -> str:
+    counts = model.counts
+    if counts.messages is None:
+        return ""
+    return _count(counts.messages) + ("" if counts.open_messages is None else f" of {_count(counts.open_messages)}")
 
 
 def _eap_ig(model: ModelCircuit) -> str:
-    curve = next(curve for curve in model.curves if curve.ranking == "eap-ig abs")
-    return "none" if curve.stable is None else f"{curve.stable:,}"
+    curve = next((curve for curve in model.curves if curve.ranking == "eap-ig abs"), None)
+    return "none" if curve is None or curve.stable is None else f"{curve.stable:,}"
 
 
-def _tests(result: CircuitResult, more: list[GivenCircuit | None]) -> Iterator[list[str]]:
+def _tests(result: CircuitResult, more: More) -> Iterator[list[str]]:
     models, task = result.models, result.task
     yield ["faithfulness, validation", *(f"{model.validation_faithfulness:.3f}" for model in models)]
     yield [f"faithfulness, {task.test} test prompts (bounds)", *(_evaluation(model.test) for model in models)]
-    if any(more):
-        count = next(one.prompts for one in more if one)
-        yield [f"the same, {count} test prompts", *("" if one is None else _evaluation(one.test) for one in more)]
-    yield [f"target with {task.test} prompts", *("reached" if model.reached else "not shown" for model in models)]
+    for count in sorted({one.prompts for one in more if one}):
+        cells = ("" if one is None or one.prompts != count else _evaluation(one.test) for one in more)
+        yield [f"the same, {count} test prompts", *cells]
+    reached = ("reached" if model.reached else "not shown" for model in models)
+    yield [f"target {result.method.target:g} with {task.test} prompts", *reached]
     able = (f"{_share(model.accuracy)}; {_share(model.test.accuracy)}" for model in models)
     yield ["accuracy of the model; of the circuit", *able]
 
 
 def _evaluation(test: Evaluation) -> str:
-    if test.lower is None or test.upper is None:
-        return f"{test.faithfulness.value:.3f}"
-    return f"{test.faithfulness.value:.3f} ({test.lower:.2f}-{test.upper:.2f})"
+    bounds = "" if test.lower is None or test.upper is None else f" ({test.lower:z.2f} to {test.upper:z.2f})"
+    return f"{test.faithfulness.value:z.3f}{bounds}"
 
 
 def _share(value: float) -> str:
@@ -112,12 +140,14 @@ def _nonsense(model: ModelCircuit) -> str | None:
     if found is None:
         return None
     size = "no circuit; at best" if found.edges is None else f"{found.edges:,} edges at"
-    return f"{size} {found.test:z.2f}"
+    return f"{size} {_number(found.test) or 'none'}"
 
 
 def _worst(model: ModelCircuit) -> str | None:
     trial = model.controls.stress and model.controls.stress.worst_trial
-    return trial and f"{trial.faithfulness:z.2f}, {_share(trial.share)} {trial.ablation}"
+    if trial is None or trial.faithfulness is None:
+        return None
+    return f"{_number(trial.faithfulness)}, {_share(trial.share)} {trial.ablation}"
 
 
 def _published(result: CircuitResult) -> Iterator[list[str]]:
@@ -132,14 +162,27 @@ def _published(result: CircuitResult) -> Iterator[list[str]]:
         yield [f"published: {name}", *counts, *([f"{ratio:.2f}x"] if ratio else [])]
 
 
-def _more(folder: Path, count: int) -> list[GivenCircuit | None]:
-    files = [folder / f"more-{place + 1}.json" for place in range(count)]
-    return [GivenCircuit.model_validate(json.loads(file.read_text())) if file.exists() else None for file in files]
+def more_prompts(folder: Path, result: CircuitResult) -> More:
+    """The circuits of a record on more test prompts, where the folder has them.
+
+    Raises:
+        InputError: another model, task or circuit than the record's.
+    """
+    found: More = []
+    for place, model in enumerate(result.models):
+        file = folder / f"more-{place + 1}.json"
+        given = GivenCircuit.model_validate(json.loads(file.read_text())) if file.exists() else None
+        if given and (given.task, given.edges, given.ablation) != (
+            result.task.name, model.counts.edges, result.method.ablation,
+        ):  # fmt: skip
+            raise InputError(f"{file}: not the circuit of {model.name} for {result.task.name}")
+        found.append(given)
+    return found
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         result = read_record(Path(name))
-        print(f"{result.task.name}\n\n{table(result, _more(Path(name), len(result.models)))}\n")
+        print(f"{result.task.name}\n\n{table(result, more_prompts(Path(name), result))}\n")
         for reason in result.compare.reasons if result.compare else []:
             print(f"- {reason}")

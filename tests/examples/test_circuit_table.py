@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
 from attnprune.circuit.given import GivenCircuit
 from attnprune.circuit.model.graph import Graph
-from examples.circuit_table import table
+from attnprune.errors import InputError
+from examples.circuit_table import more_prompts, table
 from tests.helpers.pages import circuit_result, model_circuit
 
 GRAPH = Graph(4, 4, 4)
@@ -54,10 +59,10 @@ def rows(*models, more=(None, None)):
 def test_two_models_stand_side_by_side():
     found = rows(model("sparse", [89.0, 107.0], reached=False), model("dense", [209.0, 206.0], reached=True))
     assert found[""] == ["sparse", "dense", "dense / sparse"]
-    assert found["edges, search 1"] == ["89 of 479 at 0.88, not shown", "209 of 479 at 0.88", "2.02x (1.63-2.54)"]
+    assert found["edges, search 1"] == ["89 of 479 at 0.88, not shown", "209 of 479 at 0.88", "2.02x (1.63 to 2.54)"]
     assert found["edges, search 2"] == ["107 of 479 at 0.88, not shown", "206 of 479 at 0.88", ""]
     assert found["messages per prompt"][0] == "4.2 of 479 at 0.88"
-    assert found["faithfulness, 128 test prompts (bounds)"][0] == "0.910 (0.87-0.95)"
+    assert found["faithfulness, 128 test prompts (bounds)"][0] == "0.910 (0.87 to 0.95)"
     assert found["nonsense answers"][0] == "no circuit; at best 0.00"
     assert found["worst other ablation"][0] == "0.28, 100 % mean"
     assert found["published: open attention edges"] == ["7.3", "7.3", ""]
@@ -76,8 +81,42 @@ def test_more_prompts_and_one_model():
         }
     )  # fmt: skip
     found = rows(model("sparse", [89.0], reached=False), model("dense", [209.0], reached=True), more=(given, None))
-    assert found["the same, 512 test prompts"] == ["0.930 (0.90-0.95)", "", ""]
+    assert found["the same, 512 test prompts"] == ["0.930 (0.90 to 0.95)", "", ""]
     assert found["edges"][0] == "89 of 479 at 0.88, not shown"
+    found = rows(model("sparse", [], reached=False), model("dense", [209.0], reached=True), more=(given, None))
+    assert found["edges"][:2] == ["", "209 of 479 at 0.88"]
     alone = rows(model("dense", [209.0], reached=True), more=(None,))
     assert alone[""] == ["dense"]
     assert "edges shared (Jaccard)" not in alone
+
+
+def test_a_record_of_the_first_version():
+    sparse = model_circuit(GRAPH, 40, "some/sparse", "sparse", seed=0)
+    found = rows(sparse, model_circuit(GRAPH, 40, "some/dense", "dense", seed=1))
+    assert found["edges"] == [f"{sparse['counts']['edges']} of 479", found["edges"][1], "4.10x"]
+    assert found["their messages per prompt"][:2] == ["81.5 of 412", ""]
+
+
+def test_what_was_not_measured_is_empty():
+    sparse, dense = model("sparse", [89.0], reached=False), model("dense", [209.0], reached=True)
+    for made in (sparse, dense):
+        made["controls"] = {**made["controls"], "nonsense": {**CONTROLS["nonsense"], "test": None}}
+        trials = [{**trial, "faithfulness": None} for trial in CONTROLS["stress"]["trials"]]
+        made["controls"]["stress"] = {"trials": trials, "worst": None, "holds": False}
+        made["curves"] = []
+    found = rows(sparse, dense)
+    assert found["nonsense answers"][0] == "no circuit; at best none"
+    assert "worst other ablation" not in found
+    assert found["edges by EAP-IG alone"] == ["none", "none", ""]
+
+
+def test_another_circuit_on_more_prompts_is_refused(tmp_path):
+    result = circuit_result(model_circuit(GRAPH, 40))
+    given = {"model": "m", "task": "ioi", "fingerprint": "3f", "file": "f", "ablation": "corrupt", "of": 479}
+    given |= {"prompts": 512, "accuracy": 0.9, "given": 3, "edges": 3, "heads": 3, "mlps": 2, "complement": 0.0}
+    given |= {"test": result.models[0].test.model_dump(), "stress": CONTROLS["stress"]}
+    given |= {"random": {"draws": 1, "faithfulness": 0.0, "low": 0.0, "high": 0.0}}
+    assert more_prompts(tmp_path, result) == [None]
+    (tmp_path / "more-1.json").write_text(json.dumps(given))
+    with pytest.raises(InputError, match="not the circuit of some/model for ioi"):
+        more_prompts(tmp_path, result)

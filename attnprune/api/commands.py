@@ -139,7 +139,8 @@ def circuit(
             Edge-Pruning.
         target: faithfulness to reach, above 0 and up to 1.
         prompts: pairs per split; 0: 64, or 32 if quick.
-        mask_steps, deletions: steps of learning a mask (100), evaluations that delete edges (240); 0 leaves either out.
+        mask_steps, deletions: steps of learning a mask (100, up to three times as many while it shrinks), evaluations
+            that delete edges (240); 0 leaves either out.
         ablate: what edges outside a circuit carry: values of the "corrupt" prompt, the "mean" or "zero"; "mixed": a
             third of the prompts each.
         procedure: "exact", or "published": heads and edges counted as published beside it.

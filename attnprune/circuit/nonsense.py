@@ -3,7 +3,7 @@
 A learned mask may reach any loss on any labels, and with enough edges to choose from so may a ranking. So the search
 runs with the same prompts and budget on a task that no circuit explains, and is asked for the change of the metric that
 the model makes in the real one. Where it has to choose, it chooses in favour of the control: any evaluated size inside
-the band counts, whatever larger ones do.
+the band counts, whatever larger ones do. As in any search, nothing is deleted from a circuit below half of the target.
 """
 
 from __future__ import annotations

@@ -84,9 +84,9 @@ def test_numbers_of_a_broken_model_that_are_not_finite_are_read_back(result, tmp
 
 def test_committed_records_say_what_their_prompts_show():
     folders = sorted(Path("examples/results/circuits").iterdir())
-    assert len(folders) == 6
+    assert {"addition", "smollm2-half-ioi"} <= {folder.name for folder in folders}
     for found in map(read_record, folders):
-        assert found.task.chance == 0.5
+        assert found.task.chance is not None
         for model in found.models:
             metrics = torch.tensor(model.test.each).unbind(1)
             assert len(metrics[0]) == found.task.test

@@ -40,14 +40,14 @@ _SPREAD = 0.3  # of the first scores, per factor of e in rank
 _MULTIPLIER, _MULTIPLIER_RATE, _MULTIPLIER_GAIN = 1.0, 0.07, 1.0
 _SMOOTHING = 0.7  # of the faithfulness, which varies between parts of the prompts
 _MARGIN = 0.3  # how far inside the band to stay, as a share of 1 - target: other prompts hold a little less
-_LONGEST = 3  # times the steps that were asked for, where a circuit still shrinks: those of sparse models shrink later
+_LONGEST = 3  # times the steps that were asked for, where a circuit still shrinks, or grows and does not hold yet
 _SHRINKS = 0.9  # of its size in `EVERY` steps
 
 
 def learn_circuits(
     split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> list[Tensor]:
-    """The circuits, pruned, after every `SNAPSHOT` of `settings.mask_steps` steps, or more where they still shrink.
+    """The circuits, pruned, after every `SNAPSHOT` of `settings.mask_steps` steps, or more (see `_LONGEST`).
 
     Args:
         split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
@@ -62,16 +62,19 @@ def learn_circuits(
     state = _start(units.shape, order, size)
     name = f"{split.key} steps {digest(state['scores'])} {steps} {settings.target}"
     circuits: list[Tensor] = []
-    done, shrinks = 0, False
-    while done < steps or (done < _LONGEST * steps and shrinks):
+    done, goes_on = 0, True
+    while done < steps or (done < _LONGEST * steps and goes_on):
         before = int((state["scores"] > 0).sum())
         count = min(EVERY, (steps if done < steps else _LONGEST * steps) - done)
         turns = {step: batches[step % len(batches)] for step in range(done, done + count)}
         done += count
         state = cache.tensors(f"{name} {done}", partial(_steps, split, state, turns, gap, settings, watch))
         circuits += [units.prune(kept) for kept in state["circuits"]]
-        hopeless = state["best"].item() < HOPELESS * settings.target
-        shrinks = not hopeless and int((state["scores"] > 0).sum()) < _SHRINKS ** (count / EVERY) * before
+        change = int((state["scores"] > 0).sum()) / max(1, before)
+        best = state["best"].item()
+        grows = best < settings.target and change > 1  # it does not hold yet
+        shrinks = change < _SHRINKS ** (count / EVERY)
+        goes_on = best >= HOPELESS * settings.target and (grows or shrinks)
     return circuits
 
 

@@ -171,9 +171,17 @@ def test_a_circuit_that_has_become_too_small_grows_back(addition, monkeypatch):
 
 @pytest.mark.parametrize(
     ("each", "best", "steps", "learned"),
-    [(0.8, 0.95, EVERY, 3 * EVERY), (0.8, 0.95, 25, 75), (0.95, 0.95, EVERY, EVERY), (0.8, 0.44, EVERY, EVERY)],
+    [
+        (0.8, 0.95, EVERY, 3 * EVERY),
+        (0.8, 0.95, 25, 75),
+        (0.95, 0.95, EVERY, EVERY),
+        (0.8, 0.44, EVERY, EVERY),
+        (1.2, 0.89, EVERY, 3 * EVERY),
+        (1.2, 0.91, EVERY, EVERY),
+        (1.2, 0.44, EVERY, EVERY),
+    ],
 )
-def test_a_mask_goes_on_while_it_shrinks_unless_it_is_hopeless(addition, monkeypatch, each, best, steps, learned):
+def test_a_mask_goes_on_while_it_shrinks_or_does_not_hold_yet(addition, monkeypatch, each, best, steps, learned):
     more, _, order = addition
     done = []
 
@@ -185,7 +193,7 @@ def test_a_mask_goes_on_while_it_shrinks_unless_it_is_hopeless(addition, monkeyp
         }  # fmt: skip
 
     monkeypatch.setattr(masks, "_steps", shrunk)
-    learn(more, order, 479, Settings(mask_steps=steps))
+    learn(more, order, 479 if each < 1 else 250, Settings(mask_steps=steps))
     assert done == list(range(learned))
 
 

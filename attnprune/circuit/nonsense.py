@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnprune.circuit.search.deletion import delete_units, shortest
-from attnprune.circuit.search.masks import learn_circuits
-from attnprune.circuit.search.ranking import rank, score_edges
+from attnprune.circuit.search.masks import first_sizes, learn_circuits
+from attnprune.circuit.search.ranking import Order, rank, score_edges
 from attnprune.circuit.search.sizes import Sized, evaluate_sizes, evaluated, size_grid
 from attnprune.circuit.search.splits import Settings, Split, faithfulness_bounds
 from attnprune.circuit.search.subject import Subject
@@ -45,13 +45,8 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     curves = [evaluate_sizes(validation, order, grid, subject.told) for order in orders]
     tried = [point for curve in curves for point in curve]
     best = min(range(len(orders)), key=lambda i: min(_distance(point, subject.settings) for point in curves[i]))
-    learned: list[Sized] = []
     if subject.settings.mask_steps:
-        circuits = learn_circuits(
-            subject.learning_split(), orders[best].edges, ranked, gap, subject.settings, subject.told, subject.cache
-        )
-        learned = [evaluated(validation, edges) for edges in circuits if edges.any()]
-    tried += learned
+        tried += _learned(subject, validation, orders[best], ranked, gap)
     again = subject.split("train", name="train, all")
     if subject.settings.deletions:
         start = _nearest(tried, subject.settings)
@@ -67,6 +62,19 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
         validation=chosen.faithfulness, test=test.faithfulness(chosen.edges), lower=bounds[0], upper=bounds[1],
         clear=floor if found else apart,
     )  # fmt: skip
+
+
+def _learned(subject: Subject, validation: Split, order: Order, ranked: int, gap: float) -> list[Sized]:
+    """What masks give from every beginning that a search may have, until one holds."""
+    settings, found = subject.settings, []
+    for size in first_sizes(ranked, validation.units.edge_count, settings):
+        circuits = learn_circuits(
+            subject.learning_split(), order.edges, size, gap, settings, subject.told, subject.cache
+        )  # fmt: skip
+        found += [evaluated(validation, edges) for edges in circuits if edges.any()]
+        if any(settings.in_band(one.faithfulness) for one in found):
+            break
+    return found
 
 
 def _distance(point: Sized, settings: Settings) -> float:

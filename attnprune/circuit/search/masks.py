@@ -26,9 +26,8 @@ from attnprune.circuit.tasks import Prompts
 from attnprune.training.constraint import Multiplier
 
 SNAPSHOT, EVERY = 5, 20  # steps between circuits that may be chosen; between the states that a search resumes from
-# Scores lie in [-1, 1]. Where there are many units few of them matter. A search there begins with a small part of them,
-# however many a ranking needs (what gates of a sparse model do to a circuit of thousands of edges is mostly noise), and
-# goes fast; on the bundled model (479 edges) that rate breaks the circuit.
+# Scores lie in [-1, 1]. Where there are many units few of them matter, and they can go fast; on the bundled model (479
+# edges) that rate breaks the circuit.
 _LEARNING_RATE, _LEARNING_RATE_OF_MANY = 0.05, 0.15
 _FIRST_OF_MANY = 0.03  # share of the units
 _BARRIER = 4.0  # except for what was taken back: so far from 0, or it would come back every few steps
@@ -44,6 +43,16 @@ _LONGEST = 3  # times the steps that were asked for, where a circuit still shrin
 _SHRINKS = 0.9  # of its size in `EVERY` steps
 
 
+def first_sizes(size: int, units: int, settings: Settings) -> list[int]:
+    """How many of the best units to begin with: few of many, then, if nothing holds, the `size` that a ranking needs.
+
+    What the gates of a sparse model do to a circuit of thousands of edges is mostly noise, and a mask that begins there
+    hardly shrinks. But where a task needs thousands, those that are missing at the beginning do not all come back.
+    """
+    few = size if settings.is_small(units) else min(size, round(_FIRST_OF_MANY * units))
+    return sorted({few, size})
+
+
 def learn_circuits(
     split: Split, order: Tensor, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
 ) -> list[Tensor]:
@@ -52,13 +61,11 @@ def learn_circuits(
     Args:
         split: prompts to learn on: in each step those that run together, in a seeded order, over and over.
         order: edges, or what circuits of the split are made of (flat indices), best first; `size` of
-            them, or fewer, are kept at the beginning.
+            them are kept at the beginning.
         gap: mean metric of clean minus corrupted prompts.
     """
     units, steps = split.units, settings.mask_steps
     batches = torch.randperm(len(split.prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    if not settings.is_small(units.edge_count):
-        size = min(size, round(_FIRST_OF_MANY * units.edge_count))
     state = _start(units.shape, order, size)
     name = f"{split.key} steps {digest(state['scores'])} {steps} {settings.target}"
     circuits: list[Tensor] = []

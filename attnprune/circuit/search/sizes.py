@@ -4,7 +4,7 @@ Train prompts rank the edges, validation prompts decide the size, test prompts a
 its faithfulness lies in the band [target, 2 - target] and that of every larger evaluated size too: the curve of
 faithfulness over size is not monotone, and the first size inside may be luck. The size found is then bisected.
 
-What an edge does depends on which others are kept. So from as many of the best edges, or from the first few where there
+What an edge does depends on which others are kept. So from as many of the best edges, or from few of them where there
 are many, a mask is learned by gradients (`attnprune.circuit.search.masks`), on more train prompts, and then whole
 blocks of edges are deleted (`attnprune.circuit.search.deletion`).
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnprune.circuit.result import Level, Ranking
 from attnprune.circuit.search.cache import digest
 from attnprune.circuit.search.deletion import delete
-from attnprune.circuit.search.masks import learn_circuits
+from attnprune.circuit.search.masks import first_sizes, learn_circuits
 from attnprune.circuit.search.ranking import Order, Scores, exact_prompts, mean_nodes
 from attnprune.circuit.search.sizes import Sized, search_sizes, smallest_held
 from attnprune.circuit.search.splits import Settings, Split
@@ -83,9 +83,12 @@ def search_level(
     gap = (train.clean.mean() - train.corrupted.mean()).item()
     if settings.mask_steps and gap > 0:  # else there is no behaviour to keep on the train prompts
         more = subject.learning_split().on(units)
-        circuits = learn_circuits(more, order.edges, ranked.size, gap, settings, told, subject.cache)
-        smaller = [circuit for circuit in circuits if int(circuit.sum()) < ranked.size]
-        learned = smallest_held(view, smaller, settings, told)
+        for size in first_sizes(ranked.size, units.edge_count, settings):
+            circuits = learn_circuits(more, order.edges, size, gap, settings, told, subject.cache)
+            smaller = [circuit for circuit in circuits if int(circuit.sum()) < ranked.size]
+            learned = smallest_held(view, smaller, settings, told)
+            if learned:
+                break
     chosen, path = learned or ranked, []
     if settings.deletions:
         again = subject.split("train", name="train, all").on(units)

@@ -9,7 +9,7 @@ from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
 from attnprune.circuit.search import masks
 from attnprune.circuit.search.cache import Cache
-from attnprune.circuit.search.masks import EVERY, SNAPSHOT, learn_circuits
+from attnprune.circuit.search.masks import EVERY, SNAPSHOT, first_sizes, learn_circuits
 from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
 from attnprune.circuit.search.sizes import circuit_of_size, smallest_held
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
@@ -142,13 +142,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkey
     assert len(steps) > EVERY + 3 + EVERY + 5
 
 
-def test_where_there_are_many_units_a_search_begins_with_few_of_them(addition, steps):
+def test_where_there_are_many_units_a_search_begins_with_few_of_them_and_then_with_all():
     """Rankings of a sparse model may need a quarter of its edges, and from so many a mask hardly gets anywhere."""
-    more, _, order = addition
-    for all_edges, kept in ((479, 250), (478, round(0.03 * 479))):
-        steps.clear()
-        learn(more, order, 250, Settings(mask_steps=1, all_edges=all_edges))
-        assert int(steps[0][1].sum()) == kept
+    assert first_sizes(250, 479, Settings(all_edges=479)) == [250]
+    assert first_sizes(250, 479, Settings(all_edges=478)) == [14, 250]
+    assert first_sizes(9, 479, Settings(all_edges=478)) == [9]
 
 
 def test_a_circuit_that_has_become_too_small_grows_back(addition, monkeypatch):

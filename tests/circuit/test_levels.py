@@ -14,7 +14,9 @@ from attnprune.circuit.model.effects import message_effects
 from attnprune.circuit.model.messages import message_gradients, run_messages
 from attnprune.circuit.model.patching import run_circuit
 from attnprune.circuit.planted import auroc, plant
+from attnprune.circuit.search import whole
 from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.masks import first_sizes
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.search.units import Edges, Messages, Nodes
@@ -165,3 +167,22 @@ def test_ratios_are_paired_over_prompts_and_searches(monkeypatch):
     assert [level.seed for level in found.model.levels] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for ratio in level_ratios(found, found):
         assert (ratio.searches, ratio.value, ratio.low, ratio.high) == (3, 1, 1, 1)
+
+
+def test_a_mask_that_never_holds_from_few_edges_begins_again_from_as_many_as_the_ranking_needs(monkeypatch):
+    monkeypatch.setattr(analysis, "check_ability", lambda *_: None)
+    planted, begun = plant("llama", gated=False, seed=1), []
+
+    def nothing_holds(split, order, size, gap, settings, watch, cache):
+        begun.append(size)
+        return []
+
+    monkeypatch.setattr(whole, "learn_circuits", nothing_holds)
+    settings = Settings(target=0.998, mask_steps=20, deletions=0, levels=False, all_edges=1)
+    found = analyse(
+        planted.model, "planted", planted_task(planted, 8), settings, with_controls=False, label="model", watch=silent,
+        cache=Cache(),
+    )  # fmt: skip
+    assert begun == first_sizes(found.model.ranked.edges, found.model.graph.edges, settings)
+    assert len(begun) == 2
+    assert found.model.learned is None

@@ -80,11 +80,7 @@ class Method(Strict):
     )
     bounds: str = Field(default=BOUNDS, description="what the one-sided bounds are")
     quick: bool
-    mask_steps: int = Field(
-        default=0,
-        description="steps of learning a mask over the edges after the search by size, up to three times as many where "
-        "it still shrank",
-    )
+    mask_steps: int = Field(default=0, description="steps of learning a mask; up to three times as many where needed")
     refine: bool = Field(description="edges were deleted one block at a time (on train prompts) after that")
     bootstrap: int = Field(description="resamples behind each interval")
 

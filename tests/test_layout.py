@@ -125,5 +125,6 @@ def test_the_tree_is_light():
 def test_records_of_circuits_are_stored_compressed_and_without_a_page():
     stored = [Path(name) for name in tracked() if name.startswith("examples/results/circuits/")]
     assert len(stored) >= 6
-    assert {path.name for path in stored} <= {"circuit.json.gz", "more-1.json", "more-2.json"}
+    others = {f"{path.parent.name}/{path.name}" for path in stored if path.name != "circuit.json.gz"}
+    assert others == {"smollm2-half-ioi/more-1.json", "smollm2-half-ioi/more-2.json"}
     assert {path.parent for path in stored} == {path.parent for path in stored if path.name == "circuit.json.gz"}

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from attnprune.circuit.folder import read_record
 from attnprune.circuit.given import GivenCircuit
-from attnprune.circuit.result import CircuitResult, Evaluation, LevelCircuit, LevelRatio, ModelCircuit, Ratio
+from attnprune.circuit.result import CircuitResult, Evaluation, Level, LevelCircuit, LevelRatio, ModelCircuit, Ratio
 from attnprune.errors import InputError
+from attnprune.report.circuits import PUBLISHED, level_ratio, levels_of
 
-LEVELS = {"edges": "edges", "nodes": "heads and MLPs", "messages": "messages per prompt"}
+LEVELS: dict[Level, str] = {"edges": "edges", "nodes": "heads and MLPs", "messages": "messages per prompt"}
 More = list[GivenCircuit | None]
 
 
@@ -38,7 +39,7 @@ def _sizes(result: CircuitResult) -> Iterator[list[str]]:
     models, compare = result.models, result.compare
     ratios = {ratio.level: ratio for ratio in compare.levels} if compare else {}
     for level, name in LEVELS.items():
-        found = [[one for one in model.levels if one.level == level] for model in models]
+        found = [levels_of(model, level) for model in models]
         for place, searched in enumerate(zip_longest(*found)):
             search = f", search {place + 1}" if max(map(len, found)) > 1 else ""
             ratio = [_level_ratio(ratios[level])] if level in ratios and not place else []
@@ -68,10 +69,8 @@ def _count(size: float) -> str:
 
 
 def _level_ratio(ratio: LevelRatio) -> str:
-    if ratio.value is None:
-        return "none"
-    interval = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-    return f"{ratio.value:.2f}x{interval}"
+    value, bounds = level_ratio(ratio)
+    return (value or "none") + (f" ({bounds})" if bounds else "")
 
 
 def _ratio(ratio: Ratio | None) -> list[str]:
@@ -151,15 +150,14 @@ def _worst(model: ModelCircuit) -> str | None:
 
 
 def _published(result: CircuitResult) -> Iterator[list[str]]:
-    counted = [model.published for model in result.models]
-    if not all(counted):
+    counted = [model.published for model in result.models if model.published]
+    if len(counted) < len(result.models):
         return
     ratios = result.compare and result.compare.published
-    for field, name in (("heads", "heads"), ("edges", "edges among them"), ("token_edges", "open attention edges")):
-        cells = [getattr(one, field) for one in counted]
+    for name, field in PUBLISHED.items():
         ratio = ratios and getattr(ratios, field)
-        counts = ("none" if one is None else _count(one) for one in cells)
-        yield [f"published: {name}", *counts, *([f"{ratio:.2f}x"] if ratio else [])]
+        counts = ("not reached" if one.heads is None else _count(getattr(one, field)) for one in counted)
+        yield [f"published: {name.strip().removeprefix('published: ')}", *counts, *([f"{ratio:.2f}x"] if ratio else [])]
 
 
 def more_prompts(folder: Path, result: CircuitResult) -> More:

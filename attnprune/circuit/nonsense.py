@@ -66,11 +66,9 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
 
 def _learned(subject: Subject, validation: Split, order: Order, ranked: int, gap: float) -> list[Sized]:
     """What masks give from every beginning that a search may have, until one holds."""
-    settings, found = subject.settings, []
+    settings, more, found = subject.settings, subject.learning_split(), []
     for size in first_sizes(ranked, validation.units.edge_count, settings):
-        circuits = learn_circuits(
-            subject.learning_split(), order.edges, size, gap, settings, subject.told, subject.cache
-        )  # fmt: skip
+        circuits = learn_circuits(more, order.edges, size, gap, settings, subject.told, subject.cache)
         found += [evaluated(validation, edges) for edges in circuits if edges.any()]
         if any(settings.in_band(one.faithfulness) for one in found):
             break

@@ -146,5 +146,5 @@ def test_committed_records_are_of_today_s_schema():
     record = Record.model_validate_json((results / "bench-attention-cpu.json").read_text())
     assert {row.suite for row in record.rows} == {"train", "prefill"}
     circuits = [read_record(folder) for folder in (results / "circuits").iterdir()]
-    assert {circuit.task.name for circuit in circuits} == {"addition", "induction", "induction:keys", "ioi", "sva"}
+    assert {circuit.task.name for circuit in circuits} == {"addition", "greater-than", "induction", "ioi", "sva"}
     assert all([model.kind for model in circuit.models] == ["sparse", "dense"] for circuit in circuits)

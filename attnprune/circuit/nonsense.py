@@ -11,9 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnprune.circuit.search.deletion import delete_units, shortest
-from attnprune.circuit.search.masks import first_sizes, learn_circuits
-from attnprune.circuit.search.ranking import Order, rank, score_edges
-from attnprune.circuit.search.sizes import Sized, evaluate_sizes, evaluated, size_grid
+from attnprune.circuit.search.ranking import rank, score_edges
+from attnprune.circuit.search.sizes import Sized, evaluate_sizes, learned_sizes, size_grid
 from attnprune.circuit.search.splits import Settings, Split, faithfulness_bounds
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.tasks import nonsense_task
@@ -46,7 +45,8 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
     tried = [point for curve in curves for point in curve]
     best = min(range(len(orders)), key=lambda i: min(_distance(point, subject.settings) for point in curves[i]))
     if subject.settings.mask_steps:
-        tried += _learned(subject, validation, orders[best], ranked, gap)
+        how = (subject.settings, subject.told, subject.cache)
+        tried += learned_sizes(subject.learning_split(), validation, orders[best], ranked, gap, *how)
     again = subject.split("train", name="train, all")
     if subject.settings.deletions:
         start = _nearest(tried, subject.settings)
@@ -62,17 +62,6 @@ def nonsense_control(real: Subject, gap: float, steps: int, ranked: int, size: i
         validation=chosen.faithfulness, test=test.faithfulness(chosen.edges), lower=bounds[0], upper=bounds[1],
         clear=floor if found else apart,
     )  # fmt: skip
-
-
-def _learned(subject: Subject, validation: Split, order: Order, ranked: int, gap: float) -> list[Sized]:
-    """What masks give from every beginning that a search may have, until one holds."""
-    settings, more, found = subject.settings, subject.learning_split(), []
-    for size in first_sizes(ranked, validation.units.edge_count, settings):
-        circuits = learn_circuits(more, order.edges, size, gap, settings, subject.told, subject.cache)
-        found += [evaluated(validation, edges) for edges in circuits if edges.any()]
-        if any(settings.in_band(one.faithfulness) for one in found):
-            break
-    return found
 
 
 def _distance(point: Sized, settings: Settings) -> float:

@@ -14,7 +14,7 @@ from attnprune.circuit.model.effects import message_effects
 from attnprune.circuit.model.messages import message_gradients, run_messages
 from attnprune.circuit.model.patching import run_circuit
 from attnprune.circuit.planted import auroc, plant
-from attnprune.circuit.search import whole
+from attnprune.circuit.search import sizes
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.masks import first_sizes
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
@@ -177,7 +177,7 @@ def test_a_mask_that_never_holds_from_few_edges_begins_again_from_as_many_as_the
         begun.append(size)
         return []
 
-    monkeypatch.setattr(whole, "learn_circuits", nothing_holds)
+    monkeypatch.setattr(sizes, "learn_circuits", nothing_holds)
     settings = Settings(target=0.998, mask_steps=20, deletions=0, levels=False, all_edges=1)
     found = analyse(
         planted.model, "planted", planted_task(planted, 8), settings, with_controls=False, label="model", watch=silent,

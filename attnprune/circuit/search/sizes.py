@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from attnprune.circuit.result import Ranking
+from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.masks import first_sizes, learn_circuits
 from attnprune.circuit.search.ranking import Order
 from attnprune.circuit.search.splits import Settings, Split, Watch, ratio_of_means
 
@@ -146,12 +148,28 @@ def search_sizes(
     return curves, best, smallest(best)
 
 
-def smallest_held(split: Split, circuits: list[Tensor], settings: Settings, watch: Watch) -> Sized | None:
-    """The smallest of some circuits that validation prompts keep in the band."""
-    ordered = sorted(circuits, key=lambda edges: int(edges.sum()))
-    for done, edges in enumerate(ordered):
-        watch("learned circuits that hold", done, len(ordered))
-        found = evaluated(split, edges)
-        if settings.in_band(found.faithfulness):
-            return found
-    return None
+def learned_sizes(
+    more: Split, validation: Split, order: Order, size: int, gap: float, settings: Settings, watch: Watch, cache: Cache
+) -> list[Sized]:
+    """What masks give, on the validation prompts: from every beginning that a search may have, until one holds.
+
+    Args:
+        more: prompts to learn on.
+        size: edges that a ranking needs; only smaller circuits count as found.
+        gap: mean metric of clean minus corrupted prompts.
+    """
+    found: list[Sized] = []
+    for first in first_sizes(size, validation.units.edge_count, settings):
+        circuits = learn_circuits(more, order.edges, first, gap, settings, watch, cache)
+        for done, edges in enumerate(circuits):
+            watch("learned circuits that hold", done, len(circuits))
+            found += [evaluated(validation, edges)] if edges.any() else []
+        if smallest_held(found, size, settings):
+            break
+    return found
+
+
+def smallest_held(points: Iterable[Sized], below: float, settings: Settings) -> Sized | None:
+    """The smallest of some circuits with fewer than `below` edges that validation prompts keep in the band."""
+    held = [point for point in points if point.size < below and settings.in_band(point.faithfulness)]
+    return min(held, key=lambda point: point.size, default=None)

@@ -10,9 +10,8 @@ from torch import Tensor
 from attnprune.circuit.result import Level, Ranking
 from attnprune.circuit.search.cache import digest
 from attnprune.circuit.search.deletion import delete
-from attnprune.circuit.search.masks import first_sizes, learn_circuits
 from attnprune.circuit.search.ranking import Order, Scores, exact_prompts, mean_nodes
-from attnprune.circuit.search.sizes import Sized, search_sizes, smallest_held
+from attnprune.circuit.search.sizes import Sized, learned_sizes, search_sizes, smallest_held
 from attnprune.circuit.search.splits import Settings, Split
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.search.units import Edges, Messages, Nodes, Units
@@ -26,7 +25,7 @@ class Found:
         units: what its circuits are made of.
         curves: evaluated sizes of every ranking; order: the best one.
         ranked, learned, chosen: the smallest circuit by ranking, by a mask (None: none smaller held), in the end.
-        path: circuits evaluated on the way of the deletion.
+        masks: circuits of masks on their way; path: of the deletion.
         sizes: what counts as the size of every evaluated circuit, by its digest.
     """
 
@@ -34,6 +33,7 @@ class Found:
     curves: dict[Ranking, list[Sized]]
     order: Order
     ranked: Sized
+    masks: list[Sized]
     learned: Sized | None
     chosen: Sized
     path: list[Sized]
@@ -51,21 +51,20 @@ class Found:
     def resampled(self, validation: Split, rows: Tensor, settings: Settings) -> Tensor:
         """Size, [resamples], of the smallest circuit when sizes are judged again on rows of prompts."""
         clean, corrupted = (x.double()[rows].mean(1) for x in (validation.clean, validation.corrupted))
-        chains = [*self.curves.values(), self.path, *([[self.learned]] if self.learned else [])]
-        sizes = [self._smallest(chain, rows, clean, corrupted, settings) for chain in chains if chain]
-        return torch.stack(sizes).amin(0)
-
-    def _smallest(
-        self, chain: list[Sized], rows: Tensor, clean: Tensor, corrupted: Tensor, settings: Settings
-    ) -> Tensor:
-        """The smallest circuit from which on all larger ones are in the band, in each resample; else infinity."""
-        points = sorted(chain, key=lambda point: -point.size)
-        best, alive = torch.full((len(rows),), torch.inf, dtype=torch.double), torch.ones(len(rows), dtype=torch.bool)
         low, high = settings.band
-        for point in points:
+        best = torch.full((len(rows),), torch.inf, dtype=torch.double)
+
+        def holds(point: Sized) -> Tensor:
             faithfulness = (point.metric.double()[rows].mean(1) - corrupted) / (clean - corrupted)
-            alive &= (faithfulness >= low) & (faithfulness <= high)
-            best[alive] = self.size(point)
+            return (faithfulness >= low) & (faithfulness <= high)
+
+        for chain in [*self.curves.values(), self.path]:
+            stable = torch.ones(len(rows), dtype=torch.bool)
+            for point in sorted(chain, key=lambda point: -point.size):
+                stable &= holds(point)
+                best[stable] = best[stable].clamp(max=self.size(point))
+        for point in self.masks:  # any that holds counts, as in the search: masks may begin outside the band
+            best[holds(point)] = best[holds(point)].clamp(max=self.size(point))
         return best
 
 
@@ -79,24 +78,20 @@ def search_level(
         subject.told(f"{kind}, {what}" if kind else what, done, total)
 
     curves, order, ranked = search_sizes(view, orders, settings, told)
-    learned = None
+    masks: list[Sized] = []
     gap = (train.clean.mean() - train.corrupted.mean()).item()
     if settings.mask_steps and gap > 0:  # else there is no behaviour to keep on the train prompts
         more = subject.learning_split().on(units)
-        for size in first_sizes(ranked.size, units.edge_count, settings):
-            circuits = learn_circuits(more, order.edges, size, gap, settings, told, subject.cache)
-            smaller = [circuit for circuit in circuits if int(circuit.sum()) < ranked.size]
-            learned = smallest_held(view, smaller, settings, told)
-            if learned:
-                break
+        masks = learned_sizes(more, view, order, ranked.size, gap, settings, told, subject.cache)
+    learned = smallest_held(masks, ranked.size, settings)
     chosen, path = learned or ranked, []
     if settings.deletions:
         again = subject.split("train", name="train, all").on(units)
         chosen, path = delete(again, view, curves[order.name], chosen, settings, told)
         again.free()
-    every = [*(point for curve in curves.values() for point in curve), *path, chosen, learned or ranked]
+    every = [*(point for curve in curves.values() for point in curve), *masks, *path, chosen]
     sizes = {digest(point.edges): units.size(validation.groups, point.edges) for point in every}
-    return Found(units, curves, order, ranked, learned, chosen, path, sizes)
+    return Found(units, curves, order, ranked, masks, learned, chosen, path, sizes)
 
 
 def search_nodes(subject: Subject, train: Split, validation: Split, scores: Scores) -> Found:

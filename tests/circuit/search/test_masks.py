@@ -11,7 +11,7 @@ from attnprune.circuit.search import masks
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.masks import EVERY, SNAPSHOT, first_sizes, learn_circuits
 from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
-from attnprune.circuit.search.sizes import circuit_of_size, smallest_held
+from attnprune.circuit.search.sizes import circuit_of_size, evaluated, smallest_held
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
 from attnprune.circuit.tasks import load_task
 from attnprune.sidecar import bases
@@ -107,12 +107,14 @@ def test_the_smallest_circuit_that_validation_prompts_hold(addition):
     _, validation, order = addition
     graph = validation.anatomy.graph
     circuits = [circuit_of_size(graph, order, size) for size in (60, 400, 100, 500)]
-    found = smallest_held(validation, circuits, Settings(target=0.85), silent)
+    points = [evaluated(validation, circuit) for circuit in circuits]
+    found = smallest_held(points, 1000, Settings(target=0.85))
     assert found is not None
     assert found.size == int(circuits[1].sum())
     assert found.faithfulness == pytest.approx(validation.faithfulness(circuits[1]))
-    assert smallest_held(validation, circuits[::2], Settings(target=0.85), silent) is None
-    assert smallest_held(validation, [], Settings(target=0.85), silent) is None
+    assert smallest_held(points[::2], 1000, Settings(target=0.85)) is None
+    assert smallest_held(points, found.size, Settings(target=0.85)) is None
+    assert smallest_held([], 1000, Settings(target=0.85)) is None
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ import torch
 from attnprune.bench.clock import machine
 from attnprune.files import write_atomic
 
+HERE = Path(__file__).resolve().parents[1]
 IMPORTS = """
 import json, sys, time
 try:
@@ -125,6 +126,15 @@ def _peak(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+def unpacked(reference: str, folder: Path) -> Path:
+    """The folder, with the package as it was at a commit."""
+    archive = subprocess.run(
+        ["git", "-C", str(HERE), "archive", reference, "attnprune"], capture_output=True, check=True
+    )
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
 def environment(source: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(source)}
 
@@ -139,13 +149,8 @@ def main() -> None:
     parser.add_argument("--only", help="measurements whose name holds this")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    here = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(
-            ["git", "-C", str(here), "archive", given.reference, "attnprune"], capture_output=True, check=True
-        )
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        sources = {given.reference: Path(folder), "this": here}
+        sources = {given.reference: unpacked(given.reference, Path(folder)), "this": HERE}
         names = {"MODEL": str(Path(given.model).resolve()), "DATA": str(Path(given.data).resolve())}
         record = {"machine": machine(torch.device("cpu")).model_dump(), "reference": given.reference, "seed": 0}
         record |= {"command": f"python examples/compare_release.py {given.reference} --model MODEL --data DATA"}

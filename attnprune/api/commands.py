@@ -49,7 +49,7 @@ def evaluate(
         data: as for `sparsify`. Default: the held-out split that a sidecar's result was measured on.
         base: the base of a sidecar that does not name it.
         seq_len: tokens per block; 0: as in training (at most 512 of a base model).
-        tokens: at most so many per text.
+        tokens: at most so many per text; of 'task' always all.
         batch_size: blocks per forward pass; 0: by length.
         device_map: spread the models over devices, as `load` does; instead of `device`.
 

@@ -92,7 +92,7 @@ def evaluate(
     else:
         refuse(context, "without --damage", "damage_heads")
     if data == ["task"]:
-        refuse(context, "with --data task", "seq_len", "text_field")
+        refuse(context, "with --data task", "seq_len", "text_field", *([] if damage else ["tokens"]))
     if device_map is not None:
         refuse(context, "with --device-map", "device")
     from attnprune.api.commands import sidecar_at

@@ -26,6 +26,7 @@ IDLE = [
     ("eval S --seq-len 8 --tokens 8", "--seq-len, --tokens: do nothing without --data"),
     ("eval S --damage --text-field x --tokens 8", "--text-field: does nothing without --data"),
     ("eval demo --data task --seq-len 5", "--seq-len: does nothing with --data task"),
+    ("eval demo --data task --tokens 8", "--tokens: does nothing with --data task"),
     ("eval demo --data x.txt --allow-base-mismatch", "--allow-base-mismatch: does nothing for a model that is no"),
     ("eval S --device cpu --device-map auto", "--device: does nothing with --device-map"),
     ("trace demo --text #1+2= --base x", "--base: demo is a dense model itself"),

@@ -179,6 +179,10 @@ class HubServer:
     def __init__(self, user: str = "tester"):
         self.user = user
         self.url = ""
+        self.clear()
+
+    def clear(self) -> None:
+        """As it was when it was new, at the same address."""
         self.tokens = {WRITE: "write", READ: "read"}
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}  # uploaded large files by sha256

@@ -24,6 +24,7 @@ from attnprune.sidecar.damage import Damage, fingerprints, write_damage
 from attnprune.sidecar.folder import open_sidecar
 from attnprune.sidecar.merged import write_merged
 from attnprune.units import percent, size
+from tests.helpers.command import ENVIRONMENT, python
 from tests.helpers.factory import save_tiny_llama
 from tests.helpers.hub_server import READ, HubServer
 from tests.helpers.paths import VECTORS
@@ -42,24 +43,36 @@ SENT = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def hub():
-    """A Hub on which the canary token may write."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(a Hub, the folder of its caches): at one address for all tests, so that their programs are forks of one."""
     with HubServer() as server:
-        server.tokens[CANARY] = "write"
-        yield server
+        yield server, tmp_path_factory.mktemp("hub") / "home"
 
 
 @pytest.fixture
-def run(hub, tmp_path):
+def hub(place):
+    """A Hub on which the canary token may write."""
+    server, _ = place
+    server.clear()
+    server.tokens[CANARY] = "write"
+    return server
+
+
+@pytest.fixture
+def home(place):
+    """The folder of the client's caches, empty."""
+    shutil.rmtree(place[1], ignore_errors=True)
+    return place[1]
+
+
+@pytest.fixture
+def run(hub, home, tmp_path):
     """The command line against that Hub: (exit code, stdout, stderr); a failure is one line, and no token is shown."""
 
     def call(*arguments, code=0, part="", token: str | None = CANARY, **variables):
-        environment = os.environ | hub.environment(tmp_path / "home", token) | {"OMP_NUM_THREADS": "1"} | variables
-        done = subprocess.run(
-            [sys.executable, "-m", "attnprune", *map(str, arguments)], cwd=tmp_path, env=environment, timeout=120,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        environment = ENVIRONMENT | hub.environment(home, token) | variables
+        done = python("-m", "attnprune", *arguments, cwd=tmp_path, env=environment)
         output = done.stdout + done.stderr
         assert done.returncode == code, output
         lines = [line for line in done.stderr.splitlines() if line.startswith("attnprune:")]
@@ -70,7 +83,7 @@ def run(hub, tmp_path):
         return done
 
     yield call
-    leaked = [p for p in tmp_path.rglob("*") if p.is_file() and CANARY.encode() in p.read_bytes()]
+    leaked = [p for p in (*tmp_path.rglob("*"), *home.rglob("*")) if p.is_file() and CANARY.encode() in p.read_bytes()]
     assert leaked == []
 
 
@@ -221,9 +234,9 @@ def test_a_base_model_that_cannot_be_is_refused(hub, run):
     assert REPO not in hub.repos
 
 
-def test_a_downloaded_model_is_pushed_on_with_a_card_of_its_own(pushed, run, tmp_path):
+def test_a_downloaded_model_is_pushed_on_with_a_card_of_its_own(pushed, run, home, tmp_path):
     run("apply", REPO)
-    (snapshot,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*")
+    (snapshot,) = (home / "hub").glob("models--*/snapshots/*")
     for name, data in pushed.files(REPO).items():
         if name == "README.md":
             (snapshot / name).write_bytes(data)
@@ -231,10 +244,10 @@ def test_a_downloaded_model_is_pushed_on_with_a_card_of_its_own(pushed, run, tmp
     assert "tester/sparse" not in pushed.files("tester/second")["README.md"].decode()
 
 
-def test_a_merged_model_is_pushed_on_from_the_cache_whole(hub, run, tmp_path):
+def test_a_merged_model_is_pushed_on_from_the_cache_whole(hub, run, home, tmp_path):
     run("push", SIDECAR, REPO, "--merged")
     run("verify", REPO)
-    (snapshot,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*")
+    (snapshot,) = (home / "hub").glob("models--*/snapshots/*")
     about, config = (json.loads((snapshot / n).read_text()) for n in ("config.json", "tokenizer_config.json"))
     del about["attnprune"]["files"]["tokenizer_config.json"], about["attnprune"]["merged"]["config"]  # an older folder
     for name, values in (
@@ -249,7 +262,7 @@ def test_a_merged_model_is_pushed_on_from_the_cache_whole(hub, run, tmp_path):
     run("verify", "tester/second", part="verified")
 
 
-def test_a_tokenizer_arrives_with_all_that_belongs_to_it(hub, run, tmp_path):
+def test_a_tokenizer_arrives_with_all_that_belongs_to_it(hub, run, home, tmp_path):
     base = base_with_a_rich_tokenizer(tmp_path / "base")
     files = {path.relative_to(base).as_posix(): path.read_bytes() for path in base.rglob("*") if path.is_file()}
     commit = hub.put("someone/base", files)
@@ -264,7 +277,7 @@ def test_a_tokenizer_arrives_with_all_that_belongs_to_it(hub, run, tmp_path):
     for name in (*templates, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         assert sent[name] == files[name]
     run("verify", REPO, part="verified")
-    (snapshot,) = (tmp_path / "home" / "hub").glob("models--tester--sparse/snapshots/*")
+    (snapshot,) = (home / "hub").glob("models--tester--sparse/snapshots/*")
     assert AutoTokenizer.from_pretrained(snapshot).chat_template == TEMPLATES
     run("push", snapshot, "tester/second")
     assert set(hub.files("tester/second")) == set(sent)
@@ -280,18 +293,18 @@ def test_an_answer_without_files_is_no_empty_repository(pushed, run):
     assert pushed.commits(REPO) == before
 
 
-def test_a_cache_that_was_damaged_is_fetched_again(pushed, run, tmp_path):
+def test_a_cache_that_was_damaged_is_fetched_again(pushed, run, home, tmp_path):
     run("inspect", REPO)
-    for blob in (tmp_path / "home" / "hub").glob("models--*/blobs/*"):
+    for blob in (home / "hub").glob("models--*/blobs/*"):
         blob.write_bytes(blob.read_bytes()[:-1])
     for name in ("attnprune.json", "gates.safetensors"):
         run("inspect", REPO, code=1, part=f"damaged download of {name}")
     run("inspect", REPO)
 
 
-def test_ctrl_c_is_one_line_and_the_push_is_completed_by_the_next(hub, run, tmp_path):
+def test_ctrl_c_is_one_line_and_the_push_is_completed_by_the_next(hub, run, home, tmp_path):
     waiting = [sys.executable, "-m", "attnprune", "push", str(SIDECAR), REPO]
-    environment = os.environ | hub.environment(tmp_path / "home", CANARY)
+    environment = os.environ | hub.environment(home, CANARY)
     processes: list[subprocess.Popen] = []
     hub.fail("POST .*/preupload/", call=lambda: processes[0].send_signal(signal.SIGINT))
     processes.append(subprocess.Popen(waiting, env=environment, stderr=subprocess.PIPE, text=True))
@@ -574,9 +587,9 @@ def test_the_same_merged_model_with_other_tokenizer_files_needs_no_replace(hub, 
     assert "chat_template.jinja" in hub.files("tester/merged")
 
 
-def test_sigterm_during_the_upload_of_a_merged_model_leaves_nothing(hub, tmp_path):
+def test_sigterm_during_the_upload_of_a_merged_model_leaves_nothing(hub, home, tmp_path):
     (scratch := tmp_path / "tmp").mkdir()
-    environment = os.environ | hub.environment(tmp_path / "home", CANARY) | {"TMPDIR": str(scratch)}
+    environment = os.environ | hub.environment(home, CANARY) | {"TMPDIR": str(scratch)}
     processes: list[subprocess.Popen] = []
     seen = []
 
@@ -668,10 +681,10 @@ def test_a_base_at_a_revision_and_offline(hub, run, tmp_path):
     assert json.loads(run(*command, HF_HUB_OFFLINE="1").stdout)["reports"][0]["loss"] == losses[1]
 
 
-def test_a_link_out_of_the_cache_is_not_followed(pushed, run, tmp_path):
+def test_a_link_out_of_the_cache_is_not_followed(pushed, run, home, tmp_path):
     run("inspect", REPO)
     (tmp_path / "victim").write_text("mine")
-    (gates,) = (tmp_path / "home" / "hub").glob("models--*/snapshots/*/gates.safetensors")
+    (gates,) = (home / "hub").glob("models--*/snapshots/*/gates.safetensors")
     gates.unlink()
     gates.symlink_to(tmp_path / "victim")
     run("inspect", REPO, code=1, part="damaged download of gates.safetensors")

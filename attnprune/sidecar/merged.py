@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from attnprune.attention.interface import attach
-from attnprune.errors import AttnPruneError, InputError, printable
+from attnprune.errors import AttnPruneError, InputError
 from attnprune.files import check_new_folder, fsync, reason, settle, sha256_of, temporary_folder, write_atomic
 from attnprune.sidecar import format, modeling_attnprune
 from attnprune.sidecar.contents import Headers, check_files, check_weights
@@ -24,6 +23,7 @@ from attnprune.sidecar.precision import check_cast
 from attnprune.sidecar.probe import check_probe, measure_again
 from attnprune.sidecar.quiet import quiet
 from attnprune.sidecar.tokenizer import save_tokenizer
+from attnprune.sidecar.unreadable import failures_as
 
 GATE_SUFFIX = "attnprune_gate.bias"
 # Keys from which transformers makes one dictionary entry per label, however many they say there are.
@@ -111,20 +111,9 @@ def _stamps(sidecar: Sidecar) -> list[tuple[int, int, int]]:
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever a bad file makes transformers or tokenizers raise (they have no class of their own) becomes one line."""
-    try:
-        yield
-    except (AttnPruneError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except BaseException as error:
-        # A panic of Rust code is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise InputError(f"{path}: cannot load this merged model: {printable(reason, 200)}") from error
+def _explained(path: Path) -> AbstractContextManager[None]:
+    """Whatever a bad file makes transformers or tokenizers raise becomes one line."""
+    return failures_as(lambda _, reason: InputError(f"{path}: cannot load this merged model: {reason}"))
 
 
 def _read(path: Path) -> tuple[Any, Any]:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, printable
 from attnprune.sidecar.quiet import quiet
 
 
 @contextmanager
 def explained(name: str, kind: str, what: str) -> Iterator[None]:
     """Run transformers silently; whatever a bad file makes it raise (it has no class of its own) becomes one line."""
+    with quiet(), failures_as(lambda error, reason: _explain(name, kind, error, reason, what)):
+        yield
+
+
+@contextmanager
+def failures_as(explain: Callable[[BaseException, str], AttnPruneError]) -> Iterator[None]:
+    """What transformers or tokenizers raise in this block is raised as what `explain` makes of it and of its reason."""
     try:
-        with quiet():
-            yield
-    except (MemoryError, torch.OutOfMemoryError):
+        yield
+    except (AttnPruneError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        raise _explain(name, kind, error, what) from error
+    except BaseException as error:
+        # A panic of Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise explain(error, printable(reason, 200)) from error
 
 
-def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneError:
+def _explain(name: str, kind: str, error: BaseException, reason: str, what: str) -> AttnPruneError:
     """One line for transformers' many ways to fail."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -32,8 +43,6 @@ def _explain(name: str, kind: str, error: Exception, what: str) -> AttnPruneErro
         cause = cause.__cause__ or cause.__context__
     kinds = {type(e).__name__ for e in chain}
     text = str(error)
-    lines = text.splitlines() or [type(error).__name__]
-    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     if "type `attnprune_" in text:
         return UnsupportedModelError(f"{name}: already sparsified")
     if kind == "gguf":

@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 
 import attnprune as ap
+from attnprune.errors import InputError
+from attnprune.sidecar import bases
 from attnprune.sidecar.models import models_of
 from tests.helpers.command import listing
 from tests.helpers.factory import refused, save_text, save_tiny_llama
@@ -98,3 +100,20 @@ def test_texts_in_memory_are_what_a_file_gives(place, loaded, tmp_path, kind):
     made = ap.index(loaded, data, out=tmp_path / "index", tokens=200, **how)
     assert made.total() == ap.index(loaded, place / "text.txt", out=tmp_path / "index", tokens=200).total()
     assert listing(place) == before
+
+
+class PanicException(BaseException):
+    """As pyo3's, which tokenizers raises for what Rust code did not expect."""
+
+
+def test_a_panic_of_rust_code_is_one_line_and_ctrl_c_is_not_one(place, monkeypatch):
+    for raised, expected in ((PanicException("index out of bounds:\n 7"), InputError), (KeyboardInterrupt(), None)):
+
+        def fail(*_, error=raised, **__):
+            raise error
+
+        monkeypatch.setattr(bases.AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(expected or KeyboardInterrupt) as caught:
+            bases.load_base(str(place / "base"))
+        if expected:
+            assert str(caught.value).endswith("base: cannot load its tokenizer: index out of bounds: 7")

@@ -6,6 +6,7 @@ number of the fork's process as soon as it runs, and its exit code when it ends,
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ PRELOADED = ["torch", "transformers", "transformers.trainer", "datasets", "peft"
 def serve() -> None:
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for request in requests:

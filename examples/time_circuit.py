@@ -26,6 +26,7 @@ from attnprune.files import write_atomic
 from examples.compare_release import HERE, environment, unpacked
 
 LOAD = "load the model"
+PREFIX = "model: "  # of what the search says
 
 
 def main() -> None:
@@ -63,9 +64,10 @@ def timed(source: Path, command: list[str], limit: float) -> dict[str, Any]:
     parts: dict[str, float] = {}
     part, since = LOAD, start
     for line in process.stderr:
-        now = time.perf_counter()
-        parts[part] = parts.get(part, 0.0) + now - since
-        part, since = line.strip().removeprefix("model: "), now
+        if line.startswith(PREFIX):
+            now = time.perf_counter()
+            parts[part] = parts.get(part, 0.0) + now - since
+            part, since = line.strip().removeprefix(PREFIX), now
     _, status, usage = os.wait4(process.pid, 0)
     stop.cancel()
     parts[part] = parts.get(part, 0.0) + time.perf_counter() - since

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnprune.circuit import controls
 from attnprune.circuit.analysis import evaluation
-from attnprune.circuit.mib import read_submission
+from attnprune.circuit.mib import NAMES, areas, read_submission
 from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.model.patching import self_check
 from attnprune.circuit.record import Number, Strict
@@ -68,6 +68,11 @@ class GivenCircuits(Given):
 
     schema_id: Literal["attnprune-given-circuits-1"] = SEVERAL
     circuits: list[NamedCircuit]
+    cpr: Number | None = Field(
+        default=None, description="MIB's circuit performance ratio: area under the faithfulness over the share of the "
+        "edges, from 0.1 to 100 %; null: not one circuit for each of the benchmark's sizes",
+    )  # fmt: skip
+    cmd: Number | None = Field(default=None, description="MIB's circuit-model distance: the area of |1 - faithfulness|")
 
 
 def evaluate_given(
@@ -97,13 +102,20 @@ def evaluate_given(
         }  # fmt: skip
         if len(given) > 1:
             circuits = [NamedCircuit(name=one.name, **_sized(subject, test, one.kept)) for one in given]
-            return GivenCircuits(**said, circuits=circuits)
+            return GivenCircuits(**said, circuits=circuits, **_areas(circuits))
         kept = graph.prune(given[0].kept)
         heads, mlps = graph.touched(kept)
         return GivenCircuit(
             **said, **_sized(subject, test, given[0].kept), heads=int(heads.sum()), mlps=int(mlps.sum()),
             complement=test.faithfulness(graph.mask() & ~kept), stress=controls.stress(subject, kept),
         )  # fmt: skip
+
+
+def _areas(circuits: list[NamedCircuit]) -> dict[str, Any]:
+    """MIB's areas, where there is a circuit of each of its sizes."""
+    if tuple(one.name for one in circuits) != NAMES:
+        return {}
+    return dict(zip(("cpr", "cmd"), areas([one.test.faithfulness.value for one in circuits]), strict=True))
 
 
 def _sized(subject: Subject, test: Split, given: Tensor) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 A folder holds either one .json or .pt graph with a score for every edge, of which the benchmark runs the largest 0.1 to
 50 %, or one graph for each of these sizes, which says what is in it (README.md of hannamw/MIB-circuit-track).
+
+Its two areas are trapezoids over these shares, of the faithfulness (CPR, circuit performance ratio) and of how far it
+is from 1 (CMD, circuit-model distance): Mueller et al., arXiv 2504.13151.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from attnprune.errors import InputError
 from attnprune.files import unusable
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of all edges; the whole model ends its curve
+NAMES = tuple(f"{100 * share:g} %" for share in SHARES)
 IMPORTANCES = "importances.pt"
 # What the benchmark looks for in a folder's name.
 _MODELS = {"gpt2-small": "gpt2", "qwen2.5-0.5b": "qwen2.5", "gemma-2-2b": "gemma2", "llama-3.1-8b": "llama3"}
@@ -72,12 +76,19 @@ def read_submission(path: Path, graph: Graph) -> list[Named]:
     return _largest(graph, scores, real)
 
 
+def areas(faithfulness: list[float]) -> tuple[float, float]:
+    """(CPR, CMD) of circuits of the sizes `SHARES`, and of the whole model, which is faithful."""
+    shares = torch.tensor([*SHARES, 1.0], dtype=torch.double)
+    curve = torch.tensor([*faithfulness, 1.0], dtype=torch.double)
+    return torch.trapezoid(curve, shares).item(), torch.trapezoid((1 - curve).abs(), shares).item()
+
+
 def _largest(graph: Graph, scores: Tensor, real: Tensor) -> list[Named]:
     """The circuits of importances [U, L * (3 H + 1) + 1], at the benchmark's sizes."""
     order = scores.abs().masked_fill(~real, -1.0).flatten().argsort(descending=True, stable=True)
     found = []
-    for share in SHARES:
+    for name, share in zip(NAMES, SHARES, strict=True):
         kept = torch.zeros_like(real).flatten()
         kept[order[: int(share * int(real.sum()))]] = True
-        found.append(Named(f"{100 * share:g} %", grouped(graph, kept.view_as(real))))
+        found.append(Named(name, grouped(graph, kept.view_as(real))))
     return found

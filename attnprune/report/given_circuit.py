@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def summary(found: GivenCircuit | GivenCircuits) -> list[Any]:
     """What it computes, what it is worth, and what was not asked."""
+    several = found.schema_id == "attnprune-given-circuits-1"
     return [
-        _one(found) if found.schema_id == "attnprune-given-circuit-1" else _several(found),
+        _several(found) if several else _one(found),
+        *([f"MIB's areas: CPR {found.cpr:.3f}, CMD {found.cmd:.3f}"] if several and found.cpr is not None else []),
         f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
         *(f"note: {note}" for note in found.notes),
     ]

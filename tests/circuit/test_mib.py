@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnprune.circuit.exchange import graph_json, graph_pt, ungrouped
-from attnprune.circuit.mib import IMPORTANCES, SHARES, folder_name, importances, read_submission
+from attnprune.circuit.mib import IMPORTANCES, SHARES, areas, folder_name, importances, read_submission
 from attnprune.circuit.model.graph import Graph
 from tests.helpers.factory import refused
 
@@ -75,6 +75,13 @@ def test_importances_are_circuits_of_the_benchmark_s_sizes(tmp_path, graph, kind
             assert scores.abs()[circuit].min() >= outside.max()  # whatever the sign
         if graph is OWN:
             assert int(circuit.sum()) == int(share * real)
+
+
+def test_areas_are_those_of_a_line_and_count_what_lies_above_1():
+    """The faithfulness that is the share of the edges, from 0.001 to 1, and twice what remains above 1."""
+    assert areas(list(SHARES)) == pytest.approx(((1 - 0.001**2) / 2, (1 - 0.001) ** 2 / 2))
+    cpr, cmd = areas([2 - share for share in SHARES])
+    assert (cpr, cmd) == pytest.approx((2 * 0.999 - (1 - 0.001**2) / 2, (1 - 0.001) ** 2 / 2))
 
 
 def test_a_folder_of_circuits_is_each_of_them(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from attnprune.circuit import mib
 from attnprune.circuit.folder import read_settings
 from attnprune.circuit.result import NOT_CLEAR, CircuitResult, not_shown
 from tests.helpers.command import attnprune
@@ -126,14 +128,24 @@ def test_a_search_is_a_submission_to_mib_and_submissions_are_evaluated(place):
     command = ("demo", "--task", "addition", "--prompts", "9", "--quick", "--edges", folder)
     done = circuit(*command, "--json", cwd=place)
     assert done.returncode == 0, done.stderr
-    circuits = first_object(done.stdout)["circuits"]
+    record = first_object(done.stdout)
+    circuits = record["circuits"]
     assert [one["given"] for one in circuits] == [0, 0, 2, 4, 9, 23, 47, 95, 239]  # of 479
     assert all(one["edges"] <= one["given"] for one in circuits)
     assert circuits[0]["test"]["faithfulness"]["value"] == pytest.approx(0, abs=1e-4)
     larger = next(one for one in circuits if one["given"] >= found.counts.edges)
     assert larger["test"]["faithfulness"]["value"] > 0.5
+    cpr, cmd = mib.areas([one["test"]["faithfulness"]["value"] for one in circuits])
+    assert (record["cpr"], record["cmd"]) == pytest.approx((cpr, cmd))
     shown = circuit(*command, cwd=place)
     assert "50 %" in shown.stdout
+    assert f"MIB's areas: CPR {cpr:.3f}, CMD {cmd:.3f}" in shown.stdout
+    (place / "several").mkdir(exist_ok=True)
+    for name in ("a.pt", "b.pt"):
+        shutil.copy(place / "found" / "eap-ig.pt", place / "several" / name)
+    several = circuit(*command[:-1], "several", "--json", cwd=place)
+    assert several.returncode == 0, several.stderr
+    assert (first_object(several.stdout)["cpr"], first_object(several.stdout)["cmd"]) == (None, None)
     assert "no nonsense control: it was not searched" in shown.stdout
 
 

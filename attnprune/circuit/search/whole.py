@@ -11,7 +11,7 @@ from attnprune.circuit.result import Level, Ranking
 from attnprune.circuit.search.cache import digest
 from attnprune.circuit.search.deletion import delete
 from attnprune.circuit.search.ranking import Order, Scores, exact_prompts, mean_nodes
-from attnprune.circuit.search.sizes import Sized, learned_sizes, search_sizes, smallest_held
+from attnprune.circuit.search.sizes import Sized, grown, learned_sizes, search_sizes, smallest_held
 from attnprune.circuit.search.splits import Settings, Split
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.search.units import Edges, Messages, Nodes, Units
@@ -26,6 +26,7 @@ class Found:
         curves: evaluated sizes of every ranking; order: the best one.
         ranked, learned, chosen: the smallest circuit by ranking, by a mask (None: none smaller held), in the end.
         masks: circuits of masks on their way; path: of the deletion.
+        larger: the chosen circuit with some of the best other units: sizes between it and the ranking's.
         sizes: what counts as the size of every evaluated circuit, by its digest.
     """
 
@@ -37,6 +38,7 @@ class Found:
     learned: Sized | None
     chosen: Sized
     path: list[Sized]
+    larger: list[Sized]
     sizes: dict[str, float]
 
     @property
@@ -63,8 +65,9 @@ class Found:
             for point in sorted(chain, key=lambda point: -point.size):
                 stable &= holds(point)
                 best[stable] = best[stable].clamp(max=self.size(point))
-        for point in self.masks:  # any that holds counts, as in the search: masks may begin outside the band
-            best[holds(point)] = best[holds(point)].clamp(max=self.size(point))
+        for point in [*self.masks, *self.larger]:  # any that holds counts, as of masks in the search
+            held = holds(point)
+            best[held] = best[held].clamp(max=self.size(point))
         return best
 
 
@@ -89,9 +92,10 @@ def search_level(
         again = subject.split("train", name="train, all").on(units)
         chosen, path = delete(again, view, curves[order.name], chosen, settings, told)
         again.free()
-    every = [*(point for curve in curves.values() for point in curve), *masks, *path, chosen]
+    larger = grown(view, order, chosen, ranked.size)
+    every = [*(point for curve in curves.values() for point in curve), *masks, *path, chosen, *larger]
     sizes = {digest(point.edges): units.size(validation.groups, point.edges) for point in every}
-    return Found(units, curves, order, ranked, masks, learned, chosen, path, sizes)
+    return Found(units, curves, order, ranked, masks, learned, chosen, path, larger, sizes)
 
 
 def search_nodes(subject: Subject, train: Split, validation: Split, scores: Scores) -> Found:

@@ -10,8 +10,8 @@ from attnprune.circuit.planted import plant
 from attnprune.circuit.search import masks
 from attnprune.circuit.search.cache import Cache
 from attnprune.circuit.search.masks import EVERY, SNAPSHOT, first_sizes, learn_circuits
-from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
-from attnprune.circuit.search.sizes import circuit_of_size, evaluated, smallest_held
+from attnprune.circuit.search.ranking import Order, eap_ig_orders, score_edges
+from attnprune.circuit.search.sizes import circuit_of_size, evaluated, grown, smallest_held
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
 from attnprune.circuit.tasks import load_task
 from attnprune.sidecar import bases
@@ -115,6 +115,22 @@ def test_the_smallest_circuit_that_validation_prompts_hold(addition):
     assert smallest_held(points[::2], 1000, Settings(target=0.85)) is None
     assert smallest_held(points, found.size, Settings(target=0.85)) is None
     assert smallest_held([], 1000, Settings(target=0.85)) is None
+
+
+def test_between_what_was_found_and_a_ranking_stand_circuits_with_more_of_its_best(addition):
+    _, validation, order = addition
+    graph = validation.anatomy.graph
+    chosen = evaluated(validation, circuit_of_size(graph, order.flip(0), 60))
+    larger = grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, 400)
+    sizes = [point.size for point in larger]
+    assert chosen.size < sizes[0] < 1.5 * chosen.size
+    assert sizes == sorted(set(sizes))
+    assert 300 < sizes[-1] < 400
+    for point in larger:
+        assert not (chosen.edges & ~point.edges).any()
+        added = (point.edges & ~chosen.edges).flatten()[order]
+        assert added.nonzero().max() < point.size  # the best of the others
+    assert grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, chosen.size) == []
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkeypatch):

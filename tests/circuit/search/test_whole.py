@@ -22,12 +22,12 @@ def circuit(size: int, faithfulness: float) -> Sized:
     return Sized(torch.arange(1000) < size, size, faithfulness + SPREAD, faithfulness)
 
 
-def found(masks: list[Sized], path: list[Sized]) -> Found:
+def found(masks: list[Sized], path: list[Sized], larger: tuple[Sized, ...] = ()) -> Found:
     curve = [circuit(500, 0.3), Sized(torch.ones(1000, dtype=torch.bool), 1000, torch.ones(PROMPTS), 1.0)]
     chosen = path[-1] if path else curve[-1]
-    sizes = {digest(point.edges): float(point.size) for point in (*curve, *masks, *path)}
+    sizes = {digest(point.edges): float(point.size) for point in (*curve, *masks, *path, *larger)}
     order = Order("eap-ig abs", torch.arange(1000), torch.zeros(1000))
-    return Found(cast(Any, None), {"eap-ig abs": curve}, order, curve[-1], masks, None, chosen, path, sizes)
+    return Found(cast(Any, None), {"eap-ig abs": curve}, order, curve[-1], masks, None, chosen, path, [*larger], sizes)
 
 
 def resampled(one: Found) -> list[float]:
@@ -39,6 +39,10 @@ def test_where_the_smallest_does_not_hold_the_next_of_the_mask_does_and_not_the_
     masks = [circuit(120, 0.5), circuit(90, 1.0), circuit(70, 0.91), circuit(10, 0.2)]
     assert resampled(found(masks, [])) == [70, 90]
     assert resampled(found([circuit(70, 0.91)], [])) == [70, 1000]  # what it came to when only the best was kept
+
+
+def test_or_the_next_between_what_was_found_and_the_ranking_does():
+    assert resampled(found([circuit(70, 0.91)], [], (circuit(95, 0.85), circuit(120, 1.0)))) == [70, 120]
 
 
 def test_of_a_ranking_and_of_deletions_all_larger_ones_have_to_hold():

@@ -76,7 +76,7 @@ def parity(one: ModelCircuit, other: ModelCircuit) -> list[str]:
 def level_ratios(first: Analysis, second: Analysis) -> list[LevelRatio]:
     """The ratio of sizes on every level, geometric mean over the searches, each of the same prompts for both models.
 
-    A resample draws searches, and in each of them validation prompts; all evaluated sizes are judged again on these.
+    A resample draws searches, and in each of them validation prompts; all evaluated circuits are judged again on these.
     """
     count = len(first.searches)
     seed = first.searches[0].settings.seed

@@ -36,6 +36,11 @@ def _visible(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether something went wrong, rather than that the program is to end. A panic of Rust code is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; the name of its type where it says nothing."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__

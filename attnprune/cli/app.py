@@ -27,7 +27,7 @@ from attnprune.cli import trace as trace_command
 from attnprune.cli import verify as verify_command
 from attnprune.cli.output import debugging, out
 from attnprune.cli.signals import EndedBySignal, ending_on_signals
-from attnprune.errors import AttnPruneError
+from attnprune.errors import AttnPruneError, is_fault
 from attnprune.runs import processes
 
 app = typer.Typer(
@@ -92,7 +92,9 @@ def run() -> int:
         return _fail(error, "interrupted", None, 128 + error.number)
     except MemoryError as error:
         return _fail(error, "out of memory", "use a smaller --batch-size or --micro-batch-size", 1)
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         explain = getattr(error, "format_message", None)
         if explain is not None:  # a usage error of Typer's command-line parser, whose class is private
             return _fail(error, f"usage: {explain() or 'no command given'}", "attnprune --help", 2)

@@ -243,6 +243,8 @@ def _read_config(name: str, kind: str, location: str, extra: dict[str, Any]) -> 
     if config.model_type.startswith("attnprune_"):
         raise UnsupportedModelError(f"{name}: already sparsified")
     check_family(config)
+    if (context := getattr(config, "max_position_embeddings", None)) is not None and not context > 0:
+        raise InputError(f"{name}: its configuration says that it reads {context} tokens")
     return config
 
 
@@ -250,6 +252,7 @@ def _read_tokenizer(name: str, kind: str, location: str, extra: dict[str, Any]) 
     with explained(name, kind, "its tokenizer"):
         # It may have more tokens than the model: they are refused where a text uses them.
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+        tokenizer("1")  # much that is wrong with a tokenizer shows itself only now
     if kind == "gguf":
         tokenizer.name_or_path = name  # and not its folder, whose other files may be of other models
     tokenizer._commit_hash = extra.get("revision")  # as transformers calls it on configurations; see save_tokenizer

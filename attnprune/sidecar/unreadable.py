@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, printable
+from attnprune.errors import AttnPruneError, InputError, UnsupportedModelError, is_fault, printable
 from attnprune.sidecar.quiet import quiet
 
 
@@ -26,8 +26,7 @@ def failures_as(explain: Callable[[BaseException, str], AttnPruneError]) -> Iter
     except (AttnPruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # A panic of Rust code is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_fault(error):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -84,7 +85,8 @@ class _Server:
         fork = int(answers.readline())
         ended, _, _ = select.select([answers], [], [], timeout)
         if not ended:
-            os.kill(fork, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(fork, signal.SIGKILL)
         code = int(answers.readline())
         return code if ended else None
 

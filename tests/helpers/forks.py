@@ -11,8 +11,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import sys
+
+import numpy
 
 PRELOADED = ["torch", "transformers", "transformers.trainer", "datasets", "peft", "pydantic", "rich.console", "typer"]
 
@@ -33,6 +36,8 @@ def serve() -> None:
 
 def become(line: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str) -> None:
     """In the fork: what `python LINE` would be."""
+    random.seed()  # as a new Python's; only its hashes are those of the others
+    numpy.random.seed()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

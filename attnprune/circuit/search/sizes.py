@@ -170,11 +170,12 @@ def learned_sizes(
     return found
 
 
-def grown(split: Split, order: Order, chosen: Sized, most: int) -> list[Sized]:
+def grown(split: Split, order: Order, chosen: Sized, most: int, watch: Watch) -> list[Sized]:
     """A circuit with more and more of the best of the other units, with fewer than `most`."""
     others, found = order.edges[~chosen.edges.flatten()[order.edges]], []
     size = _GROWS * chosen.size
     while chosen.size and size < most:
+        watch("larger circuits", round(size), most)
         edges = chosen.edges.clone()
         edges.view(-1)[others[: round(size) - chosen.size]] = True
         found.append(evaluated(split, split.units.prune(edges)))

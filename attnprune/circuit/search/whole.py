@@ -51,24 +51,28 @@ class Found:
         return self.sizes[digest(circuit.edges)]
 
     def resampled(self, validation: Split, rows: Tensor, settings: Settings) -> Tensor:
-        """Size, [resamples], of the smallest circuit when sizes are judged again on rows of prompts."""
+        """Size, [resamples], of the circuit with the fewest units when all are judged again on rows of prompts."""
         clean, corrupted = (x.double()[rows].mean(1) for x in (validation.clean, validation.corrupted))
         low, high = settings.band
-        best = torch.full((len(rows),), torch.inf, dtype=torch.double)
+        fewest = torch.full((len(rows),), torch.inf, dtype=torch.double)
+        sizes = fewest.clone()
 
         def holds(point: Sized) -> Tensor:
             faithfulness = (point.metric.double()[rows].mean(1) - corrupted) / (clean - corrupted)
             return (faithfulness >= low) & (faithfulness <= high)
 
+        def take(point: Sized, where: Tensor) -> None:
+            better = where & (point.size < fewest)
+            fewest[better], sizes[better] = point.size, self.size(point)
+
         for chain in [*self.curves.values(), self.path]:
             stable = torch.ones(len(rows), dtype=torch.bool)
             for point in sorted(chain, key=lambda point: -point.size):
                 stable &= holds(point)
-                best[stable] = best[stable].clamp(max=self.size(point))
+                take(point, stable)
         for point in [*self.masks, *self.larger]:  # any that holds counts, as of masks in the search
-            held = holds(point)
-            best[held] = best[held].clamp(max=self.size(point))
-        return best
+            take(point, holds(point))
+        return sizes
 
 
 def search_level(
@@ -92,7 +96,7 @@ def search_level(
         again = subject.split("train", name="train, all").on(units)
         chosen, path = delete(again, view, curves[order.name], chosen, settings, told)
         again.free()
-    larger = grown(view, order, chosen, ranked.size)
+    larger = grown(view, order, chosen, ranked.size, told)
     every = [*(point for curve in curves.values() for point in curve), *masks, *path, chosen, *larger]
     sizes = {digest(point.edges): units.size(validation.groups, point.edges) for point in every}
     return Found(units, curves, order, ranked, masks, learned, chosen, path, larger, sizes)

@@ -121,7 +121,7 @@ def test_between_what_was_found_and_a_ranking_stand_circuits_with_more_of_its_be
     _, validation, order = addition
     graph = validation.anatomy.graph
     chosen = evaluated(validation, circuit_of_size(graph, order.flip(0), 60))
-    larger = grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, 400)
+    larger = grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, 400, silent)
     sizes = [point.size for point in larger]
     assert chosen.size < sizes[0] < 1.5 * chosen.size
     assert sizes == sorted(set(sizes))
@@ -130,7 +130,7 @@ def test_between_what_was_found_and_a_ranking_stand_circuits_with_more_of_its_be
         assert not (chosen.edges & ~point.edges).any()
         added = (point.edges & ~chosen.edges).flatten()[order]
         assert added.nonzero().max() < point.size  # the best of the others
-    assert grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, chosen.size) == []
+    assert grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, chosen.size, silent) == []
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkeypatch):

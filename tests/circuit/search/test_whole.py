@@ -45,6 +45,13 @@ def test_or_the_next_between_what_was_found_and_the_ranking_does():
     assert resampled(found([circuit(70, 0.91)], [], (circuit(95, 0.85), circuit(120, 1.0)))) == [70, 120]
 
 
+def test_as_in_the_search_the_fewest_units_win_and_their_size_is_what_counts():
+    """As of messages: 70 of them stand for 50 in a prompt, 90 for 40."""
+    one = found([circuit(70, 1.0), circuit(90, 1.0)], [])
+    one.sizes.update({digest(circuit(70, 1.0).edges): 50.0, digest(circuit(90, 1.0).edges): 40.0})
+    assert resampled(one) == [50]
+
+
 def test_of_a_ranking_and_of_deletions_all_larger_ones_have_to_hold():
     assert resampled(found([], [circuit(90, 0.3), circuit(70, 1.0)])) == [1000]
     assert resampled(found([], [circuit(90, 1.0), circuit(70, 1.0)])) == [70]

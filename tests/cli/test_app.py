@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from attnprune.cli import app
 from tests.helpers.command import ENVIRONMENT, attnprune, listing
 from tests.helpers.factory import save_text, save_tiny_llama
 
@@ -328,3 +329,18 @@ def test_light_commands_import_neither_torch_nor_transformers(place, arguments, 
         times.append(time.perf_counter() - start)
         assert done.returncode == 0
     print(f"median {statistics.median(times):.3f} s, goal {limit} s")  # a benchmark, not an assertion: see the README
+
+
+class PanicException(BaseException):
+    """As that of Rust code, which is no Exception."""
+
+
+def test_a_panic_is_one_line(monkeypatch, capsys):
+    def panics(**_):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(app, "app", panics)
+    monkeypatch.setattr(app, "_quiet_libraries", lambda: None)  # they stay loud for the other tests
+    assert app.run() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "attnprune: internal error: PanicException: index out of bounds (ATTNPRUNE_DEBUG=1 shows where)"

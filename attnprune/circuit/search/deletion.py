@@ -133,16 +133,36 @@ def _most_lost(target: float) -> float:
     return 1 - target + ROUNDING
 
 
+def grow(train: Split, validation: Split, chosen: Sized, watch: Watch) -> list[Sized]:
+    """A circuit with 1, 2, 4, ... of the other units that are predicted to bring it nearer to the model, on the
+    validation prompts: where other prompts do not hold it, one of these may do."""
+    gain = _predicted(train, chosen.edges) * (1 if chosen.faithfulness < 1 else -1)
+    gain[chosen.edges.flatten()] = 0.0
+    best, found, count = gain.argsort(descending=True, stable=True)[: int((gain > 0).sum())], [], 1
+    while count <= min(chosen.size, len(best)):
+        watch("larger circuits", count, chosen.size)
+        edges = chosen.edges.flatten().clone()
+        edges[best[:count]] = True
+        found.append(evaluated(validation, validation.units.prune(edges.view_as(chosen.edges))))
+        count *= 2
+    return found
+
+
 def _weakest_first(train: Split, circuit: Tensor) -> Tensor:
     """The units of a circuit (flat indices) by the predicted change of the metric without each of them."""
+    scores = _predicted(train, circuit).abs()
+    units = circuit.flatten().nonzero()[:, 0]
+    return units[scores[units].argsort(stable=True)]
+
+
+def _predicted(train: Split, circuit: Tensor) -> Tensor:
+    """The predicted change of the metric, summed over the prompts, by each unit that is kept; flat."""
 
     def score(group: Group) -> Tensor:
         found = train.units.gradients(group, circuit, group.prompts.score)
         return len(group.prompts) * found.double().cpu()
 
-    scores = torch.stack([score(group) for group in train.groups]).sum(0).abs().flatten()
-    units = circuit.flatten().nonzero()[:, 0]
-    return units[scores[units].argsort(stable=True)]
+    return torch.stack([score(group) for group in train.groups]).sum(0).flatten()
 
 
 def shortest(split: Split, path: list[Tensor], settings: Settings, watch: Watch) -> list[Sized]:

@@ -35,7 +35,6 @@ class _Prunable(Protocol):
 
 _SMALLEST_SHARE = 0.0005  # of all edges: where the sizes begin
 _CLOSE = 1.02  # ratio of two sizes that bisection tells apart
-_GROWS = 1.3  # ratio of two sizes between what was found and what a ranking needs
 
 
 def circuit_of_size(units: _Prunable, order: Tensor, size: int) -> Tensor:
@@ -167,19 +166,6 @@ def learned_sizes(
             found += [evaluated(validation, edges)] if edges.any() else []
         if smallest_held(found, size, settings):
             break
-    return found
-
-
-def grown(split: Split, order: Order, chosen: Sized, most: int, watch: Watch) -> list[Sized]:
-    """A circuit with more and more of the best of the other units, with fewer than `most`."""
-    others, found = order.edges[~chosen.edges.flatten()[order.edges]], []
-    size = _GROWS * chosen.size
-    while chosen.size and size < most:
-        watch("larger circuits", round(size), most)
-        edges = chosen.edges.clone()
-        edges.view(-1)[others[: round(size) - chosen.size]] = True
-        found.append(evaluated(split, split.units.prune(edges)))
-        size *= _GROWS
     return found
 
 

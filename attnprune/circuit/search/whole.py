@@ -9,9 +9,9 @@ from torch import Tensor
 
 from attnprune.circuit.result import Level, Ranking
 from attnprune.circuit.search.cache import digest
-from attnprune.circuit.search.deletion import delete
+from attnprune.circuit.search.deletion import delete, grow
 from attnprune.circuit.search.ranking import Order, Scores, exact_prompts, mean_nodes
-from attnprune.circuit.search.sizes import Sized, grown, learned_sizes, search_sizes, smallest_held
+from attnprune.circuit.search.sizes import Sized, learned_sizes, search_sizes, smallest_held
 from attnprune.circuit.search.splits import Settings, Split
 from attnprune.circuit.search.subject import Subject
 from attnprune.circuit.search.units import Edges, Messages, Nodes, Units
@@ -26,7 +26,7 @@ class Found:
         curves: evaluated sizes of every ranking; order: the best one.
         ranked, learned, chosen: the smallest circuit by ranking, by a mask (None: none smaller held), in the end.
         masks: circuits of masks on their way; path: of the deletion.
-        larger: the chosen circuit with some of the best other units: sizes between it and the ranking's.
+        larger: the chosen circuit with 1, 2, 4, ... of the other units that would help it most.
         sizes: what counts as the size of every evaluated circuit, by its digest.
     """
 
@@ -91,12 +91,12 @@ def search_level(
         more = subject.learning_split().on(units)
         masks = learned_sizes(more, view, order, ranked.size, gap, settings, told, subject.cache)
     learned = smallest_held(masks, ranked.size, settings)
-    chosen, path = learned or ranked, []
+    chosen, path, larger = learned or ranked, [], []
     if settings.deletions:
         again = subject.split("train", name="train, all").on(units)
         chosen, path = delete(again, view, curves[order.name], chosen, settings, told)
+        larger = grow(again, view, chosen, told)
         again.free()
-    larger = grown(view, order, chosen, ranked.size, told)
     every = [*(point for curve in curves.values() for point in curve), *masks, *path, chosen, *larger]
     sizes = {digest(point.edges): units.size(validation.groups, point.edges) for point in every}
     return Found(units, curves, order, ranked, masks, learned, chosen, path, larger, sizes)

@@ -9,9 +9,10 @@ from attnprune.circuit.model.adapters import anatomy_of
 from attnprune.circuit.planted import plant
 from attnprune.circuit.search import masks
 from attnprune.circuit.search.cache import Cache
+from attnprune.circuit.search.deletion import grow
 from attnprune.circuit.search.masks import EVERY, SNAPSHOT, first_sizes, learn_circuits
-from attnprune.circuit.search.ranking import Order, eap_ig_orders, score_edges
-from attnprune.circuit.search.sizes import circuit_of_size, evaluated, grown, smallest_held
+from attnprune.circuit.search.ranking import eap_ig_orders, score_edges
+from attnprune.circuit.search.sizes import circuit_of_size, evaluated, smallest_held
 from attnprune.circuit.search.splits import Settings, Split, pattern_visible
 from attnprune.circuit.tasks import load_task
 from attnprune.sidecar import bases
@@ -117,20 +118,17 @@ def test_the_smallest_circuit_that_validation_prompts_hold(addition):
     assert smallest_held([], 1000, Settings(target=0.85)) is None
 
 
-def test_between_what_was_found_and_a_ranking_stand_circuits_with_more_of_its_best(addition):
-    _, validation, order = addition
+def test_a_circuit_grows_by_the_units_that_bring_it_nearer_to_the_model(addition):
+    more, validation, order = addition
     graph = validation.anatomy.graph
-    chosen = evaluated(validation, circuit_of_size(graph, order.flip(0), 60))
-    larger = grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, 400, silent)
-    sizes = [point.size for point in larger]
-    assert chosen.size < sizes[0] < 1.5 * chosen.size
-    assert sizes == sorted(set(sizes))
-    assert 300 < sizes[-1] < 400
-    for point in larger:
-        assert not (chosen.edges & ~point.edges).any()
-        added = (point.edges & ~chosen.edges).flatten()[order]
-        assert added.nonzero().max() < point.size  # the best of the others
-    assert grown(validation, Order("eap-ig abs", order, torch.zeros(graph.shape)), chosen, chosen.size, silent) == []
+    chosen = evaluated(validation, circuit_of_size(graph, order, 300))
+    assert chosen.faithfulness < 0.9
+    larger = grow(more, validation, chosen, silent)
+    added = [point.size - chosen.size for point in larger]
+    assert added[:5] == [1, 2, 4, 8, 16]
+    assert all(not (chosen.edges & ~point.edges).any() for point in larger)
+    by_rank = evaluated(validation, circuit_of_size(graph, order, chosen.size + 16))
+    assert larger[4].faithfulness > max(chosen.faithfulness, by_rank.faithfulness) + 0.01
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(addition, tmp_path, monkeypatch):

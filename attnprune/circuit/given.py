@@ -115,7 +115,8 @@ def _areas(circuits: list[NamedCircuit]) -> dict[str, Any]:
     """MIB's areas, where there is a circuit of each of its sizes."""
     if tuple(one.name for one in circuits) != NAMES:
         return {}
-    return dict(zip(("cpr", "cmd"), areas([one.test.faithfulness.value for one in circuits]), strict=True))
+    cpr, cmd = areas([one.test.faithfulness.value for one in circuits])
+    return {"cpr": cpr, "cmd": cmd}
 
 
 def _sized(subject: Subject, test: Split, given: Tensor) -> dict[str, Any]:

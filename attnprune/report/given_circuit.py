@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 def summary(found: GivenCircuit | GivenCircuits) -> list[Any]:
     """What it computes, what it is worth, and what was not asked."""
-    several = found.schema_id == "attnprune-given-circuits-1"
     return [
-        _several(found) if several else _one(found),
-        *([f"MIB's areas: CPR {found.cpr:.3f}, CMD {found.cmd:.3f}"] if several and found.cpr is not None else []),
+        *([_one(found)] if found.schema_id == "attnprune-given-circuit-1" else _several(found)),
         f"{found.prompts} test prompts; ablation: {found.ablation}; no nonsense control: it was not searched",
         *(f"note: {note}" for note in found.notes),
     ]
 
 
-def _several(found: GivenCircuits) -> Table:
+def _several(found: GivenCircuits) -> list[Any]:
     table = _titled(found)
     table.add_column(escape(printable(found.model, 40)))
     for column in ("edges", f"of {found.of:,}", "faithfulness", "95 %", "random"):
@@ -36,7 +34,9 @@ def _several(found: GivenCircuits) -> Table:
             escape(printable(one.name)), f"{one.edges:,}", percent(one.edges / found.of), f"{value.value:.3f}",
             f"{value.low:.2f} to {value.high:.2f}", number(one.random.faithfulness),
         )  # fmt: skip
-    return table
+    if found.cpr is None:
+        return [table]
+    return [table, f"MIB's areas: CPR {found.cpr:.3f}, CMD {found.cmd:.3f}"]
 
 
 def _titled(found: GivenCircuit | GivenCircuits) -> Table:

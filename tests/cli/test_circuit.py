@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,10 +18,9 @@ import pytest
 from attnprune.circuit import mib
 from attnprune.circuit.folder import read_settings
 from attnprune.circuit.result import NOT_CLEAR, CircuitResult, not_shown
-from tests.helpers.command import attnprune
+from tests.helpers.command import ENVIRONMENT, attnprune
 from tests.helpers.factory import save_tiny_llama
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 COMMAND = [sys.executable, "-m", "attnprune", "circuit"]
 ADDITION = ["demo", "--task", "addition", "--quick", "--prompts", "9", "--device", "cpu"]
 
